@@ -1,0 +1,154 @@
+"""Reads a run directory, live, killed or finished, and validates every record on the way in."""
+
+import json
+import tomllib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from profiling import schema
+from profiling.errors import DataError
+from profiling.writer import append_only_prefix
+
+
+class Run:
+    """A run directory. Tables are pandas DataFrames with the columns of profiling.schema, read when first used.
+
+    Raises DataError naming the file, the line and the field. A torn last line (a run being written, or killed)
+    is ignored.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise DataError(f"{self.path}: no such run directory")
+        if not (self.path / "trace.jsonl").is_file():
+            raise DataError(f"{self.path}: not a run directory: it has no trace.jsonl")
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        path = self.path / "config.toml"
+        try:
+            return tomllib.loads(path.read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise DataError(f"{path}: cannot be read: {error}") from None
+
+    @cached_property
+    def trace(self) -> list[dict[str, Any]]:
+        records = _json_lines(self.path / "trace.jsonl")
+        for line, record in enumerate(records, start=1):
+            fault = schema.fault_in(record)
+            if fault:
+                raise DataError(f"{self.path / 'trace.jsonl'}: line {line}: {fault}")
+        if not records or records[0]["type"] != "header":
+            raise DataError(f"{self.path / 'trace.jsonl'}: line 1: no header; the file is not a trace")
+        return records
+
+    @property
+    def header(self) -> dict[str, Any]:
+        return self.trace[0]
+
+    @property
+    def simulated(self) -> bool:
+        return bool(self.header["simulated"])
+
+    @property
+    def trailer(self) -> dict[str, Any] | None:
+        """How the run ended, or None for one that is live or was killed."""
+        return self.trace[-1] if self.trace[-1]["type"] == "trailer" else None
+
+    @cached_property
+    def phases(self) -> pd.DataFrame:
+        """name, step, t_start, t_end, depth: one row per phase, in the order in which they ended."""
+        return self._records("phase")
+
+    @cached_property
+    def probes(self) -> pd.DataFrame:
+        """step, t, seconds: the drift probe's timings."""
+        return self._records("probe")
+
+    def _records(self, kind: str) -> pd.DataFrame:
+        columns = list(schema.TRACE_FIELDS[kind])
+        rows = [[record[c] for c in columns] for record in self.trace if record["type"] == kind]
+        return pd.DataFrame(rows, columns=columns)
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        path = self.path / "metrics.jsonl"
+        return pd.DataFrame(_json_lines(path) if path.exists() else [])
+
+    @cached_property
+    def rollouts(self) -> pd.DataFrame:
+        return self._table("rollouts")
+
+    @cached_property
+    def engine(self) -> pd.DataFrame:
+        return self._table("engine")
+
+    @cached_property
+    def devices(self) -> pd.DataFrame:
+        return self._table("devices")
+
+    @cached_property
+    def ledger(self) -> pd.DataFrame | None:
+        """None for a run that has not ended."""
+        path = self.path / "ledger.parquet"
+        return _read_parquet(path, schema.LEDGER).to_pandas() if path.exists() else None
+
+    @cached_property
+    def summary(self) -> dict[str, Any] | None:
+        """None for a run that has not ended."""
+        path = self.path / "summary.json"
+        return _json(path) if path.exists() else None
+
+    @cached_property
+    def calibration(self) -> dict[str, Any] | None:
+        path = self.path / "calibration.json"
+        return _json(path) if path.exists() else None
+
+    def _table(self, name: str) -> pd.DataFrame:
+        expected = schema.TABLES[name]
+        parts = sorted((self.path / name).glob(f"{schema.PART_NAMES[name]}-*.parquet"))
+        tables = [_read_parquet(part, expected) for part in parts]
+        return pa.concat_tables([expected.empty_table(), *tables]).to_pandas()
+
+
+def _read_parquet(path: Path, expected: pa.Schema) -> pa.Table:
+    try:
+        table = pq.ParquetFile(path).read()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+    for field in expected:
+        if field.name not in table.schema.names:
+            raise DataError(f"{path}: column '{field.name}' is missing")
+        column = table.column(field.name)
+        if not column.type.equals(field.type):
+            raise DataError(f"{path}: column '{field.name}' is {column.type}, not {field.type}")
+        if column.null_count and not field.nullable:
+            raise DataError(f"{path}: column '{field.name}' has a null")
+    return pa.Table.from_arrays([table.column(n) for n in expected.names], schema=expected)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _json_lines(path: Path) -> list[Any]:
+    records = []
+    for number, line in enumerate(append_only_prefix(path).splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path}: line {number}: not JSON: {error}") from None
+    return records

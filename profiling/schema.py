@@ -1,0 +1,176 @@
+"""The run directory's records: the only contract between the packages. Times: seconds from the start of the run.
+
+    config.toml             the resolved configuration
+    metrics.jsonl           a row per training step
+    trace.jsonl             header, phases, schedule decisions, probes, trailer (append only)
+    rollouts/step-N.parquet ROLLOUTS: a row per (response, step)
+    engine/step-N.parquet   ENGINE: decode spans of constant batch, and prefills
+    devices/part-N.parquet  DEVICES: samples of GPUs and of the host
+    ledger.parquet          LEDGER: GPU-seconds by step, GPU and cause
+    summary.json            totals
+
+Unmeasured is null, never 0.
+"""
+
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+PHASES = (
+    "rollout",
+    "reward",
+    "logprob_forward",
+    "reference_forward",
+    "value_forward",
+    "update_value",
+    "update_policy",
+    "weight_sync",
+    "switch",
+    "evaluation",
+    "checkpoint",
+)
+"""Phases of a step that a host declares. `rollout` is resolved further by the engine's records."""
+
+CAUSES = (
+    "down",
+    "switch",
+    "weight_sync",
+    "evaluation",
+    "checkpoint",
+    "reward",
+    "logprob_forward",
+    "reference_forward",
+    "value_forward",
+    "update_value",
+    "update_policy",
+    "preempt_recompute",
+    "re_prefill",
+    "prefill",
+    "decode_useful",
+    "decode_underfilled",
+    "kv_stall",
+    "decode_discarded",
+    "wait_tail",
+    "wait_rollout",
+    "wait_train",
+    "wait_other",
+)
+"""Exclusive and exhaustive names of a GPU-second, in the order in which the first match wins."""
+
+
+def _columns(*names_and_types: tuple[str, pa.DataType], nullable: tuple[str, ...] = ()) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, nullable=name in nullable) for name, kind in names_and_types])
+
+
+_INT, _FLOAT, _TEXT, _BOOL = pa.int64(), pa.float64(), pa.string(), pa.bool_()
+
+ROLLOUTS = _columns(
+    ("step", _INT),
+    ("row", _INT),  # the response, over its whole life
+    ("group", _INT),  # the prompt it answers
+    ("engine", _INT),
+    ("policy_version", _INT),  # of the tokens of this record
+    ("prompt_tokens", _INT),
+    ("context_before", _INT),  # prompt + all earlier response tokens
+    ("tokens", _INT),  # generated in this step
+    ("finished", _BOOL),
+    ("preempted", _INT),  # times, in this step
+    ("reward", _FLOAT),  # null while unfinished
+    ("t_start", _FLOAT),
+    ("t_end", _FLOAT),
+    nullable=("reward",),
+)
+
+ENGINE = _columns(
+    ("step", _INT),
+    ("engine", _INT),
+    ("kind", _TEXT),  # prefill | decode
+    ("t_start", _FLOAT),
+    ("t_end", _FLOAT),
+    ("steps", _INT),  # decode: iterations; prefill: 1
+    ("batch", _INT),  # rows running, or admitted together
+    ("context_tokens", _INT),  # sum over the rows, before the first iteration
+    ("attended_pairs", _INT),  # decode: sum over iterations of the total context; prefill: query-key pairs
+    ("fresh_tokens", _INT),  # prefill: of rows never run before
+    ("resumed_tokens", _INT),  # prefill: of rows carried over from an earlier step
+    ("recomputed_tokens", _INT),  # prefill: of rows preempted in this step
+    ("slots", _INT),  # rows the engine could run; 0: unlimited
+    ("waiting", _INT),  # rows that wait for KV blocks meanwhile
+)
+
+DEVICES = _columns(
+    ("t", _FLOAT),
+    ("device", _TEXT),  # GPU UUID, or "host"
+    ("utilisation", _FLOAT),  # fraction of the sensor's last window with a kernel running; host: of all cores
+    ("memory_bytes", _FLOAT),
+    ("power_watts", _FLOAT),
+    ("energy_joules", _FLOAT),  # counter since boot or driver load
+    ("sm_clock_mhz", _FLOAT),
+    ("temperature_c", _FLOAT),
+    ("event_reasons", _INT),  # NVML clocks-event (throttle) bit mask
+    nullable=(
+        "utilisation",
+        "memory_bytes",
+        "power_watts",
+        "energy_joules",
+        "sm_clock_mhz",
+        "temperature_c",
+        "event_reasons",
+    ),
+)
+
+LEDGER = _columns(
+    ("step", _INT),  # -1: outside every step
+    ("gpu", _INT),
+    ("cause", _TEXT),
+    ("seconds", _FLOAT),
+)
+
+TABLES = {"rollouts": ROLLOUTS, "engine": ENGINE, "devices": DEVICES}
+PART_NAMES = {"rollouts": "step", "engine": "step", "devices": "part"}
+
+TRACE_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "header": {
+        "schema": int,
+        "clock": str,  # "perf_counter" or "virtual"
+        "unix_time_s": (int, float, type(None)),  # at t = 0; null in a simulation
+        "host": (str, type(None)),
+        "simulated": bool,
+        "devices": list,  # [{"uuid", "name", "index"}]
+        "capabilities": dict,  # metric -> ok | not supported | no permission | ...
+        "gpus": int,  # GPU-equivalents of the ledger; a CPU-only host counts as 1
+        "engines": int,
+        "gpus_per_engine": int,
+        "trainer_gpus": int,  # 0 when colocated
+        "schedule": (dict, type(None)),
+    },
+    "phase": {"name": str, "step": int, "t_start": (int, float), "t_end": (int, float), "depth": int},
+    "plan_step": {"step": int, "t": (int, float), "carried": list, "demand": dict, "admissions": list},
+    "row_end": {"step": int, "t": (int, float), "running": int, "event": dict, "decisions": list},
+    "probe": {"step": int, "t": (int, float), "seconds": (int, float)},
+    "note": {"text": str},
+    "trailer": {"t": (int, float), "status": str},
+}
+"""Type of record -> its fields; more fields are allowed. `carried`, `demand`, `admissions`, `event` and `decisions`
+are the dataclasses of tppo.schedule as plain data; `depth` counts the phases around a phase."""
+
+
+def fault_in(record: Any) -> str | None:
+    """What is wrong with a trace record, or None."""
+    if not isinstance(record, dict):
+        return "not a JSON object"
+    fields = TRACE_FIELDS.get(record.get("type", ""))
+    if fields is None:
+        return f"type = {record.get('type')!r} is not one of {', '.join(TRACE_FIELDS)}"
+    for name, kinds in fields.items():
+        if name not in record:
+            return f"{record['type']}.{name} is missing"
+        value = record[name]
+        accepted = kinds if isinstance(kinds, tuple) else (kinds,)
+        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
+            return f"{record['type']}.{name} = {value!r} is not {' or '.join(k.__name__ for k in accepted)}"
+    if record["type"] == "header" and record["schema"] != SCHEMA_VERSION:
+        return f"schema version {record['schema']} is not {SCHEMA_VERSION}; use the toolkit that wrote the run"
+    return None

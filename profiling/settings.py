@@ -1,0 +1,84 @@
+"""TOML files to frozen pydantic models; an unknown key is an error that names the nearest one."""
+
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from profiling.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of every configuration section: frozen, strict about keys, field docstrings are the help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError when it is missing, not a file or not TOML."""
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def load_settings(path: Path, model: type[Model]) -> Model:
+    return check_settings(read_toml(path), model, where=str(path))
+
+
+def check_settings(values: Mapping[str, Any], model: type[Model], *, where: str) -> Model:
+    """`values` as a `model`; the first fault becomes one line naming file, field, fault and remedy."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {describe(error.errors()[0], model)}") from None
+
+
+def describe(fault: ErrorDetails, model: type[BaseModel]) -> str:
+    keys = [str(part) for part in fault["loc"]]
+    name = ".".join(keys) or "the file"
+    if fault["type"] == "extra_forbidden":
+        near = get_close_matches(keys[-1], sibling_keys(model, keys[:-1]), n=1, cutoff=0.4)
+        hint = f"; did you mean '{'.'.join([*keys[:-1], near[0]])}'?" if near else ""
+        return f"unknown key '{name}'{hint}"
+    if fault["type"] == "missing":
+        return f"missing key '{name}'; add it"
+    message = fault["msg"].removeprefix("Value error, ")
+    given = fault.get("input")
+    shown = "" if isinstance(given, Mapping) else f" = {given!r}"[:80]
+    return f"{name}{shown}: {message[:1].lower()}{message[1:]}"
+
+
+def sibling_keys(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Names of the fields at `path` inside `model`; tags of discriminated unions are part of the path."""
+    models = [model]
+    for key in path:
+        fields = [m.model_fields[key] for m in models if key in m.model_fields]
+        if fields:
+            models = [inner for field in fields for inner in models_in(field.annotation)]
+        else:  # the tag of a discriminated union
+            models = [m for m in models if key in tags_of(m)] or models
+    return sorted({name for m in models for name in m.model_fields})
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [inner for part in get_args(annotation) for inner in models_in(part)]
+
+
+def tags_of(model: type[BaseModel]) -> tuple[Any, ...]:
+    field = model.model_fields.get("kind")
+    return get_args(field.annotation) if field else ()

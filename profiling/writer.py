@@ -1,0 +1,122 @@
+"""Writes a run directory so that a killed run reads cleanly: append whole lines, rename whole files."""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from profiling import schema
+from profiling.errors import ConfigError, DataError, RunError
+
+
+class RunWriter:
+    """Owns one run directory. Every method may raise RunError (disk full, directory gone), naming the file.
+
+    Refuses a directory that already holds a run: nothing is overwritten.
+    """
+
+    def __init__(self, path: Path | str, *, header: Mapping[str, Any], config_toml: str) -> None:
+        self.path = Path(path)
+        if (self.path / "trace.jsonl").exists():
+            raise ConfigError(f"{self.path}: already holds a run; choose another directory or remove it")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be created: {error.strerror}") from None
+        self.write_text("config.toml", config_toml)
+        self._trace = self._open("trace.jsonl")
+        self._metrics: IO[bytes] | None = None
+        self.trace({"type": "header", "schema": schema.SCHEMA_VERSION, **header})
+
+    def trace(self, record: Mapping[str, Any]) -> None:
+        """Append one record. An invalid record is our own bug: ValueError."""
+        fault = schema.fault_in(record)
+        if fault:
+            raise ValueError(f"trace record: {fault}")
+        self._append(self._trace, record, "trace.jsonl")
+
+    def metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one row of training metrics; NaN and infinities become null."""
+        if self._metrics is None:
+            self._metrics = self._open("metrics.jsonl")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._append(self._metrics, finite, "metrics.jsonl")
+
+    def table(self, name: str, number: int, columns: Mapping[str, Any]) -> None:
+        """Write part `number` of table `name` (rollouts, engine or devices); columns as in profiling.schema."""
+        directory = self.path / name
+        part = directory / f"{schema.PART_NAMES[name]}-{number:06d}.parquet"
+        _write_parquet(part, columns, schema.TABLES[name])
+
+    def ledger(self, columns: Mapping[str, Any]) -> None:
+        _write_parquet(self.path / "ledger.parquet", columns, schema.LEDGER)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        self.write_text("summary.json", json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        write_atomically(self.path / name, text.encode())
+
+    def close(self, *, t: float, status: str, **extra: Any) -> None:
+        """End the trace. status: finished, interrupted or failed."""
+        self.trace({"type": "trailer", "t": t, "status": status, **extra})
+        for file in (self._trace, self._metrics):
+            if file is not None:
+                file.close()
+
+    def _open(self, name: str) -> IO[bytes]:
+        try:
+            return (self.path / name).open("ab", buffering=0)
+        except OSError as error:
+            raise RunError(f"{self.path / name}: cannot be written: {error.strerror}") from None
+
+    def _append(self, file: IO[bytes], record: Mapping[str, Any], name: str) -> None:
+        line = json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        end = file.seek(0, os.SEEK_END)
+        try:
+            written = file.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            file.truncate(end)  # no half line
+            raise RunError(f"{self.path / name}: cannot be written: {error.strerror}") from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary name and rename; on failure the old file stays. Raises RunError naming the file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _write_parquet(path: Path, columns: Mapping[str, Any], columns_schema: pa.Schema) -> None:
+    missing = set(columns_schema.names) ^ set(columns)
+    if missing:
+        raise ValueError(f"{path.name}: columns {sorted(missing)} are missing or unknown")
+    arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in columns_schema]
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_arrays(arrays, schema=columns_schema), buffer)
+    write_atomically(path, buffer.getvalue().to_pybytes())
+
+
+def append_only_prefix(path: Path) -> bytes:
+    """The whole lines of an append-only file; a torn last line is left out. Raises DataError."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return content[: content.rfind(b"\n") + 1]

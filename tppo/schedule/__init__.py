@@ -1,0 +1,39 @@
+"""Rollout schedules: pure state machines that the trainer and the simulator both drive. No torch, no clock."""
+
+from tppo.schedule.protocol import (
+    Admission,
+    CarriedRow,
+    Decision,
+    Demand,
+    RowEnd,
+    Schedule,
+    StepPlan,
+    StepState,
+    describe,
+)
+from tppo.schedule.synchronous import Synchronous
+from tppo.schedule.truncated import Truncated
+
+__all__ = [
+    "Admission",
+    "CarriedRow",
+    "Decision",
+    "Demand",
+    "RowEnd",
+    "Schedule",
+    "StepPlan",
+    "StepState",
+    "Synchronous",
+    "Truncated",
+    "describe",
+    "from_description",
+]
+
+
+def from_description(settings: dict) -> Schedule:
+    """The schedule that `describe` described. Raises ValueError for a kind that does not exist."""
+    kinds = {Synchronous.kind: Synchronous, Truncated.kind: Truncated}
+    values = {key: value for key, value in settings.items() if key != "kind"}
+    if settings.get("kind") not in kinds:
+        raise ValueError(f"schedule kind {settings.get('kind')!r} is not one of {', '.join(kinds)}")
+    return kinds[settings["kind"]](**values)

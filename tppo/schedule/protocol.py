@@ -1,0 +1,139 @@
+"""What a rollout schedule is told and what it decides.
+
+A schedule decides which rows a step runs, for how many new tokens, and when the step ends. It is a pure state
+machine: it never polls, sleeps, reads a clock or sees a tensor. The trainer drives it with a real engine and the
+wall clock, the simulator drives the same object with a cost model and a virtual clock.
+
+    plan = schedule.plan_step(carried, demand)
+    state = StepState.of(plan)
+    for event in the row ends, in time order:
+        decisions = schedule.on_row_end(state, event)
+        state = state.after(decisions)
+
+A row is one response over its whole life; its id never changes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+Reason = Literal["stop", "length", "budget"]
+"""stop: the row ended by itself (EOS). length: it reached the maximum response length. budget: it used up its
+admission's token budget. A row ended by `stop` or `length` is finished, whatever its width."""
+
+Action = Literal["finish", "carry", "end_step", "update_weights"]
+"""finish: grade the row, it leaves. carry: keep its tokens, it continues in a later step. end_step: the rollout is
+over. update_weights: train on the step's rows and give the engines the new policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedRow:
+    """An unfinished row of an earlier step. `response_tokens`: generated so far, over all steps."""
+
+    row: int
+    response_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a step asks for: `rows` rows in all; fresh ones are numbered from `next_row`."""
+
+    step: int
+    rows: int
+    next_row: int
+    max_response_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Run `row`, which has `response_tokens` so far, for at most `budget_tokens` new ones."""
+
+    row: int
+    response_tokens: int
+    budget_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    step: int
+    admissions: tuple[Admission, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RowEnd:
+    """A row stopped running. `tokens`: generated in this step; `response_tokens`: in all."""
+
+    row: int
+    tokens: int
+    response_tokens: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    action: Action
+    row: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepState:
+    """What a schedule may know of a step under way: counts only, so a step of any size costs the same."""
+
+    step: int
+    running: int
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> "StepState":
+        return cls(plan.step, len(plan.admissions))
+
+    def after(self, decisions: Sequence[Decision]) -> "StepState":
+        left = sum(decision.action in ("finish", "carry") for decision in decisions)
+        return StepState(self.step, self.running - left)
+
+
+class Schedule(Protocol):
+    kind: str
+
+    def plan_step(self, carried: Sequence[CarriedRow], demand: Demand) -> StepPlan: ...
+
+    def on_row_end(self, state: StepState, event: RowEnd) -> tuple[Decision, ...]: ...
+
+    def startup_steps(self, max_response_tokens: int) -> int:
+        """Steps before the mix of fresh and carried rows is steady; rates are quoted without them."""
+        ...
+
+
+def describe(schedule: Schedule) -> dict[str, Any]:
+    """The schedule as plain data, for logs: its kind and its settings."""
+    return {"kind": schedule.kind, **asdict(schedule)}  # type: ignore[call-overload]
+
+
+def fill_with_fresh_rows(
+    carried: Sequence[CarriedRow], demand: Demand, max_new_tokens: int | None
+) -> tuple[Admission, ...]:
+    """Carried rows by id, then fresh ones up to `demand.rows`, each for at most `max_new_tokens` tokens.
+
+    Nothing is dropped: more carried rows than the step asks for all run.
+    """
+    admissions = []
+    for row in sorted(carried, key=lambda c: c.row):
+        left = demand.max_response_tokens - row.response_tokens
+        if left < 1:
+            raise ValueError(f"row {row.row} has {row.response_tokens} tokens and cannot be carried further")
+        admissions.append(Admission(row.row, row.response_tokens, _at_most(left, max_new_tokens)))
+    budget = _at_most(demand.max_response_tokens, max_new_tokens)
+    for offset in range(demand.rows - len(admissions)):
+        admissions.append(Admission(demand.next_row + offset, 0, budget))
+    return tuple(admissions)
+
+
+def _at_most(tokens: int, limit: int | None) -> int:
+    return tokens if limit is None else min(tokens, limit)
+
+
+def finish_or_carry(state: StepState, event: RowEnd) -> tuple[Decision, ...]:
+    """Finished rows leave, others carry over; the last one to stop ends the step."""
+    own = Decision("carry" if event.reason == "budget" else "finish", event.row)
+    if state.running > 1:
+        return (own,)
+    return (own, Decision("end_step"), Decision("update_weights"))
