@@ -34,6 +34,33 @@ class RunWriter:
         self._metrics: IO[bytes] | None = None
         self.trace({"type": "header", "schema": schema.SCHEMA_VERSION, **header})
 
+    @classmethod
+    def resume(cls, path: Path | str, *, offsets: Mapping[str, int], last_step: int) -> "RunWriter":
+        """Go on writing a run as it was at a checkpoint: append-only files are cut back to `offsets` (bytes), part
+        files of later steps are removed. Raises DataError when the files are shorter than the checkpoint says."""
+        writer = cls.__new__(cls)
+        writer.path = Path(path)
+        for name, offset in offsets.items():
+            file = writer.path / name
+            if not file.exists() or file.stat().st_size < offset:
+                raise DataError(f"{file}: shorter than its checkpoint says ({offset} bytes); it cannot be resumed")
+        for name, offset in offsets.items():
+            os.truncate(writer.path / name, offset)
+        for name in ("rollouts", "engine"):
+            for part in (writer.path / name).glob("step-*.parquet"):
+                if int(part.stem.removeprefix("step-")) > last_step:
+                    part.unlink()
+        for name in ("ledger.parquet", "summary.json"):
+            (writer.path / name).unlink(missing_ok=True)
+        writer._trace = writer._open("trace.jsonl")
+        writer._metrics = None
+        return writer
+
+    def offsets(self) -> dict[str, int]:
+        """Length in bytes of each append-only file, for a checkpoint."""
+        names = ("trace.jsonl", "metrics.jsonl")
+        return {name: (self.path / name).stat().st_size for name in names if (self.path / name).exists()}
+
     def trace(self, record: Mapping[str, Any]) -> None:
         """Append one record. An invalid record is our own bug: ValueError."""
         fault = schema.fault_in(record)

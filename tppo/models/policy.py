@@ -1,0 +1,97 @@
+"""The policy: any Hugging Face causal language model, local or from the hub, or a new small one."""
+
+import math
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from profiling.errors import ConfigError
+
+# Shapes: rows = sequences of a micro-batch, time = their padded length, picked = positions with a loss.
+
+
+def load_policy(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer from a local directory or a hub name. Raises ConfigError when there is none."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model.path = {path!r}: no model can be loaded from it: {reason}") from None
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.path = {path!r}: its tokenizer has no end-of-sequence token")
+    return model, tokenizer
+
+
+def new_qwen2(
+    *, vocab_size: int, eos_token_id: int, pad_token_id: int, layers: int, hidden_size: int, heads: int,
+    kv_heads: int, intermediate_size: int, max_tokens: int, seed: int,
+) -> Qwen2ForCausalLM:  # fmt: skip
+    """A Qwen2 model with random weights. Wide embeddings (std 0.5) and linear layers of std 0.7 / sqrt(fan in):
+    with the library's std of 0.02 so narrow a model hardly trains."""
+    config = Qwen2Config(
+        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        max_position_embeddings=max_tokens, tie_word_embeddings=False,
+        eos_token_id=eos_token_id, pad_token_id=pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.normal_(0.0, 0.5, generator=generator)
+            elif isinstance(module, nn.Linear):
+                module.weight.normal_(0.0, 0.7 / math.sqrt(module.in_features), generator=generator)
+    return model
+
+
+def token_log_probs(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "rows time"],
+    positions: Int[Tensor, " picked"],
+    targets: Int[Tensor, " picked"],
+    temperature: float = 1.0,
+) -> tuple[Float[Tensor, " picked"], Float[Tensor, " picked"]]:
+    """Log-probabilities of `targets` and entropies (nats), where `positions` index the flattened (rows, time)
+    and a position predicts the token after it. Logits are computed at those positions only. Rows are padded on the
+    right, so under causal attention padding changes nothing."""
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (rows, time, hidden)
+    logits = model.get_output_embeddings()(hidden.flatten(0, 1)[positions]).float()  # (picked, vocabulary)
+    log_probs = (logits / temperature).log_softmax(-1)
+    entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
+    return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def describe_model(model: PreTrainedModel) -> dict[str, int]:
+    """The dimensions that cost formulas need. Unit of *_bytes*: bytes."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    weight = model.get_input_embeddings().weight
+    output = model.get_output_embeddings().weight
+    size = weight.element_size()
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "embedding_parameters": weight.numel(),
+        "lm_head_parameters": output.numel(),
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": weight.shape[0],
+        "bytes_per_parameter": size,
+        "kv_bytes_per_token": 2 * config.num_hidden_layers * kv_heads * head_dim * size,
+    }
+
+
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)

@@ -1,0 +1,27 @@
+"""The value model: the policy's architecture with a scalar head, a network of its own."""
+
+import copy
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class ValueModel(nn.Module):
+    """V(s_t), read at the last token of s_t. Starts from the policy's backbone; the head starts at zero, so every
+    value is 0 before training."""
+
+    def __init__(self, policy: PreTrainedModel) -> None:
+        super().__init__()
+        self.backbone = copy.deepcopy(policy.base_model)
+        self.head = nn.Linear(policy.config.get_text_config().hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self, input_ids: Int[Tensor, "rows time"], positions: Int[Tensor, " picked"]
+    ) -> Float[Tensor, " picked"]:
+        """Values at `positions` of the flattened (rows, time). Unit: reward."""
+        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # (rows, time, hidden)
+        return self.head(hidden.flatten(0, 1)[positions]).squeeze(-1).to(torch.float32)

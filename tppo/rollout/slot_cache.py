@@ -1,0 +1,68 @@
+"""A key-value cache of slots for any Hugging Face model whose layers attend to everything before a token."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+
+class SlotCache(Cache):
+    """Keys and values of `slots` rows of at most `max_tokens` tokens, in place, one tensor a layer.
+
+    Running rows occupy slots 0..n-1, so that a decode step reads a view and copies nothing. Either `for_prefill` or
+    `for_decode` names what the next forward pass writes.
+    """
+
+    def __init__(self, model: PreTrainedModel, slots: int, max_tokens: int) -> None:
+        super().__init__(layers=[])
+        config = model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (slots, heads, max_tokens, head_dim)
+        weight = model.get_input_embeddings().weight
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]
+        self._rows = torch.empty(0, dtype=torch.long)
+        self._positions = torch.empty(0, dtype=torch.long)
+        self._width = 0
+        self._prefill = False
+
+    def for_prefill(self, slots: Int[Tensor, " rows"], width: int) -> None:
+        """Next: tokens 0..width-1 of the rows in `slots`, which hold nothing yet."""
+        self._rows, self._width, self._prefill = slots, width, True
+
+    def for_decode(self, positions: Int[Tensor, " rows"], width: int) -> None:
+        """Next: one token of each of the first len(positions) slots, at these positions; all below `width`."""
+        self._rows = torch.arange(len(positions), device=positions.device)
+        self._positions, self._width, self._prefill = positions, width, False
+
+    def update(
+        self,
+        key_states: Float[Tensor, "rows heads time dim"],
+        value_states: Float[Tensor, "rows heads time dim"],
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Float[Tensor, "rows heads width dim"], Float[Tensor, "rows heads width dim"]]:
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        if self._prefill:
+            keys[self._rows, :, : self._width] = key_states
+            values[self._rows, :, : self._width] = value_states
+            return key_states, value_states
+        keys[self._rows, :, self._positions] = key_states[:, :, 0]
+        values[self._rows, :, self._positions] = value_states[:, :, 0]
+        running = len(self._rows)
+        return keys[:running, :, : self._width], values[:running, :, : self._width]
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Copy a row's first `tokens` tokens to another slot."""
+        for cached in (*self.keys, *self.values):
+            cached[target, :, :tokens] = cached[source, :, :tokens]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0 if self._prefill else self._width - 1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._width, 0
