@@ -56,6 +56,7 @@ CAUSES = (
     "wait_rollout",
     "wait_train",
     "wait_other",
+    "unresolved",  # rollout time of a program that writes no rollout records
 )
 """Exclusive and exhaustive names of a GPU-second, in the order in which the first match wins."""
 

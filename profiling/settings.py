@@ -1,7 +1,7 @@
 """TOML files to frozen pydantic models; an unknown key is an error that names the nearest one."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -82,3 +82,41 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 def tags_of(model: type[BaseModel]) -> tuple[Any, ...]:
     field = model.model_fields.get("kind")
     return get_args(field.annotation) if field else ()
+
+
+def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with dotted keys replaced: {"rollout.window": 85} sets values["rollout"]["window"]."""
+    changed: dict[str, Any] = {key: value for key, value in values.items()}
+    for dotted, value in overrides.items():
+        table = changed
+        *sections, key = dotted.split(".")
+        for section in sections:
+            inner = table.get(section)
+            table[section] = dict(inner) if isinstance(inner, Mapping) else {}
+            table = table[section]
+        table[key] = value
+    return changed
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Command-line words `--section.key value` or `--section.key=value`; values are TOML, or else plain text."""
+    overrides: dict[str, Any] = {}
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--") or len(word) == 2:
+            raise ConfigError(f"{word}: not an option; overrides are written --section.key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            following = next(words, None)
+            if following is None:
+                raise ConfigError(f"{word}: a value is missing")
+            text = following
+        overrides[key.replace("-", "_")] = _toml_literal(text)
+    return overrides
+
+
+def _toml_literal(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,170 @@
+"""The one command. Imports what a subcommand needs when it runs, so that `tppo --help` never waits for torch."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from profiling.errors import ConfigError, InputError, ToolkitError
+
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line on an error, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `tppo`. Returns the exit code: 0, 1 for a failed run, 2 for bad input, 130 on Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        options, rest = build_parser().parse_known_args(words)
+        if rest and not options.overrides:
+            raise ConfigError(f"{rest[0]}: unknown option; see tppo {options.command} --help")
+        return options.run(options, rest)
+    except ToolkitError as error:
+        if debug:
+            raise
+        print(f"tppo: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("tppo: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone; say nothing more
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        reason = str(error).splitlines()[0] if str(error) else ""
+        print(f"tppo: {type(error).__name__}: {reason}; run again with --debug for the traceback", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="tppo",
+        description="Truncated PPO for reasoning models: train, profile, calibrate, simulate, draw.",
+        epilog="Every subcommand takes --debug, which shows the traceback of an error.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.set_defaults(run=_top, overrides=False, command="")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, run: Callable, text: str, overrides: bool = False) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run, overrides=overrides)
+        return command
+
+    demo = add("demo", _demo, "train PPO and T-PPO on this machine, calibrate, predict, report")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="directory of the runs and the report")
+    demo.add_argument("--seed", type=int, default=0, help="first seed")
+    demo.add_argument("--seeds", type=int, default=None, help="number of seeds (3; 1 with --quick)")
+    demo.add_argument("--quick", action="store_true", help="one seed")
+    demo.add_argument("--regime", default="long", help="long or short: how long the tail of the lengths is")
+
+    train = add("train", _train, "train; writes a run directory", overrides=True)
+    train.add_argument("config", type=Path, nargs="?", help="TOML file")
+    train.add_argument("--output", type=Path, help="run directory")
+    train.add_argument("--resume", type=Path, metavar="DIR", help="go on from DIR's newest checkpoint")
+    train.add_argument("--fields", action="store_true", help="print every field with its help and default")
+
+    profile = add("profile", _profile, "run any command under the sampler")
+    profile.add_argument("--interval", type=float, default=0.1, help="seconds between samples")
+    profile.add_argument("--output", type=Path, default=Path("runs/profile"), help="run directory")
+    profile.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
+
+    calibrate = add("calibrate", _calibrate, "fit a cost model to one or more runs; print the quality of the fit")
+    calibrate.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    calibrate.add_argument("--output", type=Path, help="calibration file (default: calibration.json in the first RUN)")
+    calibrate.add_argument("--json", action="store_true", help="print the calibration as JSON")
+
+    simulate = add("simulate", _simulate, "simulate an experiment; --section.key value overrides", overrides=True)
+    simulate.add_argument("experiment", type=Path, help="TOML file")
+    simulate.add_argument("--output", type=Path, help="write a run directory")
+    simulate.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+    plot = add("plot", _plot, "draw a figure of one or more runs")
+    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    plot.add_argument("--figure", required=True, help="name of the figure")
+    plot.add_argument("--format", default="png", help="png, pdf, svg; several with commas")
+    plot.add_argument("--output", type=Path, default=Path("figures"), help="directory")
+
+    report = add("report", _report, "write one self-contained report.html about one or more runs")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    report.add_argument("--output", type=Path, default=Path("report.html"))
+    return parser
+
+
+def _top(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    if options.version:
+        from importlib.metadata import version
+
+        print(version("tppo"))
+        return 0
+    build_parser().print_help()
+    return 0 if not rest else 2
+
+
+def _demo(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from tppo.commands.demo import run_demo
+
+    seeds = options.seeds or (1 if options.quick else 3)
+    run_demo(options.output, regime=options.regime, seeds=range(options.seed, options.seed + seeds))
+    return 0
+
+
+def _train(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from tppo.commands.train import print_fields, run_training
+
+    if options.fields:
+        print_fields()
+        return 0
+    return run_training(options.config, rest, output=options.output, resume=options.resume)
+
+
+def _profile(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from profiling.command import profile_command
+
+    words = options.words[1:] if options.words[:1] == ["--"] else options.words
+    if not words:
+        raise InputError("tppo profile: no command; write tppo profile -- COMMAND ...")
+    return profile_command(words, interval_s=options.interval, output=options.output)
+
+
+def _calibrate(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from tppo.commands.calibrate import run_calibration
+
+    run_calibration(options.runs, options.output, as_json=options.json)
+    return 0
+
+
+def _simulate(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from tppo.commands.simulate import run_simulation
+
+    run_simulation(options.experiment, rest, output=options.output, as_json=options.json)
+    return 0
+
+
+def _plot(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from analysis.plot import plot
+    from profiling.reader import Run
+
+    formats = [name.strip() for name in options.format.split(",")]
+    for path in plot([Run(path) for path in options.runs], options.figure, formats, options.output):
+        print(path)
+    return 0
+
+
+def _report(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from analysis.report import write_report
+    from profiling.reader import Run
+
+    print(write_report([Run(path) for path in options.runs], options.output))
+    return 0

@@ -1,0 +1,98 @@
+"""`tppo demo`: train PPO and T-PPO on this machine, calibrate on the one, predict the other, report."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from analysis.report import write_report
+from analysis.tables import prediction_table, score_table, speed_table
+from profiling.reader import Run
+from profiling.writer import write_atomically
+from simulator.calibrate import calibrate
+from tppo.commands.predict import predict_all
+from tppo.hardware import measure_ceilings
+from tppo.quiet import quieten_libraries
+from tppo.regimes import ARMS, Regime, load_regime
+from tppo.trainer import train
+from tppo.warmstart import warm_start
+
+
+def run_demo(output: Path, *, regime: str, seeds: Sequence[int]) -> Path:
+    """The whole loop. Runs that are finished are kept, so a second call is quick and an interrupted one goes on.
+
+    Returns the report's path. Everything it wrote lies under `output`.
+    """
+    quieten_libraries()
+    console = Console()
+    settings = load_regime(regime)
+    output.mkdir(parents=True, exist_ok=True)
+    if not (output / "hardware.json").exists():
+        ceilings = measure_ceilings(settings.train.threads)
+        write_atomically(output / "hardware.json", (json.dumps(ceilings, indent=1) + "\n").encode())
+    console.print("[bold]Warm start[/bold]: supervised training on a careless pupil's solutions (cached)")
+    model = warm_start(
+        settings.warm_start, settings.data, settings.task(settings.data.seed), output,
+        lambda step, loss: console.print(f"  step {step} of {settings.warm_start.steps}, loss {loss:.3f}", end="\r"),
+    )  # fmt: skip
+    runs: dict[str, list[Run]] = {arm: [] for arm in ARMS}
+    for place, seed in enumerate(seeds):
+        turn = place % len(ARMS)
+        for arm in (*ARMS[turn:], *ARMS[:turn]):  # interleaved and rotated: the machine drifts
+            runs[arm].append(train_arm(settings, arm, seed, model, output))
+    predictions = predict_each_from_the_other(runs, output, settings.target_accuracy)
+    everything = [run for arm in ARMS for run in runs[arm]]
+    report = write_report(
+        everything, output / "report.html", predictions=output / "predictions.csv", hardware=output / "hardware.json"
+    )
+    print_frame(console, "Speed, median over seeds", speed_table(everything))
+    print_frame(console, f"Time to {settings.target_accuracy:.0%}", score_table(everything, settings.target_accuracy))
+    print_frame(console, "Predicted against measured", prediction_table(predictions))
+    console.print(f"Report: {report}")
+    return report
+
+
+def train_arm(settings: Regime, arm: str, seed: int, model: Path, output: Path) -> Run:
+    """The finished run of one arm and seed: found, resumed or trained."""
+    directory = output / f"{arm}-s{seed}"
+    config = settings.run_config(arm, seed, model, directory)
+    if (directory / "summary.json").exists():
+        return Run(directory)
+    resumable = (directory / "checkpoints").is_dir() and any((directory / "checkpoints").glob("step-*"))
+    if directory.exists() and not resumable:
+        shutil.rmtree(directory)  # the demo's own run, killed before its first checkpoint
+    outcome = train(config, resume=resumable)
+    if outcome.status == "interrupted":
+        raise KeyboardInterrupt
+    return Run(directory)
+
+
+def predict_each_from_the_other(
+    runs: dict[str, list[Run]], output: Path, target_accuracy: float
+) -> pd.DataFrame:
+    """Calibrate on the PPO runs alone and predict both T-PPO arms, which it has not seen; and the other way."""
+    rows = []
+    for source, targets in (("ppo", ("tppo", "tppo-full")), ("tppo", ("ppo",))):
+        calibration = calibrate(runs[source])
+        calibration.save(output / f"calibration-{source}.json")
+        for target in targets:
+            rows += predict_all(
+                runs[target], runs[source], calibration,
+                name=source, directory=output, target_accuracy=target_accuracy,
+            )  # fmt: skip
+    frame = pd.DataFrame(rows)
+    write_atomically(output / "predictions.csv", frame.to_csv(index=False).encode())
+    return frame
+
+
+def print_frame(console: Console, title: str, frame: pd.DataFrame) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in frame.columns:
+        table.add_column(str(column), justify="left" if frame[column].dtype == object else "right")
+    for row in frame.itertuples(index=False):
+        table.add_row(*("-" if pd.isna(v) else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
+    console.print(table)

@@ -1,0 +1,32 @@
+"""`tppo simulate`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from profiling.settings import parse_overrides
+from simulator import load_experiment, simulate
+
+
+def run_simulation(path: Path, words: Sequence[str], *, output: Path | None, as_json: bool) -> None:
+    result = simulate(load_experiment(path, overrides=parse_overrides(words)))
+    if output is not None:
+        result.write(output)
+    summary = result.summary()
+    if as_json:
+        print(json.dumps(summary, indent=1))
+        return
+    table = Table(title=f"{path.name} (simulated)", title_justify="left")
+    table.add_column("")
+    table.add_column("value", justify="right")
+    for key, value in summary.items():
+        if not isinstance(value, dict):
+            table.add_row(key, "not known" if value is None else f"{value:,.6g}")
+    for cause, seconds in summary["ledger"].items():
+        if seconds:
+            share = seconds / summary["gpu_seconds"]
+            table.add_row(f"ledger: {cause}", f"{seconds:,.6g} GPU s ({share:.1%})")
+    Console().print(table)

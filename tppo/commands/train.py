@@ -1,0 +1,54 @@
+"""`tppo train`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from profiling.errors import ConfigError
+from profiling.settings import check_settings, parse_overrides, read_toml, with_overrides
+from tppo.config import RunConfig
+
+
+def run_training(
+    config_path: Path | None, words: Sequence[str], *, output: Path | None, resume: Path | None
+) -> int:
+    """Train as the file says, changed by `--section.key value` words. A resumed run reads its own config.toml
+    unless another is named. Returns the exit code."""
+    if config_path is None and resume is None:
+        raise ConfigError("no configuration: write tppo train CONFIG.toml, or --resume DIR")
+    source = config_path or resume / "config.toml"  # type: ignore[operator]
+    values = with_overrides(read_toml(source), parse_overrides(words))
+    directory = resume or output
+    if directory is not None:
+        values["output"] = str(directory)
+    config = check_settings(values, RunConfig, where=str(source))
+    if not config.model.path:
+        raise ConfigError(f"{source}: missing key 'model.path'; name a local directory or a hub model")
+
+    from tppo.quiet import quieten_libraries
+
+    quieten_libraries()
+    from tppo.trainer import train
+
+    outcome = train(config, resume=resume is not None)
+    accuracy = f", accuracy {outcome.accuracy:.3f}" if outcome.accuracy is not None else ""
+    print(f"{config.output}: {outcome.status} after {outcome.steps} steps{accuracy}")
+    return 130 if outcome.status == "interrupted" else 0
+
+
+def print_fields() -> None:
+    """Every field: its name on the command line, default and help."""
+    for name, default, text in fields_of(RunConfig):
+        print(f"--{name}\n    {text} [{default!r}]")
+
+
+def fields_of(model: type[BaseModel], prefix: str = "") -> list[tuple[str, Any, str]]:
+    rows: list[tuple[str, Any, str]] = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            rows += fields_of(field.annotation, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", field.default, field.description or ""))
+    return rows
