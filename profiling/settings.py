@@ -86,7 +86,7 @@ def tags_of(model: type[BaseModel]) -> tuple[Any, ...]:
 
 def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with dotted keys replaced: {"rollout.window": 85} sets values["rollout"]["window"]."""
-    changed: dict[str, Any] = {key: value for key, value in values.items()}
+    changed: dict[str, Any] = dict(values)
     for dotted, value in overrides.items():
         table = changed
         *sections, key = dotted.split(".")

@@ -79,10 +79,10 @@ class RunWriter:
         """Write part `number` of table `name` (rollouts, engine or devices); columns as in profiling.schema."""
         directory = self.path / name
         part = directory / f"{schema.PART_NAMES[name]}-{number:06d}.parquet"
-        _write_parquet(part, columns, schema.TABLES[name])
+        write_parquet(part, columns, schema.TABLES[name])
 
     def ledger(self, columns: Mapping[str, Any]) -> None:
-        _write_parquet(self.path / "ledger.parquet", columns, schema.LEDGER)
+        write_parquet(self.path / "ledger.parquet", columns, schema.LEDGER)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self.write_text("summary.json", json.dumps(values, indent=1, allow_nan=False) + "\n")
@@ -130,7 +130,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _write_parquet(path: Path, columns: Mapping[str, Any], columns_schema: pa.Schema) -> None:
+def write_parquet(path: Path, columns: Mapping[str, Any], columns_schema: pa.Schema) -> None:
+    """Write a table whole or not at all. Columns that are missing or unknown are our own bug: ValueError."""
     missing = set(columns_schema.names) ^ set(columns)
     if missing:
         raise ValueError(f"{path.name}: columns {sorted(missing)} are missing or unknown")

@@ -43,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         reason = str(error).splitlines()[0] if str(error) else ""
-        print(f"tppo: {type(error).__name__}: {reason}; run again with --debug for the traceback", file=sys.stderr)
+        print(
+            f"tppo: {type(error).__name__}: {reason}; run again with --debug for the traceback",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -154,6 +157,7 @@ def _simulate(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _plot(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from analysis.plot import plot
+
     from profiling.reader import Run
 
     formats = [name.strip() for name in options.format.split(",")]
@@ -164,6 +168,7 @@ def _plot(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _report(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from analysis.report import write_report
+
     from profiling.reader import Run
 
     print(write_report([Run(path) for path in options.runs], options.output))

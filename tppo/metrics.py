@@ -44,9 +44,7 @@ def step_metrics(
         "response_length/mean": float(np.mean(lengths)) if lengths else None,
         "response_length/max": max(lengths, default=None),
         "response_length/min": min(lengths, default=None),
-        "response_length/clip_ratio": float(np.mean([n >= max_response_tokens for n in lengths]))
-        if lengths
-        else None,
+        "response_length/clip_ratio": float(np.mean([n >= max_response_tokens for n in lengths])) if lengths else None,
         "prompt_length/mean": float(np.mean([len(row.prompt_ids) for row in rows])),
         "critic/score/mean": float(np.mean([row.reward for row in done])) if done else None,
         "critic/rewards/mean": float(np.mean([row.reward for row in done])) if done else None,

@@ -37,7 +37,11 @@ def header_of(schedule: Schedule) -> dict[str, Any]:
 
 
 def write_step(
-    writer: RunWriter, step: int, rows: Sequence[Row], policy_version: int, engine_records: Sequence[dict[str, Any]]
+    writer: RunWriter,
+    step: int,
+    rows: Sequence[Row],
+    policy_version: int,
+    engine_records: Sequence[dict[str, Any]],
 ) -> None:
     """Write the step's rollout and engine records."""
     records = [
@@ -63,12 +67,12 @@ def write_step(
     writer.table("engine", step, {name: [s[name] for s in spans] for name in ENGINE.names})
 
 
-def finish_run(writer: RunWriter, schedule: Schedule, max_response_tokens: int, trailing_tokens: int, wall_s: float) -> None:
+def finish_run(
+    writer: RunWriter, schedule: Schedule, max_response_tokens: int, trailing_tokens: int, wall_s: float
+) -> None:
     """Ledger and summary, computed from what the directory holds, as for any other run."""
     run = Run(writer.path)
-    ledger = build_ledger(
-        cluster=CLUSTER, phases=run.phases, engine=run.engine, rollouts=run.rollouts, wall_s=wall_s
-    )
+    ledger = build_ledger(cluster=CLUSTER, phases=run.phases, engine=run.engine, rollouts=run.rollouts, wall_s=wall_s)
     summary = summarise(
         cluster=CLUSTER, phases=run.phases, engine=run.engine, rollouts=run.rollouts, ledger=ledger, wall_s=wall_s,
         startup_steps=schedule.startup_steps(max_response_tokens), trailing_tokens=trailing_tokens,

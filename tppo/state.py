@@ -125,8 +125,6 @@ def restore(state: TrainingState, checkpoint: Path, progress: dict[str, Any]) ->
         state.generator.set_state(optimizers["generator"])
         for name in ("step", "next_row", "policy_version", "clock_s", "accuracies"):
             setattr(state, name, progress[name])
-        state.carried = [
-            Row(**{**row, "problem": Problem(**row["problem"])}) for row in progress["carried"]
-        ]
+        state.carried = [Row(**{**row, "problem": Problem(**row["problem"])}) for row in progress["carried"]]
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{checkpoint}: not a usable checkpoint: {error}") from None

@@ -6,12 +6,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 
 from profiling import Profiler
 from profiling.errors import ConfigError
@@ -58,7 +56,7 @@ def train(config: RunConfig, *, resume: bool = False, show_progress: bool = True
     Raises ConfigError or DataError before anything is written, RunError when the run cannot go on.
     """
     if config.output is None:
-        raise ConfigError("output: no run directory is given; add `output = \"runs/NAME\"` or --output")
+        raise ConfigError('output: no run directory is given; add `output = "runs/NAME"` or --output')
     torch.set_num_threads(config.train.threads)
     checkpoint = latest_checkpoint(config.output) if resume else None
     progress = read_progress(checkpoint) if checkpoint else None
@@ -157,13 +155,9 @@ class Trainer:
                 advance(state.step, accuracy)
             self.checkpoint()
             status = "interrupted" if interrupted.is_set() else "finished"
-            self.profiler.finish(status=status)
-            finish_run(
-                self.writer,
-                self.schedule,
-                config.rollout.max_response_tokens,
-                config.algorithm.trailing_tokens if self.recipe.truncated else 0,
-            )
+            wall_s = self.profiler.finish(status)
+            trailing = config.algorithm.trailing_tokens if self.recipe.truncated else 0
+            finish_run(self.writer, self.schedule, config.rollout.max_response_tokens, trailing, wall_s)
         return Outcome(status, state.step, accuracy.mean if accuracy else None)
 
     def train_step(self, step: int) -> dict[str, Any]:

@@ -87,9 +87,7 @@ def compute_advantages(rows: Sequence[Row], recipe: Recipe, config: RunConfig) -
     return Advantages(values, advantages, raw + values, mask)
 
 
-def value_targets(
-    rows: Sequence[Row], recipe: Recipe, estimates: Advantages
-) -> tuple[list[Row], list[list[float]]]:
+def value_targets(rows: Sequence[Row], recipe: Recipe, estimates: Advantages) -> tuple[list[Row], list[list[float]]]:
     """The rows that train the value model and a target for each of their tokens.
 
     gae_return: every row, its window's A + V. monte_carlo: rows that finished in this step, all tokens of all

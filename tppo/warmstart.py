@@ -40,7 +40,11 @@ class WarmStartConfig(Settings):
 
 
 def warm_start(
-    config: WarmStartConfig, data: DataConfig, task: ArithmeticTask, cache: Path, report: Callable[[int, float], None]
+    config: WarmStartConfig,
+    data: DataConfig,
+    task: ArithmeticTask,
+    cache: Path,
+    report: Callable[[int, float], None],
 ) -> Path:
     """Directory of the model, trained now or found in `cache`. `report(step, loss)` is called now and then."""
     settings = {"warm_start": config.model_dump(), "data": data.model_dump()}

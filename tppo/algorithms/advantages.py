@@ -5,9 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def last_valid(
-    values: Float[Tensor, "rows time"], mask: Bool[Tensor, "rows time"]
-) -> Float[Tensor, " rows"]:
+def last_valid(values: Float[Tensor, "rows time"], mask: Bool[Tensor, "rows time"]) -> Float[Tensor, " rows"]:
     """Each row's value at its last unmasked token; 0 for a row without one."""
     time = values.shape[1]
     index = torch.where(mask, torch.arange(time, device=mask.device), -1).amax(dim=1)  # (rows,)

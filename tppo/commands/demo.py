@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
-
 from analysis.report import write_report
 from analysis.tables import prediction_table, score_table, speed_table
+from rich.console import Console
+from rich.table import Table
+from simulator.calibrate import calibrate
+
 from profiling.reader import Run
 from profiling.writer import write_atomically
-from simulator.calibrate import calibrate
 from tppo.commands.predict import predict_all
 from tppo.hardware import measure_ceilings
 from tppo.quiet import quieten_libraries
@@ -47,7 +47,10 @@ def run_demo(output: Path, *, regime: str, seeds: Sequence[int]) -> Path:
     predictions = predict_each_from_the_other(runs, output, settings.target_accuracy)
     everything = [run for arm in ARMS for run in runs[arm]]
     report = write_report(
-        everything, output / "report.html", predictions=output / "predictions.csv", hardware=output / "hardware.json"
+        everything,
+        output / "report.html",
+        predictions=output / "predictions.csv",
+        hardware=output / "hardware.json",
     )
     print_frame(console, "Speed, median over seeds", speed_table(everything))
     print_frame(console, f"Time to {settings.target_accuracy:.0%}", score_table(everything, settings.target_accuracy))
@@ -71,9 +74,7 @@ def train_arm(settings: Regime, arm: str, seed: int, model: Path, output: Path) 
     return Run(directory)
 
 
-def predict_each_from_the_other(
-    runs: dict[str, list[Run]], output: Path, target_accuracy: float
-) -> pd.DataFrame:
+def predict_each_from_the_other(runs: dict[str, list[Run]], output: Path, target_accuracy: float) -> pd.DataFrame:
     """Calibrate on the PPO runs alone and predict both T-PPO arms, which it has not seen; and the other way."""
     rows = []
     for source, targets in (("ppo", ("tppo", "tppo-full")), ("tppo", ("ppo",))):

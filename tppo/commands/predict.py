@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-
 from analysis.tables import steps_to_score, time_to_score
+from simulator.calibrate import Calibration
+
 from profiling.reader import Run
 from simulator import load_experiment, simulate
-from simulator.calibrate import Calibration
 
 Kind = Literal["forecast", "replay"]
 

@@ -11,9 +11,7 @@ from profiling.settings import check_settings, parse_overrides, read_toml, with_
 from tppo.config import RunConfig
 
 
-def run_training(
-    config_path: Path | None, words: Sequence[str], *, output: Path | None, resume: Path | None
-) -> int:
+def run_training(config_path: Path | None, words: Sequence[str], *, output: Path | None, resume: Path | None) -> int:
     """Train as the file says, changed by `--section.key value` words. A resumed run reads its own config.toml
     unless another is named. Returns the exit code."""
     if config_path is None and resume is None:

@@ -17,10 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NAMES = (
-    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    "αβγδεζηθικλμνξοπρστυφχψωабвгдежзийклмнопрстуфхцчшщъыьэюя"
-)
+NAMES = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZαβγδεζηθικλμνξοπρστυφχψωабвгдежзийклмнопрстуфхцчшщъыьэюя"
 SYMBOLS = "0123456789=:;#$"
 END = "$"
 TOKENS_PER_STEP = 5

@@ -37,9 +37,7 @@ class Regime(Settings):
 
     def task(self, seed: int) -> ArithmeticTask:
         data = self.data
-        return ArithmeticTask(
-            median_steps=data.median_steps, sigma=data.sigma, max_steps=data.max_steps, seed=seed
-        )
+        return ArithmeticTask(median_steps=data.median_steps, sigma=data.sigma, max_steps=data.max_steps, seed=seed)
 
     def run_config(self, arm: str, seed: int, model: Path, output: Path) -> RunConfig:
         """One arm with one seed. The seed gives the problems, the samples and the order of mini-batches."""

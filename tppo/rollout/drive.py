@@ -70,9 +70,7 @@ def _take(completion: Completion, row: Row, max_response_tokens: int) -> RowEnd:
     return RowEnd(row.row, row.window_tokens, length, reason)
 
 
-def _log(
-    trace: Trace, t: float, state: StepState, event: RowEnd, decisions: tuple[Decision, ...]
-) -> None:
+def _log(trace: Trace, t: float, state: StepState, event: RowEnd, decisions: tuple[Decision, ...]) -> None:
     trace(
         {
             "type": "row_end",

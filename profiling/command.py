@@ -1,0 +1,68 @@
+"""`tppo profile -- COMMAND`: run any program under the sampler."""
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from profiling.errors import ConfigError
+from profiling.ledger import Cluster, build_ledger
+from profiling.phases import Profiler
+from profiling.reader import Run
+from profiling.summary import summarise
+
+
+def profile_command(argv: Sequence[str], *, interval_s: float, output: Path) -> int:
+    """Run `argv`, sample meanwhile, write a run directory, print what was seen. Returns the command's exit code."""
+    if interval_s <= 0:
+        raise ConfigError(f"--interval {interval_s}: must be above 0")
+    with Profiler(output, sampler_interval_s=interval_s) as profiler:
+        with profiler.phase("command", step=1):
+            try:
+                process = subprocess.Popen(argv)
+            except OSError as error:
+                raise ConfigError(f"{argv[0]}: cannot be run: {error.strerror}") from None
+            code = _wait(process)
+        wall_s = profiler.finish("finished" if code == 0 else "failed")
+    run = Run(output)
+    cluster = Cluster(engines=1, gpus_per_engine=1)
+    tables = {"phases": run.phases, "engine": run.engine, "rollouts": run.rollouts}
+    ledger = build_ledger(cluster=cluster, wall_s=wall_s, **tables)
+    profiler.writer.ledger({name: ledger[name] for name in ledger.columns})
+    profiler.writer.summary(summarise(cluster=cluster, ledger=ledger, wall_s=wall_s, startup_steps=0, **tables))
+    _print(run, wall_s, code)
+    return code
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    while True:
+        try:
+            code = process.wait()
+            return code if code >= 0 else 128 - code  # as a shell reports a signal
+        except KeyboardInterrupt:
+            continue  # the command got Ctrl-C too; it decides
+
+
+def _print(run: Run, wall_s: float, code: int) -> None:
+    table = Table(title=f"{run.path}: {wall_s:.1f} s, exit code {code}", title_justify="left")
+    for column in ("device", "samples", "utilisation", "power, W", "energy, J", "peak memory, GiB"):
+        table.add_column(column, justify="left" if column == "device" else "right")
+    for device, samples in run.devices.groupby("device", sort=False):
+        energy = samples.energy_joules.dropna()
+        table.add_row(
+            str(device),
+            str(len(samples)),
+            _mean(samples.utilisation, ".0%"),
+            _mean(samples.power_watts, ".0f"),
+            f"{energy.iloc[-1] - energy.iloc[0]:.0f}" if len(energy) > 1 else "-",
+            _mean(samples.memory_bytes.dropna().nlargest(1) / 2**30, ".1f"),
+        )
+    notes = [record["text"] for record in run.trace if record["type"] == "note"]
+    Console().print(table, *notes, sep="\n")
+
+
+def _mean(values: "object", form: str) -> str:
+    known = values.dropna()  # type: ignore[attr-defined]
+    return format(known.mean(), form) if len(known) else "-"

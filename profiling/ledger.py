@@ -1,0 +1,220 @@
+"""The idle ledger: every GPU-second of a run has exactly one name, and the names add up to GPUs x wall time.
+
+The first that holds names a GPU's interval: the phase it is in (evaluation and checkpoint before training phases);
+in a rollout, what its engine does (prefills, decode); else what it waits for. Measured and simulated runs go through
+the same code.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from profiling.errors import ConservationError
+from profiling.schema import CAUSES, PHASES
+
+TOLERANCE = 1e-9
+"""Of the wall time: what rounding may leave unnamed."""
+
+OUTSIDE = -1
+"""The step of time outside every step."""
+
+WHOLE_CLUSTER = ("down", "switch", "weight_sync", "evaluation", "checkpoint")
+"""Phases that hold up every GPU; the others, but the rollout, run on the training GPUs."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Who spends the GPU-seconds. `trainer_gpus` = 0: the trainer runs on the engines' GPUs (colocated)."""
+
+    engines: int
+    gpus_per_engine: int
+    trainer_gpus: int = 0
+
+    @property
+    def gpus(self) -> int:
+        return self.engines * self.gpus_per_engine + self.trainer_gpus
+
+
+def build_ledger(
+    *, cluster: Cluster, phases: pd.DataFrame, engine: pd.DataFrame, rollouts: pd.DataFrame, wall_s: float
+) -> pd.DataFrame:
+    """GPU-seconds by step, GPU and cause (columns of profiling.schema.LEDGER).
+
+    phases: name, step, t_start, t_end, depth. engine, rollouts: profiling.schema. Raises ConservationError when a
+    GPU's seconds do not add up to `wall_s` within TOLERANCE, naming the GPU and what is missing.
+    """
+    pieces = innermost_phases(phases, wall_s)
+    parts = [_split_spans(engine, pieces)]
+    for piece in pieces.itertuples(index=False):
+        seconds = piece.t_end - piece.t_start
+        if piece.name != "rollout":
+            parts.append(_outside_rollout(cluster, piece.name, piece.step, seconds))
+    parts.append(_waits(cluster, engine, rollouts, pieces))
+    per_engine = pd.concat([part for part in parts if not part.empty], ignore_index=True)
+    ledger = _per_gpu(cluster, per_engine)
+    _check(cluster, ledger, wall_s)
+    return ledger
+
+
+def ledger_totals(ledger: pd.DataFrame) -> dict[str, float]:
+    """GPU-seconds by cause, every cause in order; 0.0 for one that did not occur."""
+    seconds = ledger.groupby("cause").seconds.sum()
+    return {cause: float(seconds.get(cause, 0.0)) for cause in CAUSES}
+
+
+def innermost_phases(phases: pd.DataFrame, wall_s: float) -> pd.DataFrame:
+    """The run as adjoining pieces (name, step, t_start, t_end), each with the phase that names it; "" for none.
+
+    Where phases overlap, the one that stands first in CAUSES wins (an evaluation that rolls out is evaluation), then
+    the deeper one.
+    """
+    known = phases[phases.name.isin(PHASES) & (phases.t_end > phases.t_start)]
+    rank = {name: place for place, name in enumerate([c for c in CAUSES if c in PHASES] + ["rollout"])}
+    if known.empty:
+        return pd.DataFrame([("", OUTSIDE, 0.0, wall_s)], columns=["name", "step", "t_start", "t_end"])
+    edges = np.unique(np.concatenate([[0.0, wall_s], known.t_start.clip(0, wall_s), known.t_end.clip(0, wall_s)]))
+    owner = np.full(len(edges) - 1, -1)
+    order = known.assign(rank=known.name.map(rank)).sort_values(["rank", "depth"], ascending=[False, True])
+    first = np.searchsorted(edges, order.t_start.clip(0, wall_s))
+    last = np.searchsorted(edges, order.t_end.clip(0, wall_s))
+    for place, (start, end) in enumerate(zip(first, last, strict=True)):
+        owner[start:end] = place
+    names = np.append(order.name.to_numpy(object), "")
+    steps = np.append(order.step.to_numpy(), OUTSIDE)
+    # A piece of no phase belongs to the step under way: the last one that began.
+    begun = known.sort_values("t_start")
+    current = np.searchsorted(begun.t_start.to_numpy(), edges[:-1], side="right") - 1
+    under_way = np.where(current >= 0, begun.step.to_numpy()[current], OUTSIDE)
+    return pd.DataFrame(
+        {
+            "name": names[owner],
+            "step": np.where(owner >= 0, steps[owner], under_way),
+            "t_start": edges[:-1],
+            "t_end": edges[1:],
+        }
+    )
+
+
+def _outside_rollout(cluster: Cluster, name: str, step: int, seconds: float) -> pd.DataFrame:
+    """A piece in which no engine rolls out. engine = -1 stands for the trainer's GPUs."""
+    rollout_cause = trainer_cause = name or "wait_other"
+    if cluster.trainer_gpus and name and name not in WHOLE_CLUSTER:
+        rollout_cause = "wait_train"
+    rows = [(step, e, rollout_cause, seconds) for e in range(cluster.engines)]
+    if cluster.trainer_gpus:
+        rows.append((step, -1, trainer_cause, seconds))
+    return _frame(rows)
+
+
+def _split_spans(engine: pd.DataFrame, pieces: pd.DataFrame) -> pd.DataFrame:
+    """Engine spans by cause: prefills by whose tokens they are, decodes by how full the engine was."""
+    spans = _clip_to_rollouts(engine, pieces)
+    if spans.empty:
+        return _frame([])
+    seconds = spans.seconds.to_numpy()
+    decode = (spans.kind == "decode").to_numpy()
+    peak = spans.batch.where(decode, 0).groupby([spans.step, spans.engine]).transform("max")
+    slots = np.where(spans.slots > 0, spans.slots, np.maximum(peak, 1))
+    full = np.clip(spans.batch.to_numpy() / np.maximum(slots, 1), 0.0, 1.0)
+    tokens = spans[["fresh_tokens", "resumed_tokens", "recomputed_tokens"]].to_numpy(float)
+    whole = tokens.sum(axis=1)
+    share = np.divide(tokens, whole[:, None], out=np.zeros_like(tokens), where=whole[:, None] > 0)
+    share[whole == 0, 0] = 1.0
+    stalled = (spans.waiting > 0).to_numpy()
+    by_cause = {
+        "prefill": ~decode * share[:, 0],
+        "re_prefill": ~decode * share[:, 1],
+        "preempt_recompute": ~decode * share[:, 2],
+        "decode_useful": decode * full,
+        "kv_stall": decode * stalled * (1 - full),
+        "decode_underfilled": decode * ~stalled * (1 - full),
+    }
+    parts = [
+        pd.DataFrame({"step": spans.step, "engine": spans.engine, "cause": cause, "seconds": seconds * part})
+        for cause, part in by_cause.items()
+    ]
+    together = pd.concat(parts, ignore_index=True)
+    return together.groupby(["step", "engine", "cause"], as_index=False).seconds.sum()
+
+
+def _clip_to_rollouts(engine: pd.DataFrame, pieces: pd.DataFrame) -> pd.DataFrame:
+    """Each span's seconds inside rollout pieces; what an evaluation rolled out is not counted a second time."""
+    rollout = pieces[pieces.name == "rollout"]
+    if engine.empty or rollout.empty:
+        return engine.assign(seconds=0.0).iloc[:0]
+    starts, ends = rollout.t_start.to_numpy(), rollout.t_end.to_numpy()
+    done = np.concatenate([[0.0], np.cumsum(ends - starts)])
+
+    def rollout_time_until(t: np.ndarray) -> np.ndarray:
+        place = np.searchsorted(starts, t, side="right")  # pieces begun by t
+        before = done[np.maximum(place - 1, 0)]
+        inside = np.minimum(t, ends[np.maximum(place - 1, 0)]) - starts[np.maximum(place - 1, 0)]
+        return np.where(place > 0, before + inside, 0.0)
+
+    seconds = rollout_time_until(engine.t_end.to_numpy()) - rollout_time_until(engine.t_start.to_numpy())
+    return engine.assign(seconds=np.maximum(seconds, 0.0))
+
+
+def _waits(cluster: Cluster, engine: pd.DataFrame, rollouts: pd.DataFrame, pieces: pd.DataFrame) -> pd.DataFrame:
+    """What is left of a rollout when its spans are taken off.
+
+    wait_tail: after the engine's last span, while another engine still runs. wait_other: gaps. unresolved: a
+    program that writes no engine records. wait_rollout: the trainer's own GPUs meanwhile.
+    """
+    rollout = pieces[pieces.name == "rollout"]
+    phase_s = (rollout.t_end - rollout.t_start).groupby(rollout.step).sum()
+    rows: list[tuple[int, int, str, float]] = []
+    spans = _clip_to_rollouts(engine, pieces)
+    busy = spans.groupby(["step", "engine"]).seconds.sum()
+    last = spans.groupby(["step", "engine"]).t_end.max()
+    end_of_step = last.groupby(level="step").max() if len(last) else last
+    phase_end = rollout.groupby("step").t_end.max()
+    recorded = set(spans.step.unique())
+    for step, seconds in phase_s.items():
+        if cluster.trainer_gpus:
+            rows.append((step, -1, "wait_rollout", seconds))
+        for e in range(cluster.engines):
+            if step not in recorded:
+                rows.append((step, e, "unresolved", seconds))
+                continue
+            left = seconds - busy.get((step, e), 0.0)
+            all_done = min(end_of_step[step], phase_end[step])
+            phase_start = phase_end[step] - seconds
+            tail = max(0.0, all_done - last.get((step, e), phase_start))
+            tail = min(tail, max(left, 0.0))
+            rows += [(step, e, "wait_tail", tail), (step, e, "wait_other", left - tail)]
+    return _frame(rows)
+
+
+def _per_gpu(cluster: Cluster, per_engine: pd.DataFrame) -> pd.DataFrame:
+    """One row per step, GPU and cause: an engine's GPUs share its fate, the trainer's come last."""
+    merged = per_engine.groupby(["step", "engine", "cause"], as_index=False).seconds.sum()
+    merged = merged[merged.seconds != 0.0]
+    first_trainer = cluster.engines * cluster.gpus_per_engine
+    copies = []
+    for gpu in range(cluster.gpus):
+        owner = gpu // cluster.gpus_per_engine if gpu < first_trainer else -1
+        copies.append(merged[merged.engine == owner].assign(gpu=gpu))
+    ledger = pd.concat(copies, ignore_index=True)[["step", "gpu", "cause", "seconds"]]
+    return ledger.sort_values(["step", "gpu", "cause"], ignore_index=True)
+
+
+def _check(cluster: Cluster, ledger: pd.DataFrame, wall_s: float) -> None:
+    allowed = TOLERANCE * max(wall_s, 1e-300)
+    negative = ledger[ledger.seconds < -allowed]
+    if len(negative):
+        row = negative.iloc[0]
+        raise ConservationError(
+            f"ledger: step {row.step}, GPU {row.gpu}: {row.cause} is {row.seconds:.6g} s: engine spans overlap"
+        )
+    sums = ledger.groupby("gpu").seconds.sum()
+    for gpu in range(cluster.gpus):
+        missing = wall_s - sums.get(gpu, 0.0)
+        if abs(missing) > allowed:
+            raise ConservationError(f"ledger: GPU {gpu}: {missing:.6g} s of {wall_s:.6g} s wall have no name")
+
+
+def _frame(rows: Sequence[tuple[int, int, str, float]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["step", "engine", "cause", "seconds"])

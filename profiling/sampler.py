@@ -1,0 +1,129 @@
+"""The sampler: `python -m profiling.sampler`, a process of its own, one per host.
+
+A thread in the trainer would be held up by the interpreter's lock just when the trainer is busy. It writes
+devices/part-N.parquet into the run directory and sampler.json beside it, and ends when its standard input closes or
+its parent dies.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import select
+import signal
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from profiling import schema
+from profiling.sources import Sample, Source
+from profiling.sources.host import HostSource
+from profiling.sources.nvml import NoDriver, NvmlSource
+from profiling.writer import write_atomically, write_parquet
+
+PART_SECONDS = 5.0
+"""Samples reach the disk at least this often."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def open_sources() -> tuple[list[Source], str | None]:
+    """NVML where a driver answers, and the host always; a note when there is no GPU."""
+    try:
+        return [NvmlSource(), HostSource()], None
+    except NoDriver as error:
+        return [HostSource()], f"no GPU: host samples only (NVML: {error})"
+
+
+class Sampler:
+    """Reads every source each `interval_s`, on deadlines that do not drift."""
+
+    def __init__(self, directory: Path, interval_s: float, zero_s: float) -> None:
+        self.directory = directory
+        self.interval_s = interval_s
+        self.zero_s = zero_s
+        self.sources, self.note = open_sources()
+        self.rows: list[tuple[float, Sample]] = []
+        self.part = 1 + max((int(p.stem[5:]) for p in (directory / "devices").glob("part-*.parquet")), default=-1)
+        self.ticks = self.missed = 0
+        self.first_s: float | None = None
+        self.last_s: float | None = None
+
+    def run(self) -> None:
+        """Sample until standard input closes; the first sample at once, the last one at the end."""
+        self.tick()
+        self.report()
+        deadline = time.perf_counter() + self.interval_s
+        written = time.perf_counter()
+        while not _input_closed(max(0.0, deadline - time.perf_counter())):
+            late = int((time.perf_counter() - deadline) / self.interval_s)
+            self.missed += late
+            self.tick()
+            deadline += (1 + late) * self.interval_s
+            if time.perf_counter() - written >= PART_SECONDS:
+                self.write_part()
+                written = time.perf_counter()
+        self.tick()
+        self.write_part()
+        self.report()
+        for source in self.sources:
+            source.close()
+
+    def tick(self) -> None:
+        t = time.perf_counter() - self.zero_s
+        self.rows += [(t, sample) for source in self.sources for sample in source.read()]
+        self.ticks += 1
+        self.first_s = t if self.first_s is None else self.first_s
+        self.last_s = t
+
+    def write_part(self) -> None:
+        if not self.rows:
+            return
+        columns: dict[str, list[Any]] = {"t": [t for t, _ in self.rows]}
+        for field in fields(Sample):
+            columns[field.name] = [getattr(sample, field.name) for _, sample in self.rows]
+        path = self.directory / "devices" / f"part-{self.part:06d}.parquet"
+        write_parquet(path, columns, schema.DEVICES)
+        self.part += 1
+        self.rows = []
+
+    def report(self) -> None:
+        """What was sampled and what it cost, in sampler.json."""
+        states = {device: m for source in self.sources for device, m in source.capabilities.states.items()}
+        cpu = os.times()
+        content = {
+            "devices": [asdict(device) for source in self.sources for device in source.devices()],
+            "capabilities": states,
+            "note": self.note,
+            "interval_s": self.interval_s,
+            "ticks": self.ticks,
+            "missed_ticks": self.missed,
+            "first_sample_s": self.first_s,
+            "last_sample_s": self.last_s,
+            "cpu_seconds": cpu.user + cpu.system,
+        }
+        write_atomically(self.directory / "sampler.json", (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _input_closed(timeout_s: float) -> bool:
+    """Wait; True as soon as the parent has closed its end of the pipe."""
+    ready, _, _ = select.select([sys.stdin], [], [], timeout_s)
+    return bool(ready) and not os.read(sys.stdin.fileno(), 4096)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="sample GPUs and the host until standard input closes")
+    parser.add_argument("--output", type=Path, required=True, help="run directory")
+    parser.add_argument("--interval", type=float, default=1.0, help="seconds between samples")
+    parser.add_argument("--zero", type=float, required=True, help="the monotonic clock at the start of the run")
+    options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's; the pipe tells us
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    Sampler(options.output, options.interval, options.zero).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The totals of a run, measured or simulated, under the names that users' scripts rely on."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from profiling.ledger import Cluster, innermost_phases, ledger_totals
+
+NOT_TRAINING = ("evaluation", "checkpoint")
+"""Phases left out of rates per step, row and token."""
+
+NEEDS_RECORDS = (
+    "preempt_recompute",
+    "re_prefill",
+    "prefill",
+    "decode_useful",
+    "decode_underfilled",
+    "kv_stall",
+    "decode_discarded",
+    "wait_tail",
+)
+"""Causes that only engine records can tell; null for a program that writes none."""
+
+
+def summarise(
+    *,
+    cluster: Cluster,
+    phases: pd.DataFrame,
+    engine: pd.DataFrame,
+    rollouts: pd.DataFrame,
+    ledger: pd.DataFrame,
+    wall_s: float,
+    startup_steps: int,
+    trailing_tokens: int = 0,
+    drawn_mean_tokens: float | None = None,
+) -> dict[str, Any]:
+    """Totals and rates. Seconds, tokens, rows; null for what this run cannot tell.
+
+    Step 0 (value pre-training) counts in wall_seconds, gpu_seconds and the ledger, not in rows, tokens and rates.
+    Rates leave out the first `startup_steps` steps (fewer when the run is shorter: `startup_steps` in the result is
+    the number left out), evaluation and checkpoints. trailing_tokens: of each truncated row, do not train.
+    drawn_mean_tokens: mean length of the rows drawn, where it is known; else it is known if all rows finished.
+    """
+    rows = rollouts[rollouts.step >= 1]
+    steps = int(rows.step.nunique())
+    tokens = rows.tokens.to_numpy()
+    trained = np.where(rows.finished, tokens, np.maximum(tokens - trailing_tokens, 0))
+    finished = rows[rows.finished]
+    rows_in = int(rows.row.nunique())
+    pieces = innermost_phases(phases, wall_s)
+    rollout_s = float(_seconds(pieces[(pieces.name == "rollout") & (pieces.step >= 1)]))
+    spans = engine[engine.step >= 1]
+    span_s = (spans.t_end - spans.t_start).to_numpy()
+    engine_s = cluster.engines * rollout_s
+    recorded = len(spans) > 0
+    totals = ledger_totals(ledger)
+    staleness = (rows.step - 1 - rows.policy_version).to_numpy()
+    skipped = min(startup_steps, max(steps - 1, 0))
+    late = rows.step > skipped
+    step_s = _step_seconds(pieces, skipped)
+    return {
+        "wall_seconds": wall_s,
+        "pretrain_seconds": float(
+            _seconds(pieces[(pieces.step == 0) & (pieces.name != "") & ~pieces.name.isin(NOT_TRAINING)])
+        ),
+        "rollout_seconds": rollout_s if recorded else None,
+        "tail_seconds": _tail_seconds(rows) if recorded else None,
+        "steps": steps if recorded else None,
+        "generated_tokens": int(tokens.sum()) if recorded else None,
+        "processed_tokens": int(rows.context_before.sum() + tokens.sum()) if recorded else None,
+        "trained_tokens": int(trained.sum()) if recorded else None,
+        "rows_in": rows_in if recorded else None,
+        "rows_finished": len(finished) if recorded else None,
+        "rows_carried": rows_in - len(finished) if recorded else None,
+        "preemptions": int(rows.preempted.sum()) if recorded else None,
+        "engine_idle_fraction": 1 - float(span_s.sum()) / engine_s if engine_s and recorded else None,
+        "mean_running_rows": float((spans.batch * span_s).sum()) / engine_s if engine_s and recorded else None,
+        "staleness_mean": float(np.average(staleness, weights=trained)) if trained.sum() else None,
+        "staleness_max": int(staleness.max()) if len(staleness) else None,
+        "length_bias": _length_bias(rows, finished, rows_in, drawn_mean_tokens),
+        "startup_steps": skipped,
+        "seconds_per_step": _ratio(step_s, steps - skipped),
+        "seconds_per_finished_row": _ratio(step_s, int(rows.finished[late].sum())),
+        "seconds_per_trained_token": _ratio(step_s, int(trained[late.to_numpy()].sum())),
+        "ledger": {
+            cause: None if cause in NEEDS_RECORDS and not recorded else seconds for cause, seconds in totals.items()
+        },
+        "gpu_seconds": cluster.gpus * wall_s,
+    }
+
+
+def _seconds(pieces: pd.DataFrame) -> float:
+    return float((pieces.t_end - pieces.t_start).sum())
+
+
+def _step_seconds(pieces: pd.DataFrame, skipped: int) -> float:
+    """Wall seconds of the steps after the first `skipped`, evaluation and checkpoints left out. What lies between
+    two steps belongs to the one before."""
+    late = pieces[(pieces.step > skipped) & (pieces.step >= 1) & ~pieces.name.isin(NOT_TRAINING)]
+    return _seconds(late)
+
+
+def _tail_seconds(rows: pd.DataFrame) -> float:
+    """Sum over steps of the last end minus the ceil(0.9 n)-th end of its n records."""
+    total = 0.0
+    for _, ends in rows.groupby("step").t_end:
+        ordered = np.sort(ends.to_numpy())
+        total += float(ordered[-1] - ordered[math.ceil(0.9 * len(ordered)) - 1])
+    return total
+
+
+def _length_bias(
+    rows: pd.DataFrame, finished: pd.DataFrame, rows_in: int, drawn_mean_tokens: float | None
+) -> float | None:
+    """Mean length trained (rows that finished) / mean length drawn."""
+    if finished.empty:
+        return None
+    lengths = finished.context_before + finished.tokens - finished.prompt_tokens
+    if drawn_mean_tokens is not None:
+        return float(lengths.mean()) / drawn_mean_tokens
+    return 1.0 if len(finished) == rows_in else None
+
+
+def _ratio(seconds: float, count: int) -> float | None:
+    return seconds / count if count > 0 else None
