@@ -1,7 +1,7 @@
 """What `tppo train` reads from TOML. A field's docstring is its help; overrides are `--section.field value`."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -142,27 +142,3 @@ class RunConfig(Settings):
         if self.evaluation.every and self.evaluation.seed == self.data.seed:
             raise ValueError("evaluation.seed equals data.seed: the held-out problems would be trained on")
         return self
-
-
-def to_toml(values: dict[str, Any]) -> str:
-    """Nested tables of plain values as TOML; None is left out."""
-    lines, tables = [], []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            tables.append((key, value))
-        elif value is not None:
-            lines.append(f"{key} = {_toml_value(value)}")
-    for name, table in tables:
-        lines += ["", f"[{name}]", to_toml(table).rstrip()]
-    return "\n".join(lines) + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_toml_value, value))}]"
-    if isinstance(value, (int, float)):
-        return repr(value)
-    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'

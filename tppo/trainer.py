@@ -13,9 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from profiling import Profiler
 from profiling.errors import ConfigError
+from profiling.settings import to_toml
 from profiling.writer import RunWriter
 from tppo.algorithms.recipes import RECIPES
-from tppo.config import RunConfig, to_toml
+from tppo.config import RunConfig
 from tppo.data.arithmetic import ArithmeticTask, verify
 from tppo.evaluate import Accuracy, evaluate
 from tppo.metrics import step_metrics

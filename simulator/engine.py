@@ -1,0 +1,191 @@
+"""One rollout engine: rows are admitted, prefilled and decoded; time jumps from event to event.
+
+An iteration does, in this order (INTERFACE, "What happens, exactly"):
+  1. reserve blocks for every running row's next token, in admission order; when short, preempt the latest admitted
+     to the head of the queue, its tokens kept;
+  2. if nothing was preempted, admit from the queue, first come, first served, while the head's blocks fit;
+  3. prefill all admitted together, decodes stalled;
+  4. decode all running rows one token.
+Between two events the decode steps of a constant batch are one span, summed in closed form.
+"""
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+
+from profiling.errors import ConfigError, ConservationError
+from simulator.costs import EngineCosts, decoded_pairs, prefilled_pairs
+from simulator.kv import BLOCK_TOKENS, KvBlocks, blocks_for
+
+
+@dataclass(slots=True)
+class Job:
+    """A row in this step. `context`: prompt and response tokens as of its last admission or preemption."""
+
+    row: int
+    context: int
+    left: int
+    """Tokens to generate in this step from there on."""
+    resumed: bool
+    """It has response tokens from an earlier step."""
+    preempted: int = 0
+    admitted_at: int = 0
+    """Decode steps that the engine had done when the row was admitted."""
+    order: int = 0
+    """Place in the order of admission."""
+    t_start: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What the engine does next, without interruption, and how long it takes."""
+
+    kind: str
+    seconds: float
+    steps: int
+    batch: int
+    context_tokens: int
+    attended_pairs: int
+    fresh_tokens: int
+    resumed_tokens: int
+    recomputed_tokens: int
+    waiting: int
+
+
+class Engine:
+    """State of one engine within a step. The caller alternates `next_span` and `finish_span`, and keeps the time."""
+
+    def __init__(
+        self, costs: EngineCosts, max_rows: int | None, kv_tokens: int | None, shared_queue: deque[Job] | None = None
+    ) -> None:
+        self.costs = costs
+        self.max_rows = max_rows
+        self.kv = KvBlocks(None if kv_tokens is None else kv_tokens // BLOCK_TOKENS)
+        self.queue: deque[Job] = deque()
+        self._shared = deque() if shared_queue is None else shared_queue
+        self.steps_done = 0
+        self.preemptions = 0
+        self._running: dict[int, Job] = {}  # by order of admission
+        self._ends: list[tuple[int, int, int]] = []  # heap of (steps_done at the end, row, order)
+        self._context = 0  # of all running rows
+        self._admissions = 0
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_a_free_slot(self) -> bool:
+        return self.max_rows is None or self.running < self.max_rows
+
+    def submit(self, job: Job) -> None:
+        self.queue.append(job)
+
+    def next_span(self, now_s: float) -> Span | None:
+        """The next prefill, or decode steps up to the next event; None when there is nothing to run."""
+        preempted = self._preempt_while_short()
+        admitted = [] if preempted and self._running else self._admit(now_s)
+        if admitted:
+            return self._prefill_span(admitted)
+        # The next iteration may admit what this one, having preempted, may not.
+        return self._decode_span(at_most=1 if preempted and self._head_fits() else None)
+
+    def finish_span(self, span: Span) -> list[Job]:
+        """Take the span's work as done; the rows that end with it, by row id."""
+        if span.kind == "prefill":
+            return []
+        self.kv.advance(self.steps_done, span.steps)
+        self.steps_done += span.steps
+        self._context += span.batch * span.steps
+        ended = []
+        while self._ends and self._ends[0][0] == self.steps_done:
+            _, _, order = heapq.heappop(self._ends)
+            job = self._running.get(order)
+            if job is None:
+                continue  # it was preempted; its later admission has an entry of its own
+            self._leave(job)
+            ended.append(job)
+        return ended
+
+    def check_empty(self) -> None:
+        """At the end of a step nothing may be left behind."""
+        waiting = len(self.queue) + len(self._shared)
+        if self.running or waiting or self.kv.used or self._context:
+            raise ConservationError(
+                f"engine: at the end of a step {self.running} rows run, {waiting} wait, "
+                f"{self.kv.used} KV blocks and {self._context} context tokens are in use; all must be 0"
+            )
+
+    def _preempt_while_short(self) -> bool:
+        preempted = False
+        while self.kv.free < 0:
+            order = next(reversed(self._running))
+            job = self._running[order]
+            self._leave(job)
+            job.preempted += 1
+            self.preemptions += 1
+            self.queue.appendleft(job)
+            preempted = True
+        return preempted
+
+    def _admit(self, now_s: float) -> list[Job]:
+        admitted: list[Job] = []
+        while (queue := self.queue or self._shared) and self.has_a_free_slot:
+            job = queue[0]
+            if not self._head_fits():
+                if not self._running:
+                    raise ConfigError(
+                        f"cluster.kv_tokens_per_engine: {self.kv.capacity} blocks of {BLOCK_TOKENS} tokens cannot hold "
+                        f"row {job.row} of {job.context} tokens; raise it, or lower workload.max_response_tokens"
+                    )
+                break
+            queue.popleft()
+            job.admitted_at = self.steps_done
+            job.order = self._admissions
+            job.t_start = now_s if job.t_start is None else job.t_start
+            self._admissions += 1
+            self._running[job.order] = job
+            self.kv.add(job.context, self.steps_done)
+            self._context += job.context
+            heapq.heappush(self._ends, (self.steps_done + job.left, job.row, job.order))
+            admitted.append(job)
+        return admitted
+
+    def _head_fits(self) -> bool:
+        queue = self.queue or self._shared
+        return bool(queue) and self.has_a_free_slot and blocks_for(queue[0].context) <= self.kv.free
+
+    def _leave(self, job: Job) -> None:
+        """Take a running row out; its context and what is left are brought up to date."""
+        done = self.steps_done - job.admitted_at
+        job.context += done
+        job.left -= done
+        self.kv.remove(job.context, self.steps_done)
+        self._context -= job.context
+        del self._running[job.order]
+
+    def _prefill_span(self, admitted: list[Job]) -> Span:
+        tokens = sum(job.context for job in admitted)
+        pairs = sum(prefilled_pairs(job.context) for job in admitted)
+        recomputed = sum(job.context for job in admitted if job.preempted)
+        resumed = sum(job.context for job in admitted if job.resumed and not job.preempted)
+        return Span(
+            "prefill", self.costs.prefill_s(tokens=tokens, pairs=pairs), 1, len(admitted), tokens, pairs,
+            tokens - recomputed - resumed, resumed, recomputed, self._waiting(),
+        )  # fmt: skip
+
+    def _decode_span(self, at_most: int | None) -> Span | None:
+        batch = self.running
+        if not batch:
+            return None
+        while self._ends[0][2] not in self._running:
+            heapq.heappop(self._ends)
+        until_a_row_ends = self._ends[0][0] - self.steps_done
+        steps = at_most or self.kv.steps_that_fit(self.steps_done, until_a_row_ends)
+        seconds = self.costs.decode_s(batch=batch, context_tokens=self._context, steps=steps)
+        pairs = decoded_pairs(batch, self._context, steps)
+        return Span("decode", seconds, steps, batch, self._context, pairs, 0, 0, 0, self._waiting())
+
+    def _waiting(self) -> int:
+        """Rows that wait for KV blocks, not for a slot."""
+        return len(self.queue) + len(self._shared) if self.has_a_free_slot else 0

@@ -1,0 +1,246 @@
+"""The experiment file of `tppo simulate`. A field's docstring is its help; a cost that is left out is 0."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from profiling.errors import ConfigError
+from profiling.settings import Settings, check_settings, read_toml, with_overrides
+from tppo.schedule import Schedule, Synchronous, Truncated
+
+LATER_SCHEDULES = ("oversample", "asynchronous", "tail_batching")
+
+
+class FixedLengths(Settings):
+    kind: Literal["fixed"]
+    value: PositiveFloat
+    """Tokens of every response."""
+
+
+class LognormalLengths(Settings):
+    kind: Literal["lognormal"]
+    mean: PositiveFloat | None = None
+    """Mean before the cap, in tokens."""
+    mean_capped: PositiveFloat | None = None
+    """Mean after the cap, as papers report it."""
+    sigma: NonNegativeFloat
+    """Standard deviation of the logarithm."""
+
+    @model_validator(mode="after")
+    def check_there_is_one_mean(self) -> "LognormalLengths":
+        if (self.mean is None) == (self.mean_capped is None):
+            raise ValueError("give either mean (before the cap) or mean_capped (after it)")
+        return self
+
+
+class EmpiricalLengths(Settings):
+    kind: Literal["empirical"]
+    file: Path
+    """CSV or Parquet, relative to the experiment file."""
+    column: str
+    """Column with the response lengths, in tokens."""
+    order: Literal["given", "sampled"] = "given"
+    """given: the values in their order, repeating. sampled: drawn with replacement."""
+
+
+class RunLengths(Settings):
+    kind: Literal["run"]
+    path: Path
+    """Run directory whose rows give response lengths and prompts, in the order of their ids, repeating."""
+
+
+Lengths = Annotated[FixedLengths | LognormalLengths | EmpiricalLengths | RunLengths, Field(discriminator="kind")]
+
+
+class Workload(Settings):
+    steps: PositiveInt
+    """Training steps."""
+    prompts_per_step: PositiveInt
+    """Prompts of a step."""
+    samples_per_prompt: PositiveInt = 1
+    """Responses to each prompt."""
+    prompt_tokens: NonNegativeInt = 0
+    """Tokens of every prompt (lengths of kind `run` bring their own)."""
+    max_response_tokens: PositiveInt
+    """A longer response ends there."""
+    seed: NonNegativeInt = 0
+    """Seed of the per-row random streams."""
+    response_tokens: Lengths
+    """How long responses are."""
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+
+class SynchronousSchedule(Settings):
+    kind: Literal["synchronous"]
+
+
+class TruncatedSchedule(Settings):
+    kind: Literal["truncated"]
+    window: PositiveInt
+    """New tokens per row and step."""
+    trailing_tokens: NonNegativeInt = 0
+    """Last tokens of a truncated row that do not train; counted, nothing else."""
+
+
+class ClusterSettings(Settings):
+    engines: PositiveInt = 1
+    """Rollout engines."""
+    gpus_per_engine: PositiveInt = 1
+    """GPUs of each engine."""
+    max_rows_per_engine: PositiveInt | None = None
+    """Rows that run at once on an engine; left out: unlimited."""
+    kv_tokens_per_engine: PositiveInt | None = None
+    """Tokens that an engine's KV cache holds; left out: unlimited."""
+    dispatch: Literal["round_robin", "shared_queue"] = "round_robin"
+    """round_robin: row i of a step goes to engine i mod engines. shared_queue: to the engine that frees a slot."""
+    trainer: Literal["colocated", "separate", "none"] = "colocated"
+    """colocated: training runs on the engines' GPUs. none: no training phases."""
+    trainer_gpus: NonNegativeInt = 0
+    """GPUs of a separate trainer."""
+
+    @model_validator(mode="after")
+    def check_the_trainer(self) -> "ClusterSettings":
+        if self.trainer == "separate" and not self.trainer_gpus:
+            raise ValueError("trainer = 'separate' needs trainer_gpus")
+        if self.trainer != "separate" and self.trainer_gpus:
+            raise ValueError(f"trainer_gpus = {self.trainer_gpus} needs trainer = 'separate'")
+        return self
+
+
+class AffineCostSettings(Settings):
+    """Seconds. A decode step: base + per_row x rows + per_context_token x total context."""
+
+    kind: Literal["affine"] = "affine"
+    decode_base_s: NonNegativeFloat = 0.0
+    """Of every decode step."""
+    decode_per_row_s: NonNegativeFloat = 0.0
+    """Per running row and decode step."""
+    decode_per_context_token_s: NonNegativeFloat = 0.0
+    """Per token of context (prompt + generated so far, summed over running rows) and decode step."""
+    prefill_base_s: NonNegativeFloat = 0.0
+    """Of every prefill, however many rows it admits."""
+    prefill_per_token_s: NonNegativeFloat = 0.0
+    """Per uncached token."""
+    prefill_per_token_context_s: NonNegativeFloat = 0.0
+    """Per attended pair of tokens."""
+    reward_base_s: NonNegativeFloat = 0.0
+    reward_per_row_s: NonNegativeFloat = 0.0
+    """Per finished row, divided among reward_workers."""
+    reward_workers: PositiveInt = 1
+    """Rows graded at the same time."""
+    logprob_forward_base_s: NonNegativeFloat = 0.0
+    logprob_forward_per_token_s: NonNegativeFloat = 0.0
+    """Per processed token (context before + tokens of the step)."""
+    reference_forward_base_s: NonNegativeFloat = 0.0
+    reference_forward_per_token_s: NonNegativeFloat = 0.0
+    value_forward_base_s: NonNegativeFloat = 0.0
+    value_forward_per_token_s: NonNegativeFloat = 0.0
+    value_update_base_s: NonNegativeFloat = 0.0
+    """Of a step in which a row finished."""
+    value_update_per_token_s: NonNegativeFloat = 0.0
+    """Per token of the rows that finished in the step."""
+    policy_update_base_s: NonNegativeFloat = 0.0
+    policy_update_per_token_s: NonNegativeFloat = 0.0
+    weight_sync_s: NonNegativeFloat = 0.0
+    switch_s: NonNegativeFloat = 0.0
+    """Colocated: from engine to trainer and back, each."""
+    evaluation_s: NonNegativeFloat = 0.0
+    evaluation_every: NonNegativeInt = 0
+    """Steps between evaluations; 0: none."""
+    checkpoint_s: NonNegativeFloat = 0.0
+    checkpoint_every: NonNegativeInt = 0
+    """Steps between checkpoints; 0: none."""
+    rollout_other_s: NonNegativeFloat = 0.0
+    """Of a rollout, outside prefills and decodes: the host's own work."""
+    step_other_s: NonNegativeFloat = 0.0
+    """Of a step, outside every phase."""
+
+
+class CalibratedCostSettings(Settings):
+    kind: Literal["calibrated"]
+    file: Path
+    """calibration.json of `tppo calibrate`, relative to the experiment file."""
+    evaluation_s: NonNegativeFloat = 0.0
+    evaluation_every: NonNegativeInt = 0
+    checkpoint_s: NonNegativeFloat = 0.0
+    checkpoint_every: NonNegativeInt = 0
+
+
+class Experiment(Settings):
+    workload: Workload
+    schedule: Annotated[SynchronousSchedule | TruncatedSchedule, Field(discriminator="kind")]
+    cluster: ClusterSettings = ClusterSettings()
+    cost: Annotated[AffineCostSettings | CalibratedCostSettings, Field(discriminator="kind")] = AffineCostSettings()
+
+    def make_schedule(self) -> Schedule:
+        if isinstance(self.schedule, TruncatedSchedule):
+            return Truncated(window=self.schedule.window)
+        return Synchronous()
+
+    @property
+    def trailing_tokens(self) -> int:
+        return self.schedule.trailing_tokens if isinstance(self.schedule, TruncatedSchedule) else 0
+
+
+def load_experiment(source: Path | str | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Experiment:
+    """An experiment from a TOML file or from the same as a dict. overrides: {"schedule.window": 4096}.
+
+    Paths inside a file are relative to it. Raises ConfigError naming file, field, fault and remedy.
+    """
+    if isinstance(source, Mapping):
+        where, folder, values = "experiment", Path(), dict(source)
+    else:
+        path = Path(source)
+        where, folder, values = str(path), path.parent, read_toml(path)
+    values = with_overrides(values, overrides or {})
+    _refuse_what_is_not_there_yet(values, where)
+    values = _with_absolute_paths(values, folder)
+    experiment = check_settings(values, Experiment, where=where)
+    check_a_row_fits(experiment, where)
+    return experiment
+
+
+def check_a_row_fits(experiment: Experiment, where: str) -> None:
+    """The longest row that may occur must fit an engine's KV cache alone, or the run could never end."""
+    kv_tokens = experiment.cluster.kv_tokens_per_engine
+    workload = experiment.workload
+    longest = workload.prompt_tokens + workload.max_response_tokens
+    if kv_tokens is not None and -(-longest // 16) > kv_tokens // 16:
+        raise ConfigError(
+            f"{where}: cluster.kv_tokens_per_engine = {kv_tokens} cannot hold one row of {longest} tokens "
+            f"(in blocks of 16); raise it, or lower workload.max_response_tokens"
+        )
+
+
+def _refuse_what_is_not_there_yet(values: Mapping[str, Any], where: str) -> None:
+    def section(name: str) -> Mapping[str, Any]:
+        found = values.get(name)
+        return found if isinstance(found, Mapping) else {}
+
+    schedule = section("schedule").get("kind")
+    if schedule in LATER_SCHEDULES:
+        raise ConfigError(
+            f"{where}: schedule.kind = '{schedule}' is not available yet; choose synchronous or truncated"
+        )
+    if section("cost").get("kind") == "analytic":
+        raise ConfigError(f"{where}: cost.kind = 'analytic' is not available yet; choose affine or calibrated")
+    for name, key in (("cluster", "prefill"), ("cluster", "chunk_tokens"), ("cluster", "overlap_reward"),
+                      ("cost", "mtbf_hours"), ("cost", "restart_s")):  # fmt: skip
+        if key in section(name):
+            raise ConfigError(f"{where}: {name}.{key} is not available yet; remove it")
+
+
+def _with_absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    for dotted in ("workload.response_tokens.file", "workload.response_tokens.path", "cost.file"):
+        table: Any = values
+        *sections, key = dotted.split(".")
+        for name in sections:
+            table = table.get(name) if isinstance(table, Mapping) else None
+        if isinstance(table, Mapping) and isinstance(table.get(key), str):
+            values = with_overrides(values, {dotted: str(folder / table[key])})
+    return values
