@@ -124,8 +124,11 @@ class TrainingRun:
         while pending:
             instant = pending[0][0]
             yield self.env.timeout(max(0.0, instant - self.wall_s))
-            due = [heapq.heappop(pending) for _ in iter(lambda: due_now(pending, instant), False)]
-            for end, number, span in sorted(due, key=lambda entry: entry[1]):
+            due = []
+            while pending and pending[0][0] <= instant + ONE_INSTANT_S:
+                due.append(heapq.heappop(pending))
+            due.sort(key=lambda entry: entry[1])
+            for end, number, span in due:
                 self.log.spans.append((plan.step, number, end - span.seconds, end, span))
                 for job in engines[number].finish_span(span):
                     event = self.row_ends(plan.step, number, job, end)
@@ -134,7 +137,7 @@ class TrainingRun:
                     self.apply(decisions)
                     ended_step = ended_step or any(d.action == "end_step" for d in decisions)
                     state = state.after(decisions)
-            for _, number, _ in sorted(due, key=lambda entry: entry[1]):
+            for _, number, _ in due:
                 self.go_on(number, engines[number], pending)
         for engine in engines:
             engine.check_empty()
@@ -178,21 +181,11 @@ class TrainingRun:
         longest = self.experiment.workload.max_response_tokens
         reason = "budget" if not finished else "length" if row.length >= longest else "stop"
         assert job.t_start is not None
-        self.log.rows.append(
-            RowRecord(
-                step,
-                row.row,
-                engine,
-                self.version,
-                row.prompt_tokens,
-                row.prompt_tokens + before,
-                tokens,
-                finished,
-                job.preempted,
-                job.t_start,
-                end,
-            )  # fmt: skip
-        )
+        record = RowRecord(
+            step, row.row, engine, self.version, row.prompt_tokens, row.prompt_tokens + before, tokens, finished,
+            job.preempted, job.t_start, end,
+        )  # fmt: skip
+        self.log.rows.append(record)
         return RowEnd(row.row, tokens, row.response_tokens, reason)
 
     def apply(self, decisions: Sequence[Decision]) -> None:
@@ -249,7 +242,3 @@ class TrainingRun:
         expected = self.drawn_tokens - left + sum(carried.values())
         if generated != expected:
             raise ConservationError(f"tokens: {generated} generated, {expected} accounted for by rows")
-
-
-def due_now(pending: Sequence[tuple[float, int, Span]], instant: float) -> bool:
-    return bool(pending) and pending[0][0] <= instant + ONE_INSTANT_S

@@ -135,8 +135,8 @@ class Engine:
             if not self._head_fits():
                 if not self._running:
                     raise ConfigError(
-                        f"cluster.kv_tokens_per_engine: {self.kv.capacity} blocks of {BLOCK_TOKENS} tokens cannot hold "
-                        f"row {job.row} of {job.context} tokens; raise it, or lower workload.max_response_tokens"
+                        f"cluster.kv_tokens_per_engine: {self.kv.capacity} blocks of {BLOCK_TOKENS} tokens cannot "
+                        f"hold row {job.row} of {job.context} tokens; raise it, or lower workload.max_response_tokens"
                     )
                 break
             queue.popleft()

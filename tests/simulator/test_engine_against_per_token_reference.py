@@ -1,0 +1,111 @@
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simulator import load_experiment, simulate
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "references"))
+from per_token_engine import roll_out  # noqa: E402
+
+COSTS = {
+    "decode_base_s": 0.0101,
+    "decode_per_row_s": 2.13e-4,
+    "decode_per_context_token_s": 5.7e-6,
+    "prefill_base_s": 0.0037,
+    "prefill_per_token_s": 1.9e-5,
+    "prefill_per_token_context_s": 3.1e-8,
+}
+
+
+def experiment(lengths, tmp_path, *, engines, max_rows, kv_tokens, shared, window, steps, prompt, longest):
+    table = tmp_path / "lengths.csv"
+    table.write_text("n\n" + "\n".join(map(str, lengths)))
+    cluster = {"engines": engines, "trainer": "none", "dispatch": "shared_queue" if shared else "round_robin"}
+    if max_rows is not None:
+        cluster["max_rows_per_engine"] = max_rows
+    if kv_tokens is not None:
+        cluster["kv_tokens_per_engine"] = kv_tokens
+    schedule = {"kind": "synchronous"} if window is None else {"kind": "truncated", "window": window}
+    return load_experiment(
+        {
+            "workload": {
+                "steps": steps,
+                "prompts_per_step": len(lengths),
+                "prompt_tokens": prompt,
+                "max_response_tokens": longest,
+                "response_tokens": {"kind": "empirical", "file": str(table), "column": "n"},
+            },
+            "schedule": schedule,
+            "cluster": cluster,
+            "cost": {"kind": "affine", **COSTS},
+        }
+    )
+
+
+def replay_slowly(lengths, *, engines, max_rows, kv_tokens, shared, window, steps, prompt, longest):
+    """The step loop by hand: carried rows by id, then fresh ones, window by window."""
+    length_of, done_of, next_row, wall, ends, preemptions = {}, {}, 0, 0.0, [], 0
+    for _ in range(steps):
+        carried = sorted(row for row in done_of if done_of[row] < length_of[row])
+        fresh = range(next_row, next_row + len(lengths) - len(carried))
+        for row in fresh:
+            length_of[row], done_of[row] = min(lengths[row % len(lengths)], longest), 0
+        next_row += len(fresh)
+        rows = []
+        for row in [*carried, *fresh]:
+            left = length_of[row] - done_of[row]
+            rows.append((row, prompt + done_of[row], left if window is None else min(left, window)))
+        seconds, row_ends, row_preemptions = roll_out(
+            rows, engines=engines, max_rows=max_rows, kv_tokens=kv_tokens, costs=COSTS, shared_queue=shared
+        )
+        for row, _, tokens in rows:
+            done_of[row] += tokens
+        ends += [wall + row_ends[row] for row, _, _ in rows]
+        preemptions += sum(row_preemptions.values())
+        wall += seconds
+    return wall, sorted(ends), preemptions
+
+
+@st.composite
+def cases(draw):
+    longest = draw(st.integers(1, 90))
+    prompt = draw(st.integers(0, 40))
+    fits_one = 16 * (-(-(prompt + longest + 1) // 16))
+    return {
+        "lengths": draw(st.lists(st.integers(1, 100), min_size=1, max_size=24)),
+        "engines": draw(st.integers(1, 3)),
+        "max_rows": draw(st.none() | st.integers(1, 8)),
+        "kv_tokens": draw(st.none() | st.integers(fits_one, 6 * fits_one)),
+        "shared": draw(st.booleans()),
+        "window": draw(st.none() | st.integers(1, 100)),
+        "steps": draw(st.integers(1, 4)),
+        "prompt": prompt,
+        "longest": longest,
+    }
+
+
+@given(case=cases())
+@settings(max_examples=150, deadline=None)
+def test_closed_form_jumps_equal_single_tokens(case, tmp_path_factory):
+    result = simulate(experiment(tmp_path=tmp_path_factory.mktemp("w"), **case))
+    wall, ends, preemptions = replay_slowly(**case)
+    assert result.run.wall_s == pytest.approx(wall, rel=1e-9)
+    assert sorted(result.rollouts.t_end) == pytest.approx(ends, rel=1e-9)
+    assert result.summary()["preemptions"] == preemptions
+
+
+def test_heavy_kv_pressure_equals_single_tokens(tmp_path):
+    case = {
+        "lengths": [60 + 7 * (i % 11) for i in range(40)],
+        "engines": 2, "max_rows": None, "kv_tokens": 600, "shared": False,
+        "window": 50, "steps": 3, "prompt": 20, "longest": 140,
+    }  # fmt: skip
+    result = simulate(experiment(tmp_path=tmp_path, **case))
+    wall, ends, preemptions = replay_slowly(**case)
+    assert preemptions > 20
+    assert result.summary()["preemptions"] == preemptions
+    assert sorted(result.rollouts.t_end) == pytest.approx(ends, rel=1e-9)
+    assert result.run.wall_s == pytest.approx(wall, rel=1e-9)
