@@ -92,7 +92,7 @@ class TrainingRun:
         for step in range(1, self.experiment.workload.steps + 1):
             plan = self.plan(step)
             yield from self.roll_out(plan)
-            records = [record for record in self.log.rows[-len(plan.admissions) :]]
+            records = self.log.rows[-len(plan.admissions) :]
             yield from self.learn(step, records)
             yield self.env.timeout(self.costs.step_other_s)
             self.version += 1

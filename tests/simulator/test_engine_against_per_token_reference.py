@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from simulator import load_experiment, simulate
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "references"))
-from per_token_engine import roll_out  # noqa: E402
+from per_token_engine import roll_out
 
 COSTS = {
     "decode_base_s": 0.0101,

@@ -1,0 +1,175 @@
+"""Numbers first: tables of one or more runs. Figures and the report draw these and nothing else."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from profiling.errors import DataError
+from profiling.reader import Run
+
+NOT_TRAINING = ("evaluation", "checkpoint")
+PREFILL = ("prefill", "re_prefill", "preempt_recompute")
+DECODE = ("decode_useful", "decode_underfilled", "kv_stall", "decode_discarded")
+WAITING = ("wait_tail", "wait_rollout", "wait_train", "wait_other", "decode_underfilled")
+
+
+def arm_of(run: Run) -> str:
+    """The run's name without its seed: `tppo-s3` belongs to the arm `tppo`."""
+    return re.sub(r"-s\d+$", "", run.name)
+
+
+def seed_of(run: Run) -> int | None:
+    found = re.search(r"-s(\d+)$", run.name)
+    return int(found.group(1)) if found else None
+
+
+def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Arms in order of first appearance."""
+    arms: dict[str, list[Run]] = {}
+    for run in runs:
+        arms.setdefault(arm_of(run), []).append(run)
+    return arms
+
+
+def provenance(runs: Sequence[Run]) -> str:
+    """measured, simulated, or both."""
+    kinds = {"simulated" if run.simulated else "measured" for run in runs}
+    return " and ".join(sorted(kinds))
+
+
+def accuracy_curve(run: Run) -> pd.DataFrame:
+    """step, clock_s (training seconds, evaluation left out), accuracy: one row per evaluation."""
+    metrics = run.metrics
+    if "val/accuracy" not in metrics or metrics["val/accuracy"].notna().sum() == 0:
+        raise DataError(f"{run.path}: has no evaluations (val/accuracy in metrics.jsonl)")
+    rows = metrics[metrics["val/accuracy"].notna()]
+    return pd.DataFrame({"step": rows.step, "clock_s": rows.clock_s, "accuracy": rows["val/accuracy"]}).reset_index(
+        drop=True
+    )
+
+
+def _score_row(run: Run, target: float, consecutive: int) -> pd.Series | None:
+    curve = accuracy_curve(run)
+    reached = curve.accuracy.rolling(consecutive).mean() >= target
+    return curve[reached].iloc[0] if reached.any() else None
+
+
+def time_to_score(run: Run, target: float = 0.85, consecutive: int = 3) -> float | None:
+    """Training seconds at the end of the first `consecutive` evaluations whose mean is at least `target`."""
+    row = _score_row(run, target, consecutive)
+    return None if row is None else float(row.clock_s)
+
+
+def steps_to_score(run: Run, target: float = 0.85, consecutive: int = 3) -> int | None:
+    row = _score_row(run, target, consecutive)
+    return None if row is None else int(row.step)
+
+
+def training_ledger(run: Run) -> pd.Series:
+    """Seconds by cause of steps 1 and later, evaluation and checkpoints left out."""
+    if run.ledger is None:
+        raise DataError(f"{run.path}: has no ledger yet; the run has not ended")
+    ledger = run.ledger
+    return ledger[(ledger.step >= 1) & ~ledger.cause.isin(NOT_TRAINING)].groupby("cause").seconds.sum()
+
+
+def speed_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Per arm, medians over its finished runs: what a step, a finished response and a trained token cost, and where
+    a step's time goes. Seconds of one GPU-equivalent; rates leave out start-up steps."""
+    rows = []
+    for arm, members in by_arm(runs).items():
+        values = [_speed(run) for run in members if run.summary is not None and run.ledger is not None]
+        if values:
+            rows.append({"arm": arm, "runs": len(values), **pd.DataFrame(values).median().to_dict()})
+    return pd.DataFrame(rows)
+
+
+def _speed(run: Run) -> dict[str, float]:
+    assert run.summary is not None
+    seconds = training_ledger(run)
+    per_step = 1 / run.summary["steps"]
+
+    def total(causes: Sequence[str]) -> float:
+        return float(sum(seconds.get(cause, 0.0) for cause in causes))
+
+    return {
+        "s per step": run.summary["seconds_per_step"],
+        "s per finished response": run.summary["seconds_per_finished_row"],
+        "ms per trained token": 1e3 * run.summary["seconds_per_trained_token"],
+        "rollout s": run.summary["rollout_seconds"] * per_step,
+        "decode s": total(DECODE) * per_step,
+        "prefill s": total(PREFILL) * per_step,
+        "waiting or unfilled": total(WAITING) / float(seconds.sum()),
+    }
+
+
+def score_table(runs: Sequence[Run], target: float = 0.85) -> pd.DataFrame:
+    """Per run: training seconds and steps to the target, the tokens and responses trained on by then."""
+    rows = []
+    for run in runs:
+        seconds, steps = time_to_score(run, target), steps_to_score(run, target)
+        metrics = run.metrics
+        done = metrics[(metrics.step >= 1) & (metrics.step <= (steps or 0))]
+        rows.append(
+            {
+                "run": run.name,
+                "s to target": seconds,
+                "steps": steps,
+                "finished responses": int(done["training/finished_rows"].sum()) if steps else None,
+                "trained tokens": int(done["training/trained_tokens"].sum()) if steps else None,
+                "last accuracy": float(accuracy_curve(run).accuracy.iloc[-1]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def paired_speedup(
+    runs: Sequence[Run], baseline: str, arm: str, target: float = 0.85
+) -> dict[str, float | int | None]:
+    """Ratio of the times to target, baseline / arm, seed by seed: median, and a 95 % bootstrap interval of the median
+    (10,000 resamples of the pairs, seeded; null with fewer than three pairs). Seeds in which a run did not reach the
+    target are counted as `unreached`, not left out in silence."""
+    times: dict[str, dict[int | None, float | None]] = {arm_of(run): {} for run in runs}
+    for run in runs:
+        times[arm_of(run)][seed_of(run)] = time_to_score(run, target)
+    first, second = times.get(baseline, {}), times.get(arm, {})
+    seeds = sorted(set(first) & set(second), key=str)
+    pairs = [(first[s], second[s]) for s in seeds]
+    ratios = np.array([a / b for a, b in pairs if a is not None and b is not None])
+    low = high = None
+    if len(ratios) >= 3:
+        draws = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
+        low, high = (float(q) for q in np.percentile(np.median(draws, axis=1), [2.5, 97.5]))
+    return {
+        "pairs": len(ratios),
+        "unreached": len(pairs) - len(ratios),
+        "median": float(np.median(ratios)) if len(ratios) else None,
+        "low": low,
+        "high": high,
+        "wins": int((ratios > 1).sum()),
+    }
+
+
+def prediction_table(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Per calibration, target arm, kind and quantity, over the targets: median predicted and measured, and the error
+    (predicted - measured) / measured: median, and the range."""
+    frame = predictions.assign(arm=predictions.target.str.replace(r"-s\d+$", "", regex=True))
+    keys = ["calibrated_on", "arm", "kind", "drift_corrected", "quantity"]
+    rows = []
+    for values, group in frame.groupby(keys, sort=False):
+        rows.append(
+            {
+                **dict(zip(keys, values, strict=True)),
+                "unit": group.unit.iloc[0],
+                "runs": len(group),
+                "predicted": float(group.predicted.median()),
+                "measured": float(group.measured.median()),
+                "median error": float(group.error.median()),
+                "median absolute error": float(group.error.abs().median()),
+                "lowest error": float(group.error.min()),
+                "highest error": float(group.error.max()),
+            }
+        )
+    return pd.DataFrame(rows)
