@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from itertools import cycle
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-RC = {
+RC: Any = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
     "axes.spines.top": False,

@@ -28,10 +28,14 @@ def profile_command(argv: Sequence[str], *, interval_s: float, output: Path) -> 
         wall_s = profiler.finish("finished" if code == 0 else "failed")
     run = Run(output)
     cluster = Cluster(engines=1, gpus_per_engine=1)
-    tables = {"phases": run.phases, "engine": run.engine, "rollouts": run.rollouts}
-    ledger = build_ledger(cluster=cluster, wall_s=wall_s, **tables)
+    phases, engine, rollouts = run.phases, run.engine, run.rollouts
+    ledger = build_ledger(cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, wall_s=wall_s)
     profiler.writer.ledger({name: ledger[name] for name in ledger.columns})
-    profiler.writer.summary(summarise(cluster=cluster, ledger=ledger, wall_s=wall_s, startup_steps=0, **tables))
+    summary = summarise(
+        cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, ledger=ledger, wall_s=wall_s,
+        startup_steps=0,
+    )  # fmt: skip
+    profiler.writer.summary(summary)
     _print(run, wall_s, code)
     return code
 

@@ -15,7 +15,7 @@ from simulator.costs import engine_costs, phase_s, resolve, reward_s
 from simulator.engine import Engine, Job, Span
 from simulator.experiment import Experiment
 from simulator.workload import RowSource
-from tppo.schedule import CarriedRow, Decision, Demand, RowEnd, StepPlan, StepState
+from tppo.schedule import CarriedRow, Decision, Demand, Reason, RowEnd, StepPlan, StepState
 
 ONE_INSTANT_S = 1e-12
 """Times that agree to this are one instant; its events go by (engine, row), so rounding never flips a dispatch."""
@@ -160,8 +160,8 @@ class TrainingRun:
             tokens = min(admission.budget_tokens, row.length - row.response_tokens)
             job = Job(row.row, row.prompt_tokens + row.response_tokens, tokens, resumed=row.response_tokens > 0)
             # A shared queue deals one row after the other to the engines until their slots are taken; the rest wait.
-            waits = settings.dispatch == "shared_queue" and capacity is not None
-            if waits and place >= capacity * settings.engines:
+            shares = settings.dispatch == "shared_queue"
+            if shares and capacity is not None and place >= capacity * settings.engines:
                 shared.append(job)
             else:
                 engines[place % settings.engines].submit(job)
@@ -179,7 +179,7 @@ class TrainingRun:
         tokens = row.response_tokens - before
         finished = row.response_tokens >= row.length
         longest = self.experiment.workload.max_response_tokens
-        reason = "budget" if not finished else "length" if row.length >= longest else "stop"
+        reason: Reason = "budget" if not finished else "length" if row.length >= longest else "stop"
         assert job.t_start is not None
         record = RowRecord(
             step, row.row, engine, self.version, row.prompt_tokens, row.prompt_tokens + before, tokens, finished,

@@ -44,6 +44,6 @@ def evaluate(
     right = 0
     while ended := engine.run_until_a_row_ends():
         for completion in ended:
-            right += verify(problems[completion.row], tokenizer.decode(completion.token_ids))
+            right += verify(problems[completion.row], str(tokenizer.decode(completion.token_ids)))
     mean = right / len(problems)
     return Accuracy(mean, math.sqrt(mean * (1 - mean) / len(problems)))

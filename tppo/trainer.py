@@ -260,7 +260,7 @@ class Trainer:
         """+1 for a right final answer, -1 otherwise; unfinished rows have no reward yet."""
         for row in rows:
             if row.finished:
-                right = verify(row.problem, self.state.tokenizer.decode(row.response_ids))
+                right = verify(row.problem, str(self.state.tokenizer.decode(row.response_ids)))
                 row.reward = 1.0 if right else -1.0
 
     def evaluate(self, step: int) -> Accuracy:

@@ -197,7 +197,10 @@ def update_value(
             chosen = [members[i] for i in group]
             input_ids = pad_right([_inputs(rows[i]) for i in chosen], pad_token_id)
             width = input_ids.shape[1]
-            positions, wanted, old, token_weight = [], [], [], []
+            positions: list[int] = []
+            wanted: list[float] = []
+            old: list[float] = []
+            token_weight: list[Tensor] = []
             for index, (place, i) in enumerate(zip(group, chosen, strict=True)):
                 count = len(targets[i])
                 first = index * width + rows[i].all_tokens - count - 1

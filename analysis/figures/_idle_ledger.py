@@ -11,7 +11,8 @@ from profiling.reader import Run
 
 CAPTION = (
     "GPU time of the training steps (evaluation and checkpoints left out) by ledger cause; the causes are exclusive "
-    "and add up to all of it. Empty slots of a decode step are shown apart, but filling them would hardly make the step "
+    "and add up to all of it. Empty slots of a decode step are shown apart, but filling them would hardly make "
+    "the step "
     "shorter. Hatched: not measured."
 )
 

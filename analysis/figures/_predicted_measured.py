@@ -11,10 +11,14 @@ from profiling.errors import DataError
 from profiling.reader import Run
 
 WITHIN = 0.10
+COLUMNS = (
+    "target", "calibrated_on", "kind", "drift_corrected", "quantity", "unit", "predicted", "measured", "error",
+)  # fmt: skip
 CAPTION = (
     "Relative error of every predicted quantity; a marker is one target run. A forecast uses costs and lengths of the "
     "calibration runs only; a replay takes the target's own lengths and tests the cost model alone. Both take the "
-    "number of steps as given, so the time to the target is conditional on it. Not corrected for drift of the machine; "
+    "number of steps as given, so the time to the target is conditional on it. Not corrected for drift of the "
+    "machine; "
     "the table shows both. Band: 10 %."
 )
 NAMES = {

@@ -12,7 +12,8 @@ from profiling.errors import DataError
 from profiling.reader import Run
 
 CAPTION = (
-    "The step of median duration of each arm's first run. Rollout: blue is the share of the engine's slots that decode "
+    "The step of median duration of each arm's first run. Rollout: blue is the share of the engine's slots that "
+    "decode "
     "a row, light blue the empty rest (a decode step costs almost the same half full, so this is not time that "
     "could be won back); then what the step does after its rollout."
 )

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-from analysis.tables import steps_to_score, time_to_score
-from simulator.calibrate import Calibration
 
+from analysis.tables import steps_to_score, time_to_score
 from profiling.reader import Run
 from simulator import load_experiment, simulate
+from simulator.calibrate import Calibration
 
 Kind = Literal["forecast", "replay"]
 
@@ -136,7 +136,8 @@ def predict_all(
                 continue
             kind_file = directory / f"calibration-{name}{f'-as-{target.name}' if corrected else ''}.json"
             calibration.scaled(factor).save(kind_file)
-            for kind, lengths_of in (("forecast", calibration_runs[place]), ("replay", target)):
+            sources: list[tuple[Kind, Run]] = [("forecast", calibration_runs[place]), ("replay", target)]
+            for kind, lengths_of in sources:
                 rows += predict(
                     target, lengths_of=lengths_of, calibration_file=kind_file, calibrated_on=name,
                     kind=kind, drift_corrected=corrected, target_accuracy=target_accuracy,

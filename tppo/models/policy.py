@@ -67,10 +67,23 @@ def token_log_probs(
     and a position predicts the token after it. Logits are computed at those positions only. Rows are padded on the
     right, so under causal attention padding changes nothing."""
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (rows, time, hidden)
-    logits = model.get_output_embeddings()(hidden.flatten(0, 1)[positions]).float()  # (picked, vocabulary)
+    logits = output_layer(model)(hidden.flatten(0, 1)[positions]).float()  # (picked, vocabulary)
     log_probs = (logits / temperature).log_softmax(-1)
     entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
     return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def input_layer(model: PreTrainedModel) -> nn.Embedding:
+    layer = model.get_input_embeddings()
+    assert isinstance(layer, nn.Embedding)
+    return layer
+
+
+def output_layer(model: PreTrainedModel) -> nn.Linear:
+    """Hidden states to logits."""
+    layer = model.get_output_embeddings()
+    assert isinstance(layer, nn.Linear)
+    return layer
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, int]:
@@ -79,8 +92,7 @@ def describe_model(model: PreTrainedModel) -> dict[str, int]:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    weight = model.get_input_embeddings().weight
-    output = model.get_output_embeddings().weight
+    weight, output = input_layer(model).weight, output_layer(model).weight
     size = weight.element_size()
     return {
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -7,7 +7,7 @@ from typing import Any
 
 from tppo.rollout.protocol import Clock, Completion, Request, RolloutEngine
 from tppo.rollout.rows import Row
-from tppo.schedule import CarriedRow, Decision, Demand, RowEnd, Schedule, StepPlan, StepState
+from tppo.schedule import CarriedRow, Decision, Demand, Reason, RowEnd, Schedule, StepPlan, StepState
 
 Trace = Callable[[Mapping[str, Any]], None]
 
@@ -66,7 +66,7 @@ def _take(completion: Completion, row: Row, max_response_tokens: int) -> RowEnd:
     length = len(row.response_ids)
     if completion.reason == "stop":
         return RowEnd(row.row, row.window_tokens, length, "stop")
-    reason = "length" if length >= max_response_tokens else "budget"
+    reason: Reason = "length" if length >= max_response_tokens else "budget"
     return RowEnd(row.row, row.window_tokens, length, reason)
 
 

@@ -6,6 +6,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from tppo.models.policy import input_layer
+
 
 class SlotCache(Cache):
     """Keys and values of `slots` rows of at most `max_tokens` tokens, in place, one tensor a layer.
@@ -20,7 +22,7 @@ class SlotCache(Cache):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (slots, heads, max_tokens, head_dim)
-        weight = model.get_input_embeddings().weight
+        weight = input_layer(model).weight
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]

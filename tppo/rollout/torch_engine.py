@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tppo.batching import micro_batches, pad_right
+from tppo.models.policy import output_layer
 from tppo.rollout.protocol import Clock, Completion, Request
 from tppo.rollout.slot_cache import SlotCache
 
@@ -153,7 +154,7 @@ class TorchEngine:
         self._cache.for_decode(self._position, width)
         mask = (self._columns[:width] <= self._position[:, None])[:, None, None]  # (running, 1, 1, width)
         hidden = self._forward(self._last[:, None], mask, self._position[:, None])  # (running, 1, hidden)
-        logits = self.model.get_output_embeddings()(hidden[:, 0]).float()  # (running, vocabulary)
+        logits = output_layer(self.model)(hidden[:, 0]).float()  # (running, vocabulary)
         if self.temperature == 0:
             log_probs = logits.log_softmax(-1)
             tokens = log_probs.argmax(-1)
@@ -174,8 +175,14 @@ class TorchEngine:
 
     def _complete(self, index: int, stopped: bool) -> Completion:
         slot = self._running[index]
-        reason = "stop" if stopped else "budget"
-        return Completion(slot.request.row, slot.token_ids, slot.log_probs, reason, slot.t_start, self._mark)
+        return Completion(
+            slot.request.row,
+            slot.token_ids,
+            slot.log_probs,
+            "stop" if stopped else "budget",
+            slot.t_start,
+            self._mark,
+        )
 
     def _close_gaps(self, ended: set[int]) -> None:
         """Move the last running rows into the slots of those that ended."""

@@ -15,7 +15,7 @@ A row is one response over its whole life; its id never changes.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 Reason = Literal["stop", "length", "budget"]
 """stop: the row ended by itself (EOS). length: it reached the maximum response length. budget: it used up its
@@ -92,7 +92,7 @@ class StepState:
 
 
 class Schedule(Protocol):
-    kind: str
+    kind: ClassVar[str]
 
     def plan_step(self, carried: Sequence[CarriedRow], demand: Demand) -> StepPlan: ...
 

@@ -1,0 +1,36 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both are quick the second time.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# One thread a process: two processes that each use every core wait for each other.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo demo-quick test lint bench clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/tppo demo
+
+demo-quick: $(VENV)/.installed
+	$(BIN)/tppo demo --quick --output runs/demo-quick
+
+test: $(VENV)/.installed
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.simulator_speed
+	$(BIN)/python -m benchmarks.time_to_score
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,203 @@
+import json
+import os
+import signal
+import threading
+
+import pandas as pd
+import pytest
+import torch
+
+from profiling.errors import ConfigError, DataError
+from profiling.reader import Run
+from tppo.algorithms.recipes import RECIPES
+from tppo.rollout.drive import plan_step
+from tppo.schedule import CarriedRow, Demand, RowEnd, StepState, from_description
+from tppo.trainer import train
+
+TIMES = ("time", "clock", "perf/throughput")
+
+
+def without_times(path):
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES) and "timing" not in k} for row in rows]
+
+
+def run(config, **options):
+    train(config, show_progress=False, **options)
+    return Run(config.output)
+
+
+def replay(run_):
+    """Feed a run's logged inputs to a fresh schedule; the decisions it makes, beside those logged."""
+    fresh, logged = [], []
+    schedule = from_description(run_.header["schedule"])
+    for record in run_.trace:
+        if record["type"] == "plan_step" and record["step"] >= 1:
+            plan = schedule.plan_step([CarriedRow(**row) for row in record["carried"]], Demand(**record["demand"]))
+            fresh.append([(a.row, a.response_tokens, a.budget_tokens) for a in plan.admissions])
+            logged.append([(a["row"], a["response_tokens"], a["budget_tokens"]) for a in record["admissions"]])
+        if record["type"] == "row_end" and record["step"] >= 1:
+            state = StepState(record["step"], record["running"])
+            fresh.append([(d.action, d.row) for d in schedule.on_row_end(state, RowEnd(**record["event"]))])
+            logged.append([(d["action"], d["row"]) for d in record["decisions"]])
+    return fresh, logged
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "tppo"])
+def test_one_seed_gives_one_result(make_config, algorithm):
+    first = run(make_config("first", algorithm={"name": algorithm}))
+    second = run(make_config("second", algorithm={"name": algorithm}))
+    assert without_times(first.path) == without_times(second.path)
+    assert without_times(first.path) != without_times(run(make_config("third", train={"seed": 4})).path)
+
+
+def test_a_fresh_schedule_makes_every_decision_of_a_real_run_again(make_config):
+    done = run(make_config("run"))
+    fresh, logged = replay(done)
+    assert fresh == logged
+    assert any(decision[0] == "carry" for decisions in logged for decision in decisions if len(decision) == 2)
+
+
+def test_every_row_is_finished_or_carried_and_no_token_is_lost(make_config):
+    done = run(make_config("run", train={"steps": 8}))
+    rows = done.rollouts[done.rollouts.step >= 1]
+    assert (rows.groupby("step").size() == 8).all()
+    for _, visits in rows.sort_values("step").groupby("row"):
+        before = visits.context_before.to_list()
+        assert before[0] == visits.prompt_tokens.iloc[0]
+        assert before[1:] == (visits.context_before + visits.tokens).to_list()[:-1]
+        assert visits.finished.to_list()[:-1] == [False] * (len(visits) - 1)
+        assert visits.step.diff().dropna().eq(1).all()  # a carried row runs in every step until it ends
+    assert done.summary["rows_in"] == done.summary["rows_finished"] + done.summary["rows_carried"]
+    assert (rows.tokens <= 10).all()
+
+
+def test_a_window_at_the_maximum_trains_exactly_as_an_untruncated_schedule(make_config, monkeypatch):
+    """Same recipe, window = L and window > L, and the synchronous schedule: the same weights bit for bit."""
+    runs = [run(make_config(f"w{w}", rollout={"window": w})) for w in (24, 100)]
+    untruncated = dict(RECIPES)
+    monkeypatch.setitem(
+        RECIPES, "tppo", untruncated["tppo"].__class__(**{**vars_of(untruncated["tppo"]), "truncated": False})
+    )
+    runs.append(run(make_config("synchronous")))
+    assert runs[2].header["schedule"] == {"kind": "synchronous"}
+    for other in runs[1:]:
+        assert without_times(other.path) == without_times(runs[0].path)
+    states = [torch.load(last(r) / "optimizers.pt", weights_only=True)["policy_optimizer"] for r in runs]
+    for state in states[1:]:
+        for key, moments in state["state"].items():
+            assert torch.equal(moments["exp_avg"], states[0]["state"][key]["exp_avg"])
+
+
+def vars_of(recipe):
+    return {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
+
+
+def last(run_):
+    return sorted((run_.path / "checkpoints").glob("step-*"))[-1]
+
+
+def test_every_parameter_of_both_networks_moves(make_config, tiny_model):
+    from safetensors.torch import load_file
+
+    done = run(make_config("run"))
+    before = load_file(tiny_model / "model.safetensors")
+    after = load_file(last(done) / "policy" / "model.safetensors")
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    value = load_file(last(done) / "value_model.safetensors")
+    assert value["head.weight"].abs().sum() > 0
+    for name, weight in value.items():
+        if name.startswith("backbone."):
+            assert not torch.equal(weight, before["model." + name.removeprefix("backbone.")])
+
+
+def test_trained_tokens_are_counted_apart_from_processed_ones(make_config):
+    done = run(make_config("run"))
+    rows = done.rollouts[done.rollouts.step >= 1]
+    kept = rows.tokens.where(rows.finished, (rows.tokens - 2).clip(lower=0))
+    by_step = kept.groupby(rows.step).sum()
+    metrics = done.metrics[done.metrics.step >= 1].set_index("step")
+    assert metrics["training/trained_tokens"].astype(int).to_dict() == by_step.to_dict()
+    assert done.summary["trained_tokens"] == by_step.sum()
+    assert done.summary["processed_tokens"] == metrics["training/processed_tokens"].sum()
+    assert done.summary["processed_tokens"] > done.summary["generated_tokens"]
+
+
+def test_the_timings_of_a_step_add_up_to_less_than_the_step(make_config):
+    metrics = run(make_config("run")).metrics.query("step >= 1")
+    parts = [c for c in metrics if c.startswith("timing_s/") and c not in ("timing_s/step", "timing_s/testing")]
+    assert (metrics[parts].sum(axis=1) <= metrics["timing_s/step"] + 1e-9).all()
+
+
+def test_the_ledger_of_a_real_run_sums_to_its_wall_time(make_config):
+    done = run(make_config("run"))
+    assert done.ledger.seconds.sum() == pytest.approx(done.trailer["t"], rel=1e-9)
+    assert done.summary["gpu_seconds"] == pytest.approx(done.summary["wall_seconds"])
+    for cause in ("evaluation", "prefill", "re_prefill", "decode_useful", "update_policy", "update_value"):
+        assert done.summary["ledger"][cause] > 0
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(make_config):
+    whole = run(make_config("whole", train={"steps": 6}))
+    run(make_config("parted", train={"steps": 3}))
+    parted = run(make_config("parted", train={"steps": 6}), resume=True)
+    assert without_times(parted.path) == without_times(whole.path)
+    assert parted.rollouts.drop(columns=["t_start", "t_end"]).equals(
+        whole.rollouts.drop(columns=["t_start", "t_end"])
+    )
+    fresh, logged = replay(parted)
+    assert fresh == logged
+
+
+def test_resuming_discards_what_came_after_the_checkpoint(make_config):
+    config = make_config("run", train={"steps": 4, "checkpoint_every": 2})
+    done = run(config)
+    expected = without_times(done.path)
+    import shutil
+
+    shutil.rmtree(done.path / "checkpoints" / "step-000004")
+    with (done.path / "trace.jsonl").open("a") as trace:
+        trace.write('{"type": "torn')
+    again = run(config, resume=True)
+    assert without_times(again.path) == expected
+    assert again.rollouts.groupby("step").size().to_dict() == {0: 8, 1: 8, 2: 8, 3: 8, 4: 8}
+
+
+def test_ctrl_c_ends_the_step_and_saves(make_config):
+    config = make_config("run", train={"steps": 10_000})
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    outcome = train(config, show_progress=False)
+    assert outcome.status == "interrupted"
+    done = Run(config.output)
+    assert done.trailer["status"] == "interrupted"
+    assert last(done).name == f"step-{outcome.steps:06d}"
+    assert len(done.metrics.query("step >= 1")) == outcome.steps
+
+
+def test_a_step_in_which_no_row_finishes_trains_the_policy_and_skips_the_value_model(make_config):
+    config = make_config("run", rollout={"window": 1, "max_response_tokens": 24}, value={"pretrain_rows": 0},
+                         algorithm={"trailing_tokens": 0}, train={"steps": 1})  # fmt: skip
+    metrics = run(config).metrics.query("step == 1").iloc[0]
+    if metrics["training/finished_rows"] == 0:
+        assert pd.isna(metrics.get("critic/vf_loss"))
+        assert metrics["training/trained_tokens"] == 8
+
+
+def test_a_directory_that_holds_a_run_is_never_overwritten(make_config):
+    config = make_config("run", train={"steps": 1})
+    done = run(config)
+    before = (done.path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(config, show_progress=False)
+    assert (done.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_nothing_says_so(make_config):
+    with pytest.raises(DataError, match="no checkpoint to resume from"):
+        train(make_config("nothing"), resume=True, show_progress=False)
+
+
+def test_plans_are_logged_as_they_are_made():
+    records = []
+    plan_step(from_description({"kind": "synchronous"}), [], Demand(1, 1, 0, 5), records.append, lambda: 0.5)
+    assert records[0]["admissions"] == [{"row": 0, "response_tokens": 0, "budget_tokens": 5}]
