@@ -47,7 +47,7 @@ def check_settings(values: Mapping[str, Any], model: type[Model], *, where: str)
 
 
 def describe(fault: ErrorDetails, model: type[BaseModel]) -> str:
-    keys = [str(part) for part in fault["loc"]]
+    keys = without_tags(model, [str(part) for part in fault["loc"]])
     name = ".".join(keys) or "the file"
     if fault["type"] == "extra_forbidden":
         near = get_close_matches(keys[-1], sibling_keys(model, keys[:-1]), n=1, cutoff=0.4)
@@ -61,16 +61,30 @@ def describe(fault: ErrorDetails, model: type[BaseModel]) -> str:
     return f"{name}{shown}: {message[:1].lower()}{message[1:]}"
 
 
-def sibling_keys(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Names of the fields at `path` inside `model`; tags of discriminated unions are part of the path."""
+def without_tags(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """A fault's path as the user writes it: pydantic puts the tag of a discriminated union into it."""
+    models, shown = [model], []
+    for key in path:
+        if any(key in m.model_fields for m in models) or not any(key in tags_of(m) for m in models):
+            shown.append(key)
+        models = step_into(models, key)
+    return shown
+
+
+def sibling_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """Names of the fields at `path` inside `model`."""
     models = [model]
     for key in path:
-        fields = [m.model_fields[key] for m in models if key in m.model_fields]
-        if fields:
-            models = [inner for field in fields for inner in models_in(field.annotation)]
-        else:  # the tag of a discriminated union
-            models = [m for m in models if key in tags_of(m)] or models
+        models = step_into(models, key)
     return sorted({name for m in models for name in m.model_fields})
+
+
+def step_into(models: list[type[BaseModel]], key: str) -> list[type[BaseModel]]:
+    """The models that may stand at `key` of one of `models`; a tag of a union narrows the choice."""
+    fields = [m.model_fields[key] for m in models if key in m.model_fields]
+    if fields:
+        return [inner for field in fields for inner in models_in(field.annotation)]
+    return [m for m in models if key in tags_of(m)] or models
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -101,6 +101,7 @@ def calibrate(runs: Sequence[Run]) -> Calibration:
     """One cost model for all `runs`, from their training steps (1 and later). Raises DataError, naming the run,
     when one has no engine records."""
     for run in runs:
+        _ = run.trace  # a broken trace is reported as such
         if run.engine[run.engine.step >= 1].empty:
             raise DataError(f"{run.path}: has no engine records of training steps; it cannot be calibrated on")
     fits: dict[str, Fit | None] = {

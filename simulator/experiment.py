@@ -199,6 +199,8 @@ def load_experiment(source: Path | str | Mapping[str, Any], overrides: Mapping[s
         where, folder, values = str(path), path.parent, read_toml(path)
     values = with_overrides(values, overrides or {})
     _refuse_what_is_not_there_yet(values, where)
+    if isinstance(values.get("cost"), Mapping):
+        values["cost"] = {"kind": "affine", **values["cost"]}
     values = _with_absolute_paths(values, folder)
     experiment = check_settings(values, Experiment, where=where)
     check_a_row_fits(experiment, where)
