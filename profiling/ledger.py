@@ -45,6 +45,9 @@ def build_ledger(
     phases: name, step, t_start, t_end, depth. engine, rollouts: profiling.schema. Raises ConservationError when a
     GPU's seconds do not add up to `wall_s` within TOLERANCE, naming the GPU and what is missing.
     """
+    unknown = engine.engine[(engine.engine < 0) | (engine.engine >= cluster.engines)]
+    if len(unknown):
+        raise ConservationError(f"ledger: spans of engine {unknown.iloc[0]}, but there are {cluster.engines} engines")
     pieces = innermost_phases(phases, wall_s)
     parts = [_split_spans(engine, pieces)]
     for piece in pieces.itertuples(index=False):

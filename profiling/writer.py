@@ -1,5 +1,6 @@
 """Writes a run directory so that a killed run reads cleanly: append whole lines, rename whole files."""
 
+import contextlib
 import errno
 import json
 import math
@@ -126,7 +127,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise RunError(f"{path}: cannot be written: {error.strerror}") from None
 
 

@@ -199,7 +199,8 @@ def test_any_run_either_sums_to_gpus_times_wall_or_is_refused_as_inconsistent(ru
     try:
         ledger = build_ledger(cluster=cluster, phases=phases, engine=spans, rollouts=NO_ROLLOUTS, wall_s=wall_s)
     except ConservationError as error:
-        assert "engine spans overlap" in str(error)  # spans of a step inside the rollout of another
+        # spans of one step inside the rollout of another
+        assert "engine spans overlap" in str(error) or "have no name" in str(error)
         return
     per_gpu = ledger.groupby("gpu").seconds.sum()
     assert len(per_gpu) == cluster.gpus

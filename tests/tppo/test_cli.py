@@ -84,7 +84,8 @@ def test_unknown_commands_and_options_are_one_line(capsys):
 
 def test_a_window_above_the_maximum_trains(capsys, config):
     words = ["--rollout.window", "500", "--rollout.max_response_tokens", "12", "--rollout.prompts_per_step", "4",
-             "--train.steps", "1", "--value.pretrain_rows", "0", "--evaluation.every", "0", "--profile.sampler", "false",
+             "--train.steps", "1", "--value.pretrain_rows", "0", "--evaluation.every", "0",
+             "--profile.sampler", "false",
              "--data.max_steps", "6"]  # fmt: skip
     assert main(["train", str(config), *words]) == 0
     assert "finished after 1 steps" in capsys.readouterr().out
@@ -104,7 +105,7 @@ def test_every_field_has_help(capsys):
 def test_simulate_prints_json_that_adds_up(capsys, tmp_path):
     experiment = tmp_path / "e.toml"
     experiment.write_text(
-        '[workload]\nsteps = 2\nprompts_per_step = 4\nmax_response_tokens = 50\n'
+        "[workload]\nsteps = 2\nprompts_per_step = 4\nmax_response_tokens = 50\n"
         'response_tokens = {kind = "lognormal", mean = 20.0, sigma = 1.0}\n'
         '[schedule]\nkind = "truncated"\nwindow = 10\n[cost]\ndecode_base_s = 0.01\n'
     )

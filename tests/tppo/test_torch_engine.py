@@ -1,4 +1,5 @@
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -53,7 +54,9 @@ def test_greedy_tokens_and_log_probs_equal_a_plain_forward_pass(loaded):
 def test_a_resumed_row_continues_as_if_never_cut(loaded):
     _, tokenizer = loaded
     ids = prompts(tokenizer)
-    whole = run_all(engine_for(loaded, slots=6, temperature=0, eos=-1), [Request(i, p, 0, 21) for i, p in enumerate(ids)])
+    whole = run_all(
+        engine_for(loaded, slots=6, temperature=0, eos=-1), [Request(i, p, 0, 21) for i, p in enumerate(ids)]
+    )
     engine = engine_for(loaded, slots=6, temperature=0, eos=-1)
     first = run_all(engine, [Request(i, p, 0, 8) for i, p in enumerate(ids)])
     engine.update_weights()
@@ -105,7 +108,7 @@ def test_records_hold_every_token_and_adjoin(loaded):
     decode = [r for r in records if r["kind"] == "decode"]
     assert sum(r["steps"] * r["batch"] for r in decode) == sum(len(c.token_ids) for c in completions.values())
     assert sum(r["fresh_tokens"] for r in records) == sum(map(len, prompts(tokenizer)))
-    for before, after in zip(records, records[1:], strict=False):
+    for before, after in pairwise(records):
         assert before["t_end"] == after["t_start"]
     assert engine.take_records() == []
 

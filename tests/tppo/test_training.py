@@ -142,9 +142,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(make_config):
     run(make_config("parted", train={"steps": 3}))
     parted = run(make_config("parted", train={"steps": 6}), resume=True)
     assert without_times(parted.path) == without_times(whole.path)
-    assert parted.rollouts.drop(columns=["t_start", "t_end"]).equals(
-        whole.rollouts.drop(columns=["t_start", "t_end"])
-    )
+    assert parted.rollouts.drop(columns=["t_start", "t_end"]).equals(whole.rollouts.drop(columns=["t_start", "t_end"]))
     fresh, logged = replay(parted)
     assert fresh == logged
 

@@ -1,0 +1,84 @@
+import pandas as pd
+import pytest
+
+from profiling.ledger import Cluster, build_ledger
+from profiling.schema import ENGINE, ROLLOUTS
+from profiling.summary import summarise
+
+PHASE_COLUMNS = ["name", "step", "t_start", "t_end", "depth"]
+
+
+def phases_of(*rows):
+    return pd.DataFrame(rows, columns=PHASE_COLUMNS)
+
+
+def span(step, engine, kind, start, end, **values):
+    row = dict.fromkeys(ENGINE.names, 0) | {
+        "step": step,
+        "engine": engine,
+        "kind": kind,
+        "t_start": start,
+        "t_end": end,
+    }
+    return row | {"steps": 1, "batch": 1} | values
+
+
+def spans_of(*rows):
+    return pd.DataFrame(list(rows), columns=ENGINE.names)
+
+
+def rollouts_of(*rows):
+    return pd.DataFrame(
+        [dict.fromkeys(ROLLOUTS.names, 0) | {"reward": None} | row for row in rows], columns=ROLLOUTS.names
+    )
+
+
+NO_ROWS = rollouts_of()
+ONE = Cluster(engines=1, gpus_per_engine=1)
+
+
+def test_the_summary_of_a_small_truncated_run():
+    # Step 1: rows 0 (6 tokens, done) and 1 (4 of 10, carried). Step 2: row 1 (6 more, done) and row 2 (4, carried).
+    # Prompt 5. Rollouts 0-4 and 6-9, updates 4-6 and 9-10; an evaluation 10-12. Trailing: 1 token.
+    phases = phases_of(
+        ("rollout", 1, 0, 4, 0), ("update_policy", 1, 4, 6, 0),
+        ("rollout", 2, 6, 9, 0), ("update_policy", 2, 9, 10, 0), ("evaluation", 2, 10, 12, 0),
+    )  # fmt: skip
+    engine = spans_of(span(1, 0, "decode", 0, 4, batch=2, slots=2), span(2, 0, "decode", 6, 8, batch=1, slots=2))
+    rows = rollouts_of(
+        {"step": 1, "row": 0, "prompt_tokens": 5, "context_before": 5, "tokens": 6, "finished": True, "t_end": 4.0},
+        {"step": 1, "row": 1, "prompt_tokens": 5, "context_before": 5, "tokens": 4, "finished": False, "t_end": 3.0},
+        {"step": 2, "row": 1, "policy_version": 1, "prompt_tokens": 5, "context_before": 9, "tokens": 6,
+         "finished": True, "t_end": 8.0},
+        {"step": 2, "row": 2, "policy_version": 1, "prompt_tokens": 5, "context_before": 5, "tokens": 4,
+         "finished": False, "t_end": 7.5},
+    )  # fmt: skip
+    ledger = build_ledger(cluster=ONE, phases=phases, engine=engine, rollouts=rows, wall_s=12)
+    got = summarise(cluster=ONE, phases=phases, engine=engine, rollouts=rows, ledger=ledger, wall_s=12,
+                    startup_steps=1, trailing_tokens=1)  # fmt: skip
+    assert got["wall_seconds"] == got["gpu_seconds"] == 12
+    assert got["rollout_seconds"] == 7
+    assert got["tail_seconds"] == 0  # ceil(0.9 x 2) = 2: the last of two
+    assert (got["rows_in"], got["rows_finished"], got["rows_carried"]) == (3, 2, 1)
+    assert got["generated_tokens"] == 20
+    assert got["processed_tokens"] == 5 + 6 + 5 + 4 + 9 + 6 + 5 + 4
+    assert got["trained_tokens"] == 6 + 3 + 6 + 3
+    assert got["engine_idle_fraction"] == pytest.approx(1 / 7)
+    assert got["mean_running_rows"] == pytest.approx((2 * 4 + 1 * 2) / 7)
+    assert (got["staleness_mean"], got["staleness_max"]) == (0, 0)
+    assert got["length_bias"] is None  # row 2 is still growing: what was drawn is not known
+    assert got["startup_steps"] == 1
+    assert got["seconds_per_step"] == 4  # step 2 without its evaluation
+    assert got["seconds_per_finished_row"] == 4
+    assert got["seconds_per_trained_token"] == pytest.approx(4 / 9)
+
+
+def test_what_a_run_without_records_cannot_know_is_null_not_zero():
+    phases = phases_of(("rollout", 1, 0, 3, 0))
+    ledger = build_ledger(cluster=ONE, phases=phases, engine=spans_of(), rollouts=NO_ROWS, wall_s=3)
+    got = summarise(cluster=ONE, phases=phases, engine=spans_of(), rollouts=NO_ROWS, ledger=ledger, wall_s=3,
+                    startup_steps=0)  # fmt: skip
+    for name in ("rows_in", "generated_tokens", "engine_idle_fraction", "seconds_per_step", "length_bias"):
+        assert got[name] is None
+    assert got["ledger"]["wait_tail"] is None
+    assert got["ledger"]["unresolved"] == 3
