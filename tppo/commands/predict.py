@@ -117,6 +117,7 @@ def predict(
             "error": (predicted[name] - measured[name]) / measured[name] if measured[name] else None,
         }
         for name in predicted
+        if predicted[name] is not None and measured[name] is not None
     ]
 
 

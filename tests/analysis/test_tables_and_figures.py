@@ -1,0 +1,212 @@
+import json
+
+import pandas as pd
+import pytest
+
+from analysis import figures
+from analysis.figures import FIGURES
+from analysis.model_costs import decode_bytes, decode_flops, roofline_points
+from analysis.plot import plot
+from analysis.report import write_report
+from analysis.tables import (
+    accuracy_curve,
+    arm_of,
+    paired_speedup,
+    prediction_table,
+    score_table,
+    speed_table,
+    steps_to_score,
+    time_to_score,
+)
+from profiling.errors import DataError, InputError
+from profiling.ledger import Cluster, build_ledger
+from profiling.phases import plain_header
+from profiling.reader import Run
+from profiling.schema import ENGINE, ROLLOUTS
+from profiling.summary import summarise
+from profiling.writer import RunWriter
+
+MODEL = {
+    "parameters": 1000, "embedding_parameters": 100, "lm_head_parameters": 100, "layers": 2, "heads": 3, "kv_heads": 1,
+    "head_dim": 4, "hidden_size": 12, "intermediate_size": 24, "vocab_size": 10, "bytes_per_parameter": 4,
+    "kv_bytes_per_token": 64,
+}  # fmt: skip
+
+
+def make_run(path, *, accuracies, seconds_per_step=2.0, batch=2, finish=True):
+    """Two rows a step: prefill 0.2 s, decode 1 s of 10 steps, policy update 0.6 s, rest nothing."""
+    writer = RunWriter(path, header=plain_header(), config_toml="[train]\nsteps = 3\n")
+    writer.write_text("model.json", json.dumps(MODEL))
+    steps = len(accuracies)
+    phases, spans, rows = [], [], []
+    for step in range(1, steps + 1):
+        t = (step - 1) * seconds_per_step
+        for name, start, end in (("rollout", t, t + 1.2), ("update_policy", t + 1.2, t + 1.8)):
+            phase = {"type": "phase", "name": name, "step": step, "t_start": start, "t_end": end, "depth": 0}
+            phases.append(phase)
+            writer.trace(phase)
+        zero = dict.fromkeys(ENGINE.names, 0) | {"step": step, "slots": 4, "batch": batch}
+        prefill = zero | {"kind": "prefill", "t_start": t, "t_end": t + 0.2, "steps": 1, "context_tokens": 10,
+                          "fresh_tokens": 10, "attended_pairs": 30}  # fmt: skip
+        decode = zero | {"kind": "decode", "t_start": t + 0.2, "t_end": t + 1.2, "steps": 10, "context_tokens": 10,
+                         "attended_pairs": 10 * 10 + batch * 45}  # fmt: skip
+        own = [dict.fromkeys(ROLLOUTS.names, 0) | {"step": step, "row": 10 * step + i, "prompt_tokens": 5,
+               "context_before": 5, "tokens": 10, "finished": True, "reward": 1.0, "policy_version": step - 1,
+               "t_start": t, "t_end": t + 1.2} for i in range(batch)]  # fmt: skip
+        writer.table("engine", step, {n: [prefill[n], decode[n]] for n in ENGINE.names})
+        writer.table("rollouts", step, {n: [r[n] for r in own] for n in ROLLOUTS.names})
+        spans += [prefill, decode]
+        rows += own
+        writer.metrics(
+            {"step": step, "clock_s": step * seconds_per_step, "val/accuracy": accuracies[step - 1],
+             "training/finished_rows": batch, "training/trained_tokens": 10 * batch, "training/truncated_share": 0.25,
+             "response_length/mean": 10.0, "response_length/max": 12}
+        )  # fmt: skip
+    if finish:
+        frames = {"phases": pd.DataFrame(phases), "engine": pd.DataFrame(spans), "rollouts": pd.DataFrame(rows)}
+        wall_s = steps * seconds_per_step
+        ledger = build_ledger(cluster=Cluster(1, 1), wall_s=wall_s, **frames)
+        writer.ledger({name: ledger[name] for name in ledger.columns})
+        writer.summary(summarise(cluster=Cluster(1, 1), ledger=ledger, wall_s=wall_s, startup_steps=0, **frames))
+        writer.close(t=wall_s, status="finished")
+    return Run(path)
+
+
+RISING = [0.5, 0.8, 0.84, 0.86, 0.88, 0.9]  # means of three: .713, .833, .86, .88: reached at the fifth
+
+
+@pytest.fixture
+def runs(tmp_path):
+    found = []
+    for seed in range(3):
+        found.append(make_run(tmp_path / f"ppo-s{seed}", accuracies=RISING, seconds_per_step=4.0 + seed))
+        found.append(make_run(tmp_path / f"tppo-s{seed}", accuracies=RISING, seconds_per_step=2.0, batch=4))
+    hardware = {"name": "test CPU", "peak_flops": 1e9, "memory_bytes_per_s": 1e9, "measured": True}
+    (tmp_path / "hardware.json").write_text(json.dumps(hardware))
+    rows = [
+        {"target": f"tppo-s{seed}", "calibrated_on": "ppo", "kind": kind, "drift_corrected": corrected,
+         "quantity": "training_seconds", "unit": "s", "predicted": 10 + seed, "measured": 10.0, "error": seed / 10}
+        for seed in range(3) for kind in ("forecast", "replay") for corrected in (False, True)
+    ]  # fmt: skip
+    pd.DataFrame(rows).to_csv(tmp_path / "predictions.csv", index=False)
+    return found
+
+
+def test_the_time_to_a_score_is_where_three_evaluations_in_a_row_reach_it(runs):
+    assert steps_to_score(runs[0]) == 5
+    assert time_to_score(runs[0]) == 20.0
+    assert time_to_score(runs[0], target=0.95) is None
+    assert time_to_score(runs[0], target=0.9, consecutive=1) == 24.0
+    assert accuracy_curve(runs[0]).accuracy.to_list() == RISING
+
+
+def test_the_speed_of_an_arm_is_the_median_of_its_runs(runs):
+    table = speed_table(runs).set_index("arm")
+    assert table.loc["ppo", "s per step"] == pytest.approx(5.0)  # 4, 5, 6
+    assert table.loc["ppo", "s per finished response"] == 2.5
+    assert table.loc["tppo", "ms per trained token"] == pytest.approx(1e3 * 2.0 / 40)
+    assert table.loc["tppo", "decode s"] == pytest.approx(1.0)
+    assert table.loc["tppo", "prefill s"] == pytest.approx(0.2)
+    # of 5 s: half of the decode second is unfilled, 5 - 1.8 s are in no phase
+    assert table.loc["ppo", "waiting or unfilled"] == pytest.approx((0.5 + 3.2) / 5)
+
+
+def test_the_score_table_counts_what_was_trained_on_by_then(runs):
+    row = score_table(runs).set_index("run").loc["tppo-s0"]
+    assert (row["s to target"], row.steps, row["finished responses"], row["trained tokens"]) == (10, 5, 20, 200)
+
+
+def test_the_paired_speedup_is_the_median_of_the_ratios_with_an_interval(runs):
+    got = paired_speedup(runs, "ppo", "tppo")
+    assert got["median"] == 2.5  # 20/10, 25/10, 30/10
+    assert (got["low"], got["high"]) == (2.0, 3.0)
+    assert (got["pairs"], got["unreached"], got["wins"]) == (3, 0, 3)
+    assert paired_speedup(runs[:2], "ppo", "tppo")["low"] is None
+
+
+def test_a_seed_that_never_arrives_is_counted_not_hidden(runs, tmp_path):
+    slow = make_run(tmp_path / "ppo-s7", accuracies=[0.1] * 4)
+    fast = make_run(tmp_path / "tppo-s7", accuracies=RISING)
+    assert paired_speedup([*runs, slow, fast], "ppo", "tppo")["unreached"] == 1
+
+
+def test_the_prediction_table_has_medians_and_ranges(runs, tmp_path):
+    table = prediction_table(pd.read_csv(tmp_path / "predictions.csv"))
+    row = table[(table.kind == "replay") & ~table.drift_corrected].iloc[0]
+    assert (row.runs, row["median error"], row["lowest error"], row["highest error"]) == (3, 0.1, 0.0, 0.2)
+
+
+def test_decode_flops_and_bytes_by_hand():
+    # P = 900 in products. 10 steps of 2 rows, contexts summing to 10 before: pairs 10 x 10 + 2 x 45 = 190
+    # FLOPs: 2 x 900 x 20 + 4 x 2 x 3 x 4 x 190 = 36,000 + 18,240.  Bytes: 3,600 x 10 + 64 x (190 + 20)
+    assert decode_flops(MODEL, 20, 190) == 54_240
+    assert decode_bytes(MODEL, 10, 20, 190) == 49_440
+
+
+def test_the_intensity_ratio_of_tppo_to_ppo_equals_hand_arithmetic(runs):
+    # batch 4: 40 tokens, pairs 100 + 4 x 45 = 280: FLOPs 72,000 + 26,880, bytes 36,000 + 64 x 320
+    points = roofline_points(runs).set_index(["run", "work"])
+    ratio = points.intensity["tppo-s0", "decode"] / points.intensity["ppo-s0", "decode"]
+    assert ratio == pytest.approx((98_880 / 56_480) / (54_240 / 49_440))
+    assert points.flops_per_s["ppo-s0", "decode"] == pytest.approx(54_240 * 6 / 6)
+
+
+def test_a_point_above_the_roof_is_an_error(runs, tmp_path):
+    hardware = {"name": "x", "peak_flops": 10.0, "memory_bytes_per_s": 1e9, "measured": True}
+    (tmp_path / "hardware.json").write_text(json.dumps(hardware))
+    with pytest.raises(DataError, match=r"decode reaches .* FLOP/s, above the roof of 10"):
+        figures.roofline(runs)
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_every_figure_draws_and_saves_its_numbers_beside_it(runs, tmp_path, name):
+    paths = plot(runs, name, ["png", "pdf", "svg"], tmp_path / "out")
+    assert [path.suffix for path in paths] == [".png", ".pdf", ".svg", ".csv"]
+    assert all(path.stat().st_size > 100 for path in paths)
+    assert len(pd.read_csv(paths[-1])) > 0
+
+
+def test_the_ledger_bars_are_as_long_as_the_shares(runs):
+    figure = figures.idle_ledger(runs[:1])
+    widths = sum(bar.get_width() for bar in figure.axes[0].patches)
+    assert widths == pytest.approx(1.0)
+    colours = {bar.get_facecolor() for bar in figure.axes[0].patches}
+    assert len(colours) == 5  # prefill, decode filled, unfilled, update, other
+
+
+def test_the_accuracy_lines_have_the_runs_points(runs):
+    axes = figures.accuracy_time(runs).axes[0]
+    thin = [line for line in axes.lines if line.get_linewidth() == 0.8]
+    assert len(thin) == 6
+    assert thin[0].get_xdata().tolist() == [4, 8, 12, 16, 20, 24]
+    assert "same score in 40% of the time" in " ".join(text.get_text() for text in axes.texts)
+
+
+def test_unknown_figures_and_formats_name_the_nearest(runs, tmp_path):
+    with pytest.raises(InputError, match="did you mean 'roofline'"):
+        plot(runs, "rofline", ["png"], tmp_path)
+    with pytest.raises(InputError, match="format 'jpeg' is not one of png, pdf, svg"):
+        plot(runs, "roofline", ["jpeg"], tmp_path)
+
+
+def test_a_report_stands_alone_and_escapes_what_it_is_given(runs, tmp_path):
+    hostile = make_run(tmp_path / "<script>alert(1)<-s0", accuracies=RISING)
+    text = write_report([*runs, hostile], tmp_path / "report.html").read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "T-PPO reaches 85% 2.50 times as fast as PPO on the median of 3 seeds" in text
+    assert text.count("data:image/png;base64,") == len(FIGURES)
+
+
+def test_a_report_of_a_live_run_says_what_it_leaves_out(tmp_path):
+    live = make_run(tmp_path / "ppo-s0", accuracies=RISING, finish=False)
+    text = write_report([live], tmp_path / "report.html").read_text()
+    assert "has no ledger yet; the run has not ended" in text
+    assert "live or killed" in text
+    assert text.count("data:image/png;base64,") >= 2
+
+
+def test_an_arm_is_a_name_without_its_seed(tmp_path):
+    assert arm_of(make_run(tmp_path / "tppo-full-s12", accuracies=[0.1])) == "tppo-full"

@@ -1,0 +1,116 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from profiling.errors import ConfigError, DataError
+from profiling.phases import plain_header
+from profiling.reader import Run
+from profiling.writer import RunWriter
+from simulator import load_experiment, simulate
+from simulator.calibrate import Calibration, Observations, calibrate, fit
+
+COSTS = {
+    "decode_base_s": 0.011, "decode_per_row_s": 2.3e-4, "decode_per_context_token_s": 1.7e-6,
+    "prefill_base_s": 0.02, "prefill_per_token_s": 3e-5, "prefill_per_token_context_s": 4e-7,
+    "value_forward_base_s": 0.1, "value_forward_per_token_s": 1e-4,
+    "value_update_base_s": 0.2, "value_update_per_token_s": 2e-4,
+    "policy_update_base_s": 0.3, "policy_update_per_token_s": 3e-4,
+    "reward_base_s": 0.05, "reward_per_row_s": 0.01, "weight_sync_s": 0.5,
+    "rollout_other_s": 0.007, "step_other_s": 0.013,
+}  # fmt: skip
+
+
+def experiment(costs, window=30, steps=12):
+    return load_experiment(
+        {
+            "workload": {"steps": steps, "prompts_per_step": 24, "prompt_tokens": 9, "max_response_tokens": 100,
+                         "response_tokens": {"kind": "lognormal", "mean": 30.0, "sigma": 0.9}},
+            "schedule": {"kind": "truncated", "window": window},
+            "cluster": {"max_rows_per_engine": 10},
+            "cost": costs,
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    simulate(experiment(COSTS)).write(tmp_path / "run")
+    return Run(tmp_path / "run")
+
+
+def test_costs_are_recovered_from_a_run_that_follows_them(run):
+    calibration = calibrate([run])
+    for name, value in COSTS.items():
+        assert calibration.costs[name] == pytest.approx(value, rel=1e-6), name
+    decode = calibration.fits["decode"]
+    assert decode.r2 == pytest.approx(1)
+    assert decode.total_fitted_s == pytest.approx(decode.total_measured_s)
+    low, high = decode.interval["decode_base_s"]
+    assert low == pytest.approx(0.011, rel=1e-6)
+    assert high == pytest.approx(0.011, rel=1e-6)
+    assert calibration.fits["logprob_forward"] is None
+    assert calibration.runs == ("run",)
+    assert calibration.probe_seconds is None
+
+
+def test_a_calibrated_simulation_of_another_window_equals_one_with_the_true_costs(run, tmp_path):
+    calibrate([run]).save(tmp_path / "c.json")
+    calibrated = simulate(experiment({"kind": "calibrated", "file": str(tmp_path / "c.json")}, window=100))
+    assert calibrated.run.wall_s == pytest.approx(simulate(experiment(COSTS, window=100)).run.wall_s, rel=1e-6)
+
+
+def test_a_saved_calibration_reads_back_and_scales(run, tmp_path):
+    calibration = calibrate([run])
+    calibration.save(tmp_path / "c.json")
+    again = Calibration.load(tmp_path / "c.json")
+    assert again.costs == calibration.costs
+    assert again.scaled(2.0).costs["weight_sync_s"] == pytest.approx(1.0)
+
+
+def test_totals_are_kept_when_a_few_spans_are_slowed_down():
+    """Heavy one-sided outliers, as on shared machines: their time stays in the fitted total."""
+    rng = np.random.default_rng(1)
+    work = np.column_stack([np.ones(400), rng.integers(1, 30, 400), rng.integers(100, 5000, 400)]).astype(float)
+    seconds = work @ np.array([1e-3, 2e-5, 3e-7]) * (1 + 0.05 * rng.standard_normal(400))
+    seconds[rng.integers(0, 400, 20)] *= 8
+    observed = Observations(("a", "b", "c"), work, seconds, np.ones(400), np.arange(400) // 10)
+    found = fit(observed)
+    assert found.total_fitted_s == pytest.approx(seconds.sum())
+    assert all(value >= 0 for value in found.coefficients.values())
+    for name, value in found.coefficients.items():
+        low, high = found.interval[name]
+        assert low <= value * 1.0001 and value <= high * 1.0001
+
+
+def test_nothing_to_fit_is_null():
+    nothing = Observations(("a",), np.zeros((0, 1)), np.zeros(0), np.zeros(0), np.zeros(0))
+    assert fit(nothing) is None
+
+
+def test_a_run_without_engine_records_is_refused_by_name(tmp_path):
+    writer = RunWriter(tmp_path / "bare", header=plain_header(), config_toml="")
+    writer.close(t=1.0, status="finished")
+    with pytest.raises(DataError, match="bare: has no engine records of training steps"):
+        calibrate([Run(tmp_path / "bare")])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "not a calibration of schema 1"),
+        ('{"schema": 1, "costs": {"decode_base_s": -1}}', "numbers of at least 0"),
+        ('{"schema": 1, "costs": {"decode_base_s": NaN}}', "numbers of at least 0"),
+        ('{"schema": 1, "costs": {"no_such_cost_s": 1}}', "costs are not usable"),
+    ],
+)
+def test_broken_calibration_files_are_named(tmp_path, text, message):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        simulate(experiment({"kind": "calibrated", "file": str(tmp_path / "c.json")}))
+
+
+def test_step_numbers_of_two_runs_do_not_mix(run):
+    pooled = calibrate([run, run])
+    assert pooled.fits["decode"].observations == 2 * calibrate([run]).fits["decode"].observations
+    assert isinstance(run.engine, pd.DataFrame)
