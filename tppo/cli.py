@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="first seed")
     demo.add_argument("--seeds", type=int, default=None, help="number of seeds (3; 1 with --quick)")
     demo.add_argument("--quick", action="store_true", help="one seed")
-    demo.add_argument("--regime", default="long", help="long or short: how long the tail of the lengths is")
+    demo.add_argument("--regime", default="short", help="long or short: how long the tail of the lengths is")
 
     train = add("train", _train, "train; writes a run directory", overrides=True)
     train.add_argument("config", type=Path, nargs="?", help="TOML file")
@@ -157,7 +157,6 @@ def _simulate(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _plot(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from analysis.plot import plot
-
     from profiling.reader import Run
 
     formats = [name.strip() for name in options.format.split(",")]
@@ -168,7 +167,6 @@ def _plot(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _report(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from analysis.report import write_report
-
     from profiling.reader import Run
 
     print(write_report([Run(path) for path in options.runs], options.output))

@@ -32,13 +32,14 @@ def tiny_regime(monkeypatch):
 
 
 def test_the_whole_loop_trains_predicts_and_reports(tiny_regime, tmp_path, capsys):
-    report = demo.run_demo(tmp_path / "demo", regime="short", seeds=range(2))
+    runs = demo.run_demo(tmp_path / "demo", regime="short", seeds=range(2))
+    assert len(runs) == 6
     predictions = pd.read_csv(tmp_path / "demo" / "predictions.csv")
     assert set(predictions.calibrated_on) == {"ppo", "tppo"}
     assert set(predictions.kind) == {"forecast", "replay"}
     assert set(predictions.target) == {f"{arm}-s{seed}" for arm in ("ppo", "tppo", "tppo-full") for seed in range(2)}
     assert predictions[predictions.quantity == "training_seconds"].error.abs().max() < 1.5
-    text = report.read_text()
+    text = (tmp_path / "demo" / "report.html").read_text()
     assert "Predicted against measured" in text
     assert text.count("data:image/png;base64,") == 6
     run = Run(tmp_path / "demo" / "tppo-s0")

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from analysis.report import write_report
-from analysis.tables import prediction_table, score_table, speed_table
 from rich.console import Console
 from rich.table import Table
-from simulator.calibrate import calibrate
 
+from analysis.report import write_report
+from analysis.tables import prediction_table, score_table, speed_table
 from profiling.reader import Run
 from profiling.writer import write_atomically
+from simulator.calibrate import calibrate
 from tppo.commands.predict import predict_all
 from tppo.hardware import measure_ceilings
 from tppo.quiet import quieten_libraries
@@ -21,11 +21,17 @@ from tppo.regimes import ARMS, Regime, load_regime
 from tppo.trainer import train
 from tppo.warmstart import warm_start
 
+HEADLINE = (
+    "training_seconds", "rollout_seconds", "seconds_per_step", "seconds_per_finished_row",
+    "seconds_per_trained_token", "seconds_to_target",
+)  # fmt: skip
+DRIFT = {False: "error", True: "drift-corrected"}
 
-def run_demo(output: Path, *, regime: str, seeds: Sequence[int]) -> Path:
+
+def run_demo(output: Path, *, regime: str, seeds: Sequence[int], arms: Sequence[str] = ARMS) -> list[Run]:
     """The whole loop. Runs that are finished are kept, so a second call is quick and an interrupted one goes on.
 
-    Returns the report's path. Everything it wrote lies under `output`.
+    Returns the runs, arm by arm. Everything it wrote, report.html first, lies under `output`.
     """
     quieten_libraries()
     console = Console()
@@ -39,24 +45,24 @@ def run_demo(output: Path, *, regime: str, seeds: Sequence[int]) -> Path:
         settings.warm_start, settings.data, settings.task(settings.data.seed), output,
         lambda step, loss: console.print(f"  step {step} of {settings.warm_start.steps}, loss {loss:.3f}", end="\r"),
     )  # fmt: skip
-    runs: dict[str, list[Run]] = {arm: [] for arm in ARMS}
+    runs: dict[str, list[Run]] = {arm: [] for arm in arms}
     for place, seed in enumerate(seeds):
-        turn = place % len(ARMS)
-        for arm in (*ARMS[turn:], *ARMS[:turn]):  # interleaved and rotated: the machine drifts
+        turn = place % len(arms)
+        for arm in (*arms[turn:], *arms[:turn]):  # interleaved and rotated: the machine drifts
             runs[arm].append(train_arm(settings, arm, seed, model, output))
     predictions = predict_each_from_the_other(runs, output, settings.target_accuracy)
-    everything = [run for arm in ARMS for run in runs[arm]]
+    everything = [run for arm in arms for run in runs[arm]]
     report = write_report(
         everything,
         output / "report.html",
         predictions=output / "predictions.csv",
         hardware=output / "hardware.json",
     )
-    print_frame(console, "Speed, median over seeds", speed_table(everything))
+    print_frame(console, "Speed, medians over seeds", speed_table(everything))
     print_frame(console, f"Time to {settings.target_accuracy:.0%}", score_table(everything, settings.target_accuracy))
-    print_frame(console, "Predicted against measured", prediction_table(predictions))
+    print_frame(console, "Predicted against measured, medians over seeds", headline_table(predictions))
     console.print(f"Report: {report}")
-    return report
+    return everything
 
 
 def train_arm(settings: Regime, arm: str, seed: int, model: Path, output: Path) -> Run:
@@ -80,7 +86,7 @@ def predict_each_from_the_other(runs: dict[str, list[Run]], output: Path, target
     for source, targets in (("ppo", ("tppo", "tppo-full")), ("tppo", ("ppo",))):
         calibration = calibrate(runs[source])
         calibration.save(output / f"calibration-{source}.json")
-        for target in targets:
+        for target in (name for name in targets if name in runs):
             rows += predict_all(
                 runs[target], runs[source], calibration,
                 name=source, directory=output, target_accuracy=target_accuracy,
@@ -90,10 +96,24 @@ def predict_each_from_the_other(runs: dict[str, list[Run]], output: Path, target
     return frame
 
 
+def headline_table(predictions: pd.DataFrame) -> pd.DataFrame:
+    """The forecasts' and replays' errors, without and with the drift probe's correction."""
+    table = prediction_table(predictions)
+    table = table[table.quantity.isin(HEADLINE)].assign(drift=lambda t: t.drift_corrected.map(DRIFT))
+    keys = ["calibrated_on", "arm", "kind", "quantity"]
+    errors = table.pivot_table(index=keys, columns="drift", values="median error", sort=False)
+    plain = table[~table.drift_corrected].set_index(keys)[["predicted", "measured"]]
+    joined = plain.join(errors).reset_index()
+    for column in DRIFT.values():
+        if column in joined:
+            joined[column] = joined[column].map(lambda value: f"{value:+.1%}")
+    return joined.rename(columns={"calibrated_on": "from", "arm": "target"})
+
+
 def print_frame(console: Console, title: str, frame: pd.DataFrame) -> None:
     table = Table(title=title, title_justify="left")
     for column in frame.columns:
-        table.add_column(str(column), justify="left" if frame[column].dtype == object else "right")
+        table.add_column(str(column), justify="right" if pd.api.types.is_numeric_dtype(frame[column]) else "left")
     for row in frame.itertuples(index=False):
         table.add_row(*("-" if pd.isna(v) else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
     console.print(table)
