@@ -40,7 +40,8 @@ def main() -> None:
         print(
             f"{name}: median {statistics.median(seconds):.3f} s (from {min(seconds):.3f} to {max(seconds):.3f}), "
             f"{summary['events']:,} events, {summary['rows_finished']:,} rows, "
-            f"{summary['generated_tokens']:,} tokens, {summary['preemptions']:,} preemptions, simulated {summary['wall_seconds']:,.1f} s"
+            f"{summary['generated_tokens']:,} tokens, {summary['preemptions']:,} preemptions, "
+            f"simulated {summary['wall_seconds']:,.1f} s"
         )
 
 
