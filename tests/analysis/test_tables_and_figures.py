@@ -103,7 +103,7 @@ def test_the_time_to_a_score_is_where_three_evaluations_in_a_row_reach_it(runs):
 def test_the_speed_of_an_arm_is_the_median_of_its_runs(runs):
     table = speed_table(runs).set_index("arm")
     assert table.loc["ppo", "s per step"] == pytest.approx(5.0)  # 4, 5, 6
-    assert table.loc["ppo", "s per finished response"] == 2.5
+    assert table.loc["ppo", "s per finished response"] == pytest.approx(2.5)
     assert table.loc["tppo", "ms per trained token"] == pytest.approx(1e3 * 2.0 / 40)
     assert table.loc["tppo", "decode s"] == pytest.approx(1.0)
     assert table.loc["tppo", "prefill s"] == pytest.approx(0.2)
@@ -118,8 +118,8 @@ def test_the_score_table_counts_what_was_trained_on_by_then(runs):
 
 def test_the_paired_speedup_is_the_median_of_the_ratios_with_an_interval(runs):
     got = paired_speedup(runs, "ppo", "tppo")
-    assert got["median"] == 2.5  # 20/10, 25/10, 30/10
-    assert (got["low"], got["high"]) == (2.0, 3.0)
+    assert got["median"] == pytest.approx(2.5)  # 20/10, 25/10, 30/10
+    assert (got["low"], got["high"]) == pytest.approx((2.0, 3.0))
     assert (got["pairs"], got["unreached"], got["wins"]) == (3, 0, 3)
     assert paired_speedup(runs[:2], "ppo", "tppo")["low"] is None
 
