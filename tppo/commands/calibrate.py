@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from simulator.calibrate import calibrate
 
 from profiling.reader import Run
+from simulator.calibrate import calibrate
 
 
 def run_calibration(paths: Sequence[Path], output: Path | None, *, as_json: bool) -> None:
