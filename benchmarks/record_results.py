@@ -1,0 +1,138 @@
+"""Writes docs/results from finished runs: tables as Markdown and CSV, figures as PNG, and the README's first table.
+
+python -m benchmarks.record_results DEMO_DIRECTORY NAME [--readme]
+
+DEMO_DIRECTORY is what `tppo demo` or `benchmarks.time_to_score` wrote; NAME the folder below docs/results. With
+--readme the README's result block is rewritten from it. No number is typed by hand.
+"""
+
+import argparse
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.figures import FIGURES
+from analysis.plot import plot
+from analysis.tables import arm_of, paired_speedup, prediction_table, score_table, speed_table
+from profiling.reader import Run
+
+ROOT = Path(__file__).parent.parent
+TARGET = 0.85
+ARMS = ("ppo", "tppo", "tppo-full")
+
+
+def runs_in(directory: Path) -> list[Run]:
+    found = [Run(path.parent) for path in directory.glob("*-s*/summary.json")]
+    return sorted(found, key=lambda run: (ARMS.index(arm_of(run)), int(run.name.rsplit("-s", 1)[1])))
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    lines = ["| " + " | ".join(map(str, frame.columns)) + " |", "|" + "---|" * len(frame.columns)]
+    for row in frame.itertuples(index=False):
+        lines.append("| " + " | ".join(_cell(str(c), v) for c, v in zip(frame.columns, row, strict=True)) + " |")
+    return "\n".join(lines)
+
+
+def _cell(column: str, value: object) -> str:
+    if value is None or (isinstance(value, float) and pd.isna(value)):
+        return "–"
+    if isinstance(value, float):
+        return f"{value:+.1%}" if "error" in column else f"{value:.4g}"
+    return str(value)
+
+
+def predicted_against_measured(path: Path, quantities: tuple[str, ...]) -> pd.DataFrame:
+    """Medians over the target runs, with and without the drift probe's correction side by side."""
+    table = prediction_table(pd.read_csv(path))
+    table = table[table.quantity.isin(quantities)]
+    keys = ["calibrated_on", "arm", "kind", "quantity"]
+    plain = table[~table.drift_corrected].set_index(keys)
+    corrected = table[table.drift_corrected].set_index(keys)
+    joined = plain[["unit", "predicted", "measured", "median error", "lowest error", "highest error"]].join(
+        corrected[["median error"]].rename(columns={"median error": "drift-corrected error"})
+    )
+    return joined.reset_index().rename(columns={"calibrated_on": "calibrated on", "arm": "predicted arm"})
+
+
+def speedups(runs: list[Run]) -> pd.DataFrame:
+    rows = []
+    for arm in ("tppo", "tppo-full"):
+        if any(arm_of(run) == arm for run in runs):
+            rows.append({"ratio of times to 85 %": f"ppo / {arm}", **paired_speedup(runs, "ppo", arm, TARGET)})
+    if any(arm_of(run) == "tppo-full" for run in runs):
+        rows.append(
+            {"ratio of times to 85 %": "tppo-full / tppo", **paired_speedup(runs, "tppo-full", "tppo", TARGET)}
+        )
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--readme", action="store_true")
+    options = parser.parse_args()
+    runs = runs_in(options.directory)
+    target = ROOT / "docs" / "results" / options.name
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for figure in FIGURES:
+        plot(runs, figure, ["png"], target)
+    predictions = options.directory / "predictions.csv"
+    every = predicted_against_measured(predictions, tuple(pd.read_csv(predictions).quantity.unique()))
+    header = runs[0].header
+    parts = [
+        f"# {options.name}",
+        f"Written by `python -m benchmarks.record_results` from {len(runs)} runs. "
+        f"Versions: {', '.join(f'{k} {v}' for k, v in header['versions'].items())}. "
+        f"Seeds: {', '.join(sorted({run.name.rsplit('-s', 1)[1] for run in runs}, key=int))}. "
+        "Times in seconds on one CPU thread.",
+        "## Time to 85 % (mean of three consecutive evaluations; evaluation and checkpoints left out)",
+        markdown(speedups(runs)),
+        markdown(score_table(runs, TARGET)),
+        "## Speed, medians over seeds",
+        markdown(speed_table(runs)),
+        "## Predicted against measured",
+        "Medians over the target runs; error = (predicted - measured) / measured. Forecast: costs and lengths of the "
+        "calibration runs only. Replay: the target's own lengths. The number of steps is given, so the time to the "
+        "target is conditional on it. The drift probe is a fixed workload timed at every evaluation.",
+        markdown(every),
+        *[f"![{name}]({name}.png)" for name in FIGURES],
+    ]
+    (target / "README.md").write_text("\n\n".join(parts) + "\n")
+    if options.readme:
+        rewrite_readme(options.name, runs, predictions)
+    print(target)
+
+
+def rewrite_readme(name: str, runs: list[Run], predictions: Path) -> None:
+    table = predicted_against_measured(
+        predictions, ("training_seconds", "rollout_seconds", "seconds_per_finished_row", "seconds_to_target")
+    )
+    table = table[(table.kind == "forecast") & (table["predicted arm"] != "tppo-full")].drop(columns=["kind", "unit"])
+    ratio = paired_speedup(runs, "ppo", "tppo", TARGET)
+    seeds = len({run.name.rsplit("-s", 1)[1] for run in runs})
+    block = "\n\n".join(
+        [
+            f"On two CPU cores, {seeds} seeds, T-PPO reached 85 % accuracy **{ratio['median']:.2f} times as fast** as "
+            f"PPO on the clock (median of paired seeds). The simulator, calibrated on one algorithm's runs alone, "
+            "forecast the other's, which it had not seen (medians over seeds, seconds):",
+            markdown(table),
+            f"![accuracy against wall-clock](docs/results/{name}/accuracy_time.png)",
+            f"All numbers, and what they do not show: [docs/results/{name}](docs/results/{name}/README.md).",
+        ]
+    )
+    readme = ROOT / "README.md"
+    text = re.sub(
+        r"<!-- results:begin -->.*<!-- results:end -->",
+        lambda _: f"<!-- results:begin -->\n{block}\n<!-- results:end -->",
+        readme.read_text(),
+        flags=re.S,
+    )
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
