@@ -106,7 +106,7 @@ def calibrate(runs: Sequence[Run]) -> Calibration:
             raise DataError(f"{run.path}: has no engine records of training steps; it cannot be calibrated on")
     fits: dict[str, Fit | None] = {
         "decode": fit(_together([decode_observations(run) for run in runs])),
-        "prefill": fit(_together([prefill_observations(run) for run in runs])),
+        "prefill": fit_prefill(_together([prefill_observations(run) for run in runs])),
     }
     for phase in PHASE_COSTS:
         fits[phase] = fit(_together([phase_observations(run, phase) for run in runs]))
@@ -146,6 +146,18 @@ def fit(observed: Observations) -> Fit | None:
         total_fitted_s=float((observed.work @ coefficients).sum()),
         scale=scale,
     )
+
+
+def fit_prefill(observed: Observations) -> Fit | None:
+    """As `fit`, without the attended pairs where the data cannot tell them from the tokens.
+
+    Prompts of similar length make the two columns nearly collinear; whichever then gets the time extrapolates wildly
+    to longer contexts. When the 95 % interval of either reaches 0, the pairs are left out (their cost is 0).
+    """
+    whole = fit(observed)
+    if whole is None or all(whole.interval[name][0] > 0 for name in observed.names[1:]):
+        return whole
+    return fit(replace(observed, names=observed.names[:2], work=observed.work[:, :2]))
 
 
 def _solve(observed: Observations) -> np.ndarray:

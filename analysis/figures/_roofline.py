@@ -58,11 +58,12 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     axes.loglog(x, np.minimum(peak, x * bandwidth), color="#333333", linewidth=1.6)
     kind = "measured" if hardware["measured"] else "data sheet"
     axes.text(x[-1], peak * 1.15, f"{peak / 1e9:.0f} GFLOP/s ({kind})", ha="right", fontsize=9)
-    axes.text(
-        x[0] * 1.1, x[0] * bandwidth * 1.9, f"{bandwidth / 1e9:.1f} GB/s ({kind})", fontsize=9, ha="left", va="bottom"
-    )
+    slope = f"{bandwidth / 1e9:.1f} GB/s ({kind})"
+    axes.annotate(slope, (x[0], x[0] * bandwidth), xytext=(16, -4), textcoords="offset points", fontsize=9)
     axes.axvline(ridge, color="#999999", linewidth=0.8, linestyle=":")
-    axes.text(ridge * 1.05, table.flops_per_s.min() / 2, f"ridge\n{ridge:.1f} FLOP/byte", fontsize=8, va="bottom")
+    axes.annotate(
+        f"ridge {ridge:.1f} FLOP/byte", (ridge, peak), xytext=(4, 14), textcoords="offset points", fontsize=8
+    )
     colours = style.arm_colours(list(by_arm(runs)))
     markers = {"decode": "o", "prefill": "s"}
     for (arm, work), rows in table.groupby(["arm", "work"], sort=False):
@@ -70,7 +71,11 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
             rows.intensity, rows.flops_per_s, s=30 + 220 * rows.time_share, marker=markers[work], alpha=0.65,
             color=colours[arm], edgecolor="white", linewidth=0.6, label=f"{style.arm_name(arm)}, {work}",
         )  # fmt: skip
-    axes.set(xlabel="arithmetic intensity, FLOP/byte", ylabel="achieved FLOP/s", ylim=(None, peak * 3))
+    axes.set(
+        xlabel="arithmetic intensity, FLOP/byte",
+        ylabel="achieved FLOP/s",
+        ylim=(table.flops_per_s.min() / 3, peak * 3),
+    )
     axes.set_title(f"Roofline of {hardware['name']} ({provenance(runs)})")
     style.legend(axes, columns=3)
     return figure

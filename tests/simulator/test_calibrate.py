@@ -7,7 +7,7 @@ from profiling.phases import plain_header
 from profiling.reader import Run
 from profiling.writer import RunWriter
 from simulator import load_experiment, simulate
-from simulator.calibrate import Calibration, Observations, calibrate, fit
+from simulator.calibrate import Calibration, Observations, calibrate, fit, fit_prefill
 
 COSTS = {
     "decode_base_s": 0.011, "decode_per_row_s": 2.3e-4, "decode_per_context_token_s": 1.7e-6,
@@ -80,6 +80,18 @@ def test_totals_are_kept_when_a_few_spans_are_slowed_down():
     for name, value in found.coefficients.items():
         low, high = found.interval[name]
         assert low <= value * 1.0001 and value <= high * 1.0001
+
+
+def test_pairs_that_cannot_be_told_from_tokens_are_left_out():
+    rng = np.random.default_rng(2)
+    tokens = rng.normal(1000, 20, 100)  # prompts of one length: pairs are a multiple of the tokens, nearly
+    work = np.column_stack([np.ones(100), tokens, 15.0 * tokens + rng.normal(0, 20, 100)])
+    seconds = 1e-5 * tokens + rng.normal(0, 1e-3, 100)
+    observed = Observations(("base", "tokens", "pairs"), work, seconds, np.ones(100), np.arange(100))
+    found = fit_prefill(observed)
+    assert set(found.coefficients) == {"base", "tokens"}
+    longer = found.coefficients["base"] + found.coefficients["tokens"] * 4000
+    assert longer == pytest.approx(0.04, rel=0.5)
 
 
 def test_nothing_to_fit_is_null():
