@@ -14,12 +14,12 @@ from matplotlib import rc_context
 
 from analysis import style
 from analysis.figures import FIGURES
-from analysis.figures._predicted_measured import NAMES, read_predictions
+from analysis.figures._predicted_measured import read_predictions
 from analysis.tables import (
     arm_of,
     by_arm,
+    comparison_tables,
     paired_speedup,
-    prediction_table,
     provenance,
     score_table,
     speed_table,
@@ -27,11 +27,6 @@ from analysis.tables import (
 from profiling.errors import DataError, ToolkitError
 from profiling.reader import Run
 from profiling.writer import write_atomically
-
-HEADLINE_QUANTITIES = (
-    "training_seconds", "rollout_seconds", "decode_seconds", "prefill_seconds", "seconds_per_step",
-    "seconds_per_finished_row", "seconds_per_trained_token", "waiting_or_unfilled_share", "seconds_to_target",
-)  # fmt: skip
 
 
 def write_report(
@@ -58,7 +53,7 @@ def write_report(
         _table(f"Time to {target:.0%}", "Mean of three consecutive evaluations.", lambda: score_table(runs, target)),
     ]
     if predictions.exists():
-        tables.insert(0, _table("Predicted against measured", _PREDICTION_NOTE, lambda: _predictions(predictions)))
+        tables += _prediction_tables(predictions)
     page = (
         jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
         .from_string((files("analysis") / "report.html.jinja").read_text())
@@ -76,9 +71,10 @@ def write_report(
 
 
 _PREDICTION_NOTE = (
-    "Medians over the target runs. Forecast: costs and lengths of the calibration runs only. Replay: the target's own "
-    "lengths. Steps are given; the time to the target is measured steps times predicted seconds per step, so it is "
-    "conditional on them. Drift-corrected: all costs scaled by the ratio of the drift probe's medians."
+    "Medians over the target runs; error = (predicted - measured) / measured. Forecast: costs and lengths of the "
+    "calibration runs only. Replay: the target's own lengths. Steps are given; the time to the target is measured "
+    "steps times predicted seconds per step, so it is conditional on them. Drift-corrected: all costs scaled by the "
+    "ratio of the drift probe's medians."
 )
 
 
@@ -122,17 +118,16 @@ def _arm(name: str) -> str:
     return name.rsplit("-s", 1)[0]
 
 
-def _predictions(path: Path) -> pd.DataFrame:
-    table = prediction_table(read_predictions(path))
-    order = {name: place for place, name in enumerate(HEADLINE_QUANTITIES)}
-    table = table.assign(place=table.quantity.map(order)).sort_values(
-        ["calibrated_on", "arm", "kind", "drift_corrected", "place"], kind="stable"
-    )
-    table["quantity"] = table.quantity.map(lambda name: NAMES.get(name, name))
-    table["drift_corrected"] = table.drift_corrected.map(lambda yes: "yes" if yes else "no")
-    kept = ["calibrated_on", "arm", "kind", "drift_corrected", "quantity", "unit", "runs", "predicted", "measured",
-            "median error", "lowest error", "highest error"]  # fmt: skip
-    return table[kept]
+def _prediction_tables(path: Path) -> list[dict[str, Any]]:
+    found = comparison_tables(read_predictions(path))
+    return [
+        _table(
+            f"{style.arm_name(arm)}, predicted from {style.arm_name(source)} alone",
+            _PREDICTION_NOTE,
+            lambda table=table: table,  # type: ignore[misc]
+        )
+        for (source, arm), table in found.items()
+    ]
 
 
 def _table(title: str, note: str, make: Any) -> dict[str, Any]:

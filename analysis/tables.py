@@ -152,24 +152,46 @@ def paired_speedup(
     }
 
 
-def prediction_table(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Per calibration, target arm, kind and quantity, over the targets: median predicted and measured, and the error
-    (predicted - measured) / measured: median, and the range."""
-    frame = predictions.assign(arm=predictions.target.str.replace(r"-s\d+$", "", regex=True))
-    keys = ["calibrated_on", "arm", "kind", "drift_corrected", "quantity"]
-    rows = []
-    for values, group in frame.groupby(keys, sort=False):
-        rows.append(
-            {
-                **dict(zip(keys, values, strict=True)),
-                "unit": group.unit.iloc[0],
-                "runs": len(group),
-                "predicted": float(group.predicted.median()),
-                "measured": float(group.measured.median()),
-                "median error": float(group.error.median()),
-                "median absolute error": float(group.error.abs().median()),
-                "lowest error": float(group.error.min()),
-                "highest error": float(group.error.max()),
-            }
-        )
-    return pd.DataFrame(rows)
+QUANTITIES = {
+    "training_seconds": "training time, s",
+    "rollout_seconds": "rollout, s",
+    "decode_seconds": "decode, s",
+    "prefill_seconds": "prefill, s",
+    "seconds_per_step": "per step, s",
+    "seconds_per_finished_row": "per finished response, s",
+    "seconds_per_trained_token": "per trained token, s",
+    "waiting_or_unfilled_share": "waiting or unfilled share",
+    "seconds_to_target": "time to target, s (steps given)",
+}
+"""Predicted quantity -> its name in tables and figures, with its unit."""
+
+
+def comparison_tables(predictions: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+    """(calibrated on, predicted arm) -> a row per quantity: measured, then forecast and replay with their errors.
+
+    Medians over the target runs; error = (predicted - measured) / measured, as a fraction, also with all costs scaled
+    by the drift probe. The range is that of the forecast's error over the runs.
+    """
+    frame = predictions.assign(
+        arm=predictions.target.str.replace(r"-s\d+$", "", regex=True),
+        drift_corrected=predictions.drift_corrected.astype(bool),
+    )
+    tables = {}
+    for (source, arm), group in frame.groupby(["calibrated_on", "arm"], sort=False):
+        rows = []
+        for quantity, name in QUANTITIES.items():
+            own = group[group.quantity == quantity]
+            if own.empty:
+                continue
+            row: dict[str, object] = {"quantity": name, "measured": float(own.measured.median())}
+            for kind in ("forecast", "replay"):
+                plain = own[(own.kind == kind) & ~own.drift_corrected]
+                corrected = own[(own.kind == kind) & own.drift_corrected]
+                row[kind] = float(plain.predicted.median())
+                row[f"{kind} error"] = float(plain.error.median())
+                row[f"{kind} error, drift-corrected"] = float(corrected.error.median()) if len(corrected) else None
+                if kind == "forecast":
+                    row["forecast error, range"] = f"{plain.error.min():+.1%} to {plain.error.max():+.1%}"
+            rows.append(row)
+        tables[str(source), str(arm)] = pd.DataFrame(rows)
+    return tables

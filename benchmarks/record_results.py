@@ -15,7 +15,7 @@ import pandas as pd
 
 from analysis.figures import FIGURES
 from analysis.plot import plot
-from analysis.tables import arm_of, paired_speedup, prediction_table, score_table, speed_table
+from analysis.tables import arm_of, comparison_tables, paired_speedup, score_table, speed_table
 from profiling.reader import Run
 
 ROOT = Path(__file__).parent.parent
@@ -43,19 +43,6 @@ def _cell(column: str, value: object) -> str:
     return str(value)
 
 
-def predicted_against_measured(path: Path, quantities: tuple[str, ...]) -> pd.DataFrame:
-    """Medians over the target runs, with and without the drift probe's correction side by side."""
-    table = prediction_table(pd.read_csv(path))
-    table = table[table.quantity.isin(quantities)]
-    keys = ["calibrated_on", "arm", "kind", "quantity"]
-    plain = table[~table.drift_corrected].set_index(keys)
-    corrected = table[table.drift_corrected].set_index(keys)
-    joined = plain[["unit", "predicted", "measured", "median error", "lowest error", "highest error"]].join(
-        corrected[["median error"]].rename(columns={"median error": "drift-corrected error"})
-    )
-    return joined.reset_index().rename(columns={"calibrated_on": "calibrated on", "arm": "predicted arm"})
-
-
 def speedups(runs: list[Run]) -> pd.DataFrame:
     rows = []
     for arm in ("tppo", "tppo-full"):
@@ -81,7 +68,7 @@ def main() -> None:
     for figure in FIGURES:
         plot(runs, figure, ["png"], target)
     predictions = options.directory / "predictions.csv"
-    every = predicted_against_measured(predictions, tuple(pd.read_csv(predictions).quantity.unique()))
+    compared = comparison_tables(pd.read_csv(predictions))
     header = runs[0].header
     parts = [
         f"# {options.name}",
@@ -98,7 +85,10 @@ def main() -> None:
         "Medians over the target runs; error = (predicted - measured) / measured. Forecast: costs and lengths of the "
         "calibration runs only. Replay: the target's own lengths. The number of steps is given, so the time to the "
         "target is conditional on it. The drift probe is a fixed workload timed at every evaluation.",
-        markdown(every),
+        *[
+            f"### {arm}, predicted from {source} alone\n\n{markdown(table)}"
+            for (source, arm), table in compared.items()
+        ],
         *[f"![{name}]({name}.png)" for name in FIGURES],
     ]
     (target / "README.md").write_text("\n\n".join(parts) + "\n")
@@ -108,16 +98,19 @@ def main() -> None:
 
 
 def rewrite_readme(name: str, runs: list[Run], predictions: Path) -> None:
-    table = predicted_against_measured(
-        predictions, ("training_seconds", "rollout_seconds", "seconds_per_finished_row", "seconds_to_target")
-    )
-    table = table[(table.kind == "forecast") & (table["predicted arm"] != "tppo-full")].drop(columns=["kind", "unit"])
+    tables = comparison_tables(pd.read_csv(predictions))
+    names = [("ppo", "tppo"), ("tppo", "ppo")]
+    rows = [tables[pair].assign(**{"predicted, from": f"{pair[1]}, from {pair[0]}"}) for pair in names]
+    table = pd.concat(rows).iloc[:, [-1, 0, 1, 2, 3, 4, 5]]
+    chosen = ("training time", "rollout, s", "per finished", "time to target")
+    table = table[table.quantity.str.startswith(chosen)]
     ratio = paired_speedup(runs, "ppo", "tppo", TARGET)
     seeds = len({run.name.rsplit("-s", 1)[1] for run in runs})
     block = "\n\n".join(
         [
-            f"On two CPU cores, {seeds} seeds, T-PPO reached 85 % accuracy **{ratio['median']:.2f} times as fast** as "
-            f"PPO on the clock (median of paired seeds). The simulator, calibrated on one algorithm's runs alone, "
+            f"On two CPU cores, T-PPO reached 85 % accuracy **{ratio['median']:.2f} times as fast** as PPO on the "
+            f"clock (median of {seeds} paired seeds, 95 % interval {ratio['low']:.2f} to {ratio['high']:.2f}, faster "
+            f"in {ratio['wins']}). The simulator, calibrated on one algorithm's runs alone, "
             "forecast the other's, which it had not seen (medians over seeds, seconds):",
             markdown(table),
             f"![accuracy against wall-clock](docs/results/{name}/accuracy_time.png)",

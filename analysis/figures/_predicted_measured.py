@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import style
+from analysis.tables import QUANTITIES
 from profiling.errors import DataError
 from profiling.reader import Run
 
@@ -21,17 +22,6 @@ CAPTION = (
     "machine; "
     "the table shows both. Band: 10 %."
 )
-NAMES = {
-    "training_seconds": "training time",
-    "rollout_seconds": "rollout",
-    "decode_seconds": "decode",
-    "prefill_seconds": "prefill",
-    "seconds_per_step": "per step",
-    "seconds_per_finished_row": "per finished response",
-    "seconds_per_trained_token": "per trained token",
-    "waiting_or_unfilled_share": "waiting or unfilled share",
-    "seconds_to_target": "time to target (conditional)",
-}
 
 
 def read_predictions(path: Path) -> pd.DataFrame:
@@ -62,7 +52,7 @@ def data(runs: Sequence[Run]) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     table = table[~table.drift_corrected.astype(bool)]
-    quantities = [name for name in NAMES if name in set(table.quantity)]
+    quantities = [name for name in QUANTITIES if name in set(table.quantity)]
     figure, panels = style.subplots(1, 2, width=8.4, height=0.9 + 0.42 * len(quantities))
     for axes, kind in zip(panels, ("forecast", "replay"), strict=True):
         rows = table[table.kind == kind]
@@ -81,7 +71,7 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
         axes.set(xlim=(-reach, reach), xlabel="error, %", ylim=(len(quantities) - 0.5, -0.5))
         axes.set_title(kind)
         axes.grid(axis="y", visible=False)
-    panels[0].set_yticks(range(len(quantities)), [NAMES[name] for name in quantities])
+    panels[0].set_yticks(range(len(quantities)), [QUANTITIES[name] for name in quantities])
     panels[1].set_yticks(range(len(quantities)), [""] * len(quantities))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)

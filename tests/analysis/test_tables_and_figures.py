@@ -11,8 +11,8 @@ from analysis.report import write_report
 from analysis.tables import (
     accuracy_curve,
     arm_of,
+    comparison_tables,
     paired_speedup,
-    prediction_table,
     score_table,
     speed_table,
     steps_to_score,
@@ -130,10 +130,13 @@ def test_a_seed_that_never_arrives_is_counted_not_hidden(runs, tmp_path):
     assert paired_speedup([*runs, slow, fast], "ppo", "tppo")["unreached"] == 1
 
 
-def test_the_prediction_table_has_medians_and_ranges(runs, tmp_path):
-    table = prediction_table(pd.read_csv(tmp_path / "predictions.csv"))
-    row = table[(table.kind == "replay") & ~table.drift_corrected].iloc[0]
-    assert (row.runs, row["median error"], row["lowest error"], row["highest error"]) == (3, 0.1, 0.0, 0.2)
+def test_predictions_are_compared_by_medians_and_ranges(runs, tmp_path):
+    (pair,) = comparison_tables(pd.read_csv(tmp_path / "predictions.csv")).items()
+    assert pair[0] == ("ppo", "tppo")
+    row = pair[1].iloc[0]
+    assert (row.quantity, row.measured, row.forecast, row["forecast error"]) == ("training time, s", 10.0, 11.0, 0.1)
+    assert row["forecast error, range"] == "+0.0% to +20.0%"
+    assert row["replay error, drift-corrected"] == 0.1
 
 
 def test_decode_flops_and_bytes_by_hand():

@@ -40,7 +40,7 @@ def test_the_whole_loop_trains_predicts_and_reports(tiny_regime, tmp_path, capsy
     assert set(predictions.target) == {f"{arm}-s{seed}" for arm in ("ppo", "tppo", "tppo-full") for seed in range(2)}
     assert predictions[predictions.quantity == "training_seconds"].error.abs().max() < 1.5
     text = (tmp_path / "demo" / "report.html").read_text()
-    assert "Predicted against measured" in text
+    assert "T-PPO, predicted from PPO alone" in text
     assert text.count("data:image/png;base64,") == 6
     run = Run(tmp_path / "demo" / "tppo-s0")
     assert run.trailer["sampler"]["ticks"] >= 2

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.report import write_report
-from analysis.tables import prediction_table, score_table, speed_table
+from analysis.tables import comparison_tables, score_table, speed_table
 from profiling.reader import Run
 from profiling.writer import write_atomically
 from simulator.calibrate import calibrate
@@ -20,12 +20,6 @@ from tppo.quiet import quieten_libraries
 from tppo.regimes import ARMS, Regime, load_regime
 from tppo.trainer import train
 from tppo.warmstart import warm_start
-
-HEADLINE = (
-    "training_seconds", "rollout_seconds", "seconds_per_step", "seconds_per_finished_row",
-    "seconds_per_trained_token", "seconds_to_target",
-)  # fmt: skip
-DRIFT = {False: "error", True: "drift-corrected"}
 
 
 def run_demo(output: Path, *, regime: str, seeds: Sequence[int], arms: Sequence[str] = ARMS) -> list[Run]:
@@ -60,7 +54,8 @@ def run_demo(output: Path, *, regime: str, seeds: Sequence[int], arms: Sequence[
     )
     print_frame(console, "Speed, medians over seeds", speed_table(everything))
     print_frame(console, f"Time to {settings.target_accuracy:.0%}", score_table(everything, settings.target_accuracy))
-    print_frame(console, "Predicted against measured, medians over seeds", headline_table(predictions))
+    for (source, arm), table in comparison_tables(predictions).items():
+        print_frame(console, f"Predicted against measured: {arm}, from {source} alone, medians", table)
     console.print(f"Report: {report}")
     return everything
 
@@ -96,24 +91,17 @@ def predict_each_from_the_other(runs: dict[str, list[Run]], output: Path, target
     return frame
 
 
-def headline_table(predictions: pd.DataFrame) -> pd.DataFrame:
-    """The forecasts' and replays' errors, without and with the drift probe's correction."""
-    table = prediction_table(predictions)
-    table = table[table.quantity.isin(HEADLINE)].assign(drift=lambda t: t.drift_corrected.map(DRIFT))
-    keys = ["calibrated_on", "arm", "kind", "quantity"]
-    errors = table.pivot_table(index=keys, columns="drift", values="median error", sort=False)
-    plain = table[~table.drift_corrected].set_index(keys)[["predicted", "measured"]]
-    joined = plain.join(errors).reset_index()
-    for column in DRIFT.values():
-        if column in joined:
-            joined[column] = joined[column].map(lambda value: f"{value:+.1%}")
-    return joined.rename(columns={"calibrated_on": "from", "arm": "target"})
-
-
 def print_frame(console: Console, title: str, frame: pd.DataFrame) -> None:
     table = Table(title=title, title_justify="left")
     for column in frame.columns:
         table.add_column(str(column), justify="right" if pd.api.types.is_numeric_dtype(frame[column]) else "left")
     for row in frame.itertuples(index=False):
-        table.add_row(*("-" if pd.isna(v) else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
+        cells = zip(frame.columns, row, strict=True)
+        table.add_row(
+            *("-" if pd.isna(v) else number(str(c), v) if isinstance(v, float) else str(v) for c, v in cells)
+        )
     console.print(table)
+
+
+def number(column: str, value: float) -> str:
+    return f"{value:+.1%}" if "error" in column else f"{value:.4g}"
