@@ -124,7 +124,7 @@ def _prediction_tables(path: Path) -> list[dict[str, Any]]:
         _table(
             f"{style.arm_name(arm)}, predicted from {style.arm_name(source)} alone",
             _PREDICTION_NOTE,
-            lambda table=table: table,  # type: ignore[misc]
+            lambda table=table: table,
         )
         for (source, arm), table in found.items()
     ]
