@@ -49,7 +49,7 @@ def build_ledger(
     if len(unknown):
         raise ConservationError(f"ledger: spans of engine {unknown.iloc[0]}, but there are {cluster.engines} engines")
     pieces = innermost_phases(phases, wall_s)
-    parts = [_split_spans(engine, pieces)]
+    parts = [_split_spans(engine, rollouts, pieces)]
     for piece in pieces.itertuples(index=False):
         seconds = piece.t_end - piece.t_start
         if piece.name != "rollout":
@@ -111,8 +111,9 @@ def _outside_rollout(cluster: Cluster, name: str, step: int, seconds: float) -> 
     return _frame(rows)
 
 
-def _split_spans(engine: pd.DataFrame, pieces: pd.DataFrame) -> pd.DataFrame:
-    """Engine spans by cause: prefills by whose tokens they are, decodes by how full the engine was."""
+def _split_spans(engine: pd.DataFrame, rollouts: pd.DataFrame, pieces: pd.DataFrame) -> pd.DataFrame:
+    """Engine spans by cause: prefills by whose tokens they are, decodes by how full the engine was. Of the useful
+    decode time of an engine's step, the share of tokens that were dropped for good is decode_discarded."""
     spans = _clip_to_rollouts(engine, pieces)
     if spans.empty:
         return _frame([])
@@ -126,11 +127,13 @@ def _split_spans(engine: pd.DataFrame, pieces: pd.DataFrame) -> pd.DataFrame:
     share = np.divide(tokens, whole[:, None], out=np.zeros_like(tokens), where=whole[:, None] > 0)
     share[whole == 0, 0] = 1.0
     stalled = (spans.waiting > 0).to_numpy()
+    dropped = _discarded_share(rollouts, spans)
     by_cause = {
         "prefill": ~decode * share[:, 0],
         "re_prefill": ~decode * share[:, 1],
         "preempt_recompute": ~decode * share[:, 2],
-        "decode_useful": decode * full,
+        "decode_useful": decode * full * (1 - dropped),
+        "decode_discarded": decode * full * dropped,
         "kv_stall": decode * stalled * (1 - full),
         "decode_underfilled": decode * ~stalled * (1 - full),
     }
@@ -140,6 +143,14 @@ def _split_spans(engine: pd.DataFrame, pieces: pd.DataFrame) -> pd.DataFrame:
     ]
     together = pd.concat(parts, ignore_index=True)
     return together.groupby(["step", "engine", "cause"], as_index=False).seconds.sum()
+
+
+def _discarded_share(rollouts: pd.DataFrame, spans: pd.DataFrame) -> np.ndarray:
+    """Of each span's step and engine: tokens of discarded rows / tokens of all rows."""
+    tokens = rollouts.groupby(["step", "engine"]).tokens.sum()
+    dropped = rollouts[rollouts.discarded.astype(bool)].groupby(["step", "engine"]).tokens.sum()
+    share = (dropped / tokens).fillna(0.0)
+    return share.reindex(pd.MultiIndex.from_frame(spans[["step", "engine"]])).fillna(0.0).to_numpy(float)
 
 
 def _clip_to_rollouts(engine: pd.DataFrame, pieces: pd.DataFrame) -> pd.DataFrame:

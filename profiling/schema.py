@@ -76,7 +76,9 @@ ROLLOUTS = _columns(
     ("prompt_tokens", _INT),
     ("context_before", _INT),  # prompt + all earlier response tokens
     ("tokens", _INT),  # generated in this step
+    ("trained_tokens", _INT),  # of this row that trained the policy in this step; all its windows' under some recipes
     ("finished", _BOOL),
+    ("discarded", _BOOL),  # dropped for good, untrained
     ("preempted", _INT),  # times, in this step
     ("reward", _FLOAT),  # null while unfinished
     ("t_start", _FLOAT),

@@ -33,20 +33,19 @@ def summarise(
     ledger: pd.DataFrame,
     wall_s: float,
     startup_steps: int,
-    trailing_tokens: int = 0,
     drawn_mean_tokens: float | None = None,
 ) -> dict[str, Any]:
     """Totals and rates. Seconds, tokens, rows; null for what this run cannot tell.
 
     Step 0 (value pre-training) counts in wall_seconds, gpu_seconds and the ledger, not in rows, tokens and rates.
     Rates leave out the first `startup_steps` steps (fewer when the run is shorter: `startup_steps` in the result is
-    the number left out), evaluation and checkpoints. trailing_tokens: of each truncated row, do not train.
+    the number left out), evaluation and checkpoints.
     drawn_mean_tokens: mean length of the rows drawn, where it is known; else it is known if all rows finished.
     """
     rows = rollouts[rollouts.step >= 1]
     steps = int(rows.step.nunique())
     tokens = rows.tokens.to_numpy()
-    trained = np.where(rows.finished, tokens, np.maximum(tokens - trailing_tokens, 0))
+    trained = rows.trained_tokens.to_numpy()
     finished = rows[rows.finished]
     rows_in = int(rows.row.nunique())
     pieces = innermost_phases(phases, wall_s)

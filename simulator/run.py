@@ -57,10 +57,11 @@ class Result:
 
     @cached_property
     def rollouts(self) -> pd.DataFrame:
-        samples = self.experiment.workload.samples_per_prompt
+        samples, trailing = self.experiment.workload.samples_per_prompt, self.experiment.trailing_tokens
         rows = [
             (r.step, r.row, r.row // samples, r.engine, r.policy_version, r.prompt_tokens, r.context_before, r.tokens,
-             r.finished, r.preempted, None, r.t_start, r.t_end)
+             r.tokens if r.finished else max(r.tokens - trailing, 0), r.finished, False, r.preempted, None,
+             r.t_start, r.t_end)
             for r in self.run.log.rows
         ]  # fmt: skip
         return pd.DataFrame(rows, columns=ROLLOUTS.names).astype({"reward": float})
@@ -78,7 +79,7 @@ class Result:
         totals = summarise(
             cluster=self.cluster, phases=self.phases, engine=self.engine, rollouts=self.rollouts, ledger=self.ledger,
             wall_s=run.wall_s, startup_steps=run.schedule.startup_steps(workload.max_response_tokens),
-            trailing_tokens=self.experiment.trailing_tokens, drawn_mean_tokens=run.drawn_tokens / run.next_row,
+            drawn_mean_tokens=run.drawn_tokens / run.next_row,
         )  # fmt: skip
         events = len(run.log.spans) + len(run.log.phases)
         return {**totals, "events": events, "simulator_seconds": self.simulator_seconds}

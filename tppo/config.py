@@ -27,12 +27,12 @@ class DataConfig(Settings):
 
 
 class AlgorithmConfig(Settings):
-    name: Literal["ppo", "tppo"] = "tppo"
-    """The recipe: ppo or tppo (tppo.algorithms.recipes)."""
+    name: Literal["ppo", "ppo-ewma", "geppo", "vapo", "dapo", "tppo", "partial-rollout"] = "tppo"
+    """The recipe (tppo.algorithms.recipes)."""
     lam: float | None = Field(None, ge=0, le=1)
     """Lambda of the advantage estimate; left out: the recipe's."""
     adaptive_lambda_alpha: PositiveFloat | None = None
-    """Use lambda = 1 - 1 / (alpha length) instead (VAPO)."""
+    """Use lambda = 1 - 1 / (alpha length) instead (VAPO); left out under vapo: 1,229 / rollout.max_response_tokens."""
     adaptive_lambda_floor: float = Field(0.0, ge=0, le=1)
     """Smallest length-adaptive lambda (0.95 in T-PPO's port)."""
     trailing_tokens: NonNegativeInt = 8
@@ -40,7 +40,25 @@ class AlgorithmConfig(Settings):
     value_clip: PositiveFloat | None = None
     """Width of value clipping; left out: none."""
     dual_clip: float | None = Field(None, gt=1)
-    """Bound of the policy loss where the advantage is negative; left out: none."""
+    """Bound of the clipped policy loss where the advantage is negative; left out: none."""
+    normalise_advantages: bool = True
+    """Centre and scale advantages as the recipe says; false: leave them as they are."""
+    clamp_advantages: NonNegativeFloat | None = None
+    """Largest absolute advantage after that, 0 for no bound; left out: the recipe's (10 under tppo)."""
+    prefix: Literal["gradient", "detached"] = "gradient"
+    """How the earlier windows of a resumed row are forwarded: with gradient, or with constant keys and values."""
+    lm_loss_coef: NonNegativeFloat | None = None
+    """Weight of the language-model loss on correct responses; left out: the recipe's (0.1 under vapo)."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the k3 KL penalty against the model that the run started from."""
+    overlong_cache_tokens: NonNegativeInt | None = None
+    """Tokens before the maximum over which the reward falls by 1; left out: the recipe's (a fifth under dapo)."""
+    ewma_beta: float | None = Field(None, gt=0, lt=1)
+    """Decay of ppo-ewma's proximal policy; left out: its centre of mass is one step's updates."""
+    max_sampling_rounds: PositiveInt = 10
+    """Rollouts that dapo may start in a step to fill it with prompts answered both right and wrong."""
 
 
 class RolloutConfig(Settings):
@@ -59,10 +77,18 @@ class RolloutConfig(Settings):
 
 
 class ValueConfig(Settings):
+    path: str = ""
+    """Checkpoint of another run to take the value model from; left out: the policy's backbone with a new head."""
     pretrain_rows: NonNegativeInt = 256
     """Rows of the warm start's policy on which the value model is trained before the first step."""
     pretrain_epochs: PositiveInt = 2
     """Passes over those rows."""
+    epochs: PositiveInt = 1
+    """Passes over a step's rows."""
+    mini_batches: PositiveInt | None = None
+    """Optimiser steps per pass; left out: as many as the policy's."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Padded tokens of one forward and backward pass; left out: as the policy's."""
 
 
 class OptimizerConfig(Settings):
@@ -72,6 +98,8 @@ class OptimizerConfig(Settings):
     """AdamW's learning rate of the value model."""
     warmup_steps: NonNegativeInt = 10
     """Steps over which the policy's learning rate rises linearly."""
+    value_warmup_steps: NonNegativeInt = 0
+    """The same for the value model."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas, of both."""
     weight_decay: NonNegativeFloat = 0.0
@@ -83,8 +111,10 @@ class OptimizerConfig(Settings):
 class LoopConfig(Settings):
     steps: PositiveInt = 100
     """Training steps at most."""
+    epochs: PositiveInt = 1
+    """Passes of the policy over a step's rows."""
     mini_batches: PositiveInt = 2
-    """Optimiser steps per rollout; the rows of a step must be divisible by it."""
+    """Optimiser steps per pass; the rows of a step must be divisible by it."""
     micro_batch_tokens: PositiveInt = 4096
     """Padded tokens of one forward and backward pass."""
     seed: NonNegativeInt = 0
@@ -138,6 +168,21 @@ class RunConfig(Settings):
             raise ValueError(
                 f"rollout.prompts_per_step x rollout.samples_per_prompt = {self.rows_per_step} rows cannot be "
                 f"divided into train.mini_batches = {self.train.mini_batches}; change one of them"
+            )
+        if self.algorithm.name == "dapo" and self.rollout.samples_per_prompt < 2:
+            raise ValueError(
+                "rollout.samples_per_prompt = 1: dapo compares the answers to one prompt; set at least 2, and "
+                "rollout.prompts_per_step lower"
+            )
+        if self.algorithm.name == "geppo" and self.rollout.prompts_per_step % 2:
+            raise ValueError(
+                f"rollout.prompts_per_step = {self.rollout.prompts_per_step}: geppo generates half of a step's rows "
+                "and reuses older ones; make it even"
+            )
+        if self.algorithm.prefix == "detached" and (self.algorithm.lm_loss_coef or self.algorithm.name == "vapo"):
+            raise ValueError(
+                'algorithm.prefix = "detached": the language-model loss trains earlier windows too; set '
+                'algorithm.lm_loss_coef = 0 or prefix = "gradient"'
             )
         if self.evaluation.every and self.evaluation.seed == self.data.seed:
             raise ValueError("evaluation.seed equals data.seed: the held-out problems would be trained on")

@@ -4,13 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from tppo.learner.estimates import PolicyBatch, ValueBatch
 from tppo.rollout.rows import Row
-from tppo.updates import Advantages
 
 TIMINGS = {
     "rollout": "timing_s/gen",
     "reward": "timing_s/reward",
+    "logprob_forward": "timing_s/old_log_prob",
+    "reference_forward": "timing_s/ref",
     "value_forward": "timing_s/values",
     "update_value": "timing_s/update_critic",
     "update_policy": "timing_s/update_actor",
@@ -22,45 +26,70 @@ TIMINGS = {
 
 def step_metrics(
     rows: Sequence[Row],
-    estimates: Advantages,
+    policy_batch: PolicyBatch,
+    value_batch: ValueBatch | None,
     seconds: Mapping[str, float],
     step_s: float,
     max_response_tokens: int,
+    discarded: int,
 ) -> dict[str, Any]:
     """Lengths, rewards, advantages and times of one step; what has no meaning in this step is null.
 
-    response_length/*: over rows that finished in this step, in tokens of all windows; clip_ratio: the share that hit
-    the maximum. training/truncated_share: rows that carry over / rows of the step.
+    rows: those generated in the step. response_length/*: over rows that finished in it, in tokens of all windows;
+    clip_ratio: the share that hit the maximum. training/truncated_share: rows that carry over / rows of the step.
+    training/off_policy_prefix_share: response tokens of earlier windows / processed tokens.
+    critic/vf_explained_var: 1 - var(target - V) / var(target) over the value model's tokens, before its update.
     """
     done = [row for row in rows if row.finished]
     lengths = [len(row.response_ids) for row in done]
-    generated = sum(row.window_tokens for row in rows)
-    mask = estimates.mask
-    returns, values = estimates.returns[mask], estimates.values[mask]
-    variance = returns.var(correction=0).item() if len(returns) else 0.0
+    scores = [float(row.reward or 0.0) for row in done]
+    trained = policy_batch.spans.rows
+    processed = sum(row.all_tokens for row in trained)
+    advantages = policy_batch.advantages[policy_batch.mask]
     return {
         **{metric: seconds.get(phase, 0.0) for phase, metric in TIMINGS.items()},
         "timing_s/step": step_s,
-        "response_length/mean": float(np.mean(lengths)) if lengths else None,
+        "response_length/mean": _mean(lengths),
         "response_length/max": max(lengths, default=None),
         "response_length/min": min(lengths, default=None),
-        "response_length/clip_ratio": float(np.mean([n >= max_response_tokens for n in lengths])) if lengths else None,
-        "prompt_length/mean": float(np.mean([len(row.prompt_ids) for row in rows])),
-        "critic/score/mean": float(np.mean([row.reward for row in done])) if done else None,
-        "critic/rewards/mean": float(np.mean([row.reward for row in done])) if done else None,
-        "critic/advantages/mean": estimates.advantages[mask].mean().item(),
-        "critic/advantages/max": estimates.advantages[mask].max().item() if mask.any() else None,
-        "critic/advantages/min": estimates.advantages[mask].min().item() if mask.any() else None,
-        "critic/returns/mean": returns.mean().item(),
-        "critic/values/mean": values.mean().item(),
-        "critic/vf_explained_var": 1 - (returns - values).var(correction=0).item() / variance
-        if variance > 0
-        else None,
-        "perf/total_num_tokens": sum(row.all_tokens for row in rows),
-        "perf/throughput": sum(row.all_tokens for row in rows) / step_s,
-        "training/generated_tokens": generated,
-        "training/processed_tokens": sum(row.all_tokens for row in rows),
+        "response_length/clip_ratio": _mean([n >= max_response_tokens for n in lengths]),
+        "prompt_length/mean": _mean([len(row.prompt_ids) for row in rows]),
+        "critic/score/mean": _mean(scores),
+        "critic/rewards/mean": _mean(scores),
+        "critic/advantages/mean": _statistic(advantages, torch.mean),
+        "critic/advantages/std": _statistic(advantages, lambda a: a.std(correction=0)),
+        "critic/advantages/max": _statistic(advantages, torch.max),
+        "critic/advantages/min": _statistic(advantages, torch.min),
+        **_value_metrics(value_batch),
+        "perf/total_num_tokens": processed,
+        "perf/throughput": processed / step_s,
+        "training/generated_tokens": sum(row.window_tokens for row in rows),
+        "training/processed_tokens": processed,
         "training/finished_rows": len(done),
         "training/carried_rows": len(rows) - len(done),
+        "training/discarded_rows": discarded,
+        "training/reused_rows": len({row.row for row in trained} - {row.row for row in rows}),
         "training/truncated_share": 1 - len(done) / len(rows),
+        "training/off_policy_prefix_share": sum(row.window_start for row in trained) / processed
+        if processed
+        else None,
     }
+
+
+def _value_metrics(batch: ValueBatch | None) -> dict[str, float | None]:
+    names = ("critic/returns/mean", "critic/values/mean", "critic/vf_explained_var")
+    if batch is None or not batch.spans.rows:
+        return dict.fromkeys(names)
+    valid = batch.spans.valid
+    targets, values = batch.targets[valid], batch.old_values[valid]
+    variance = targets.var(correction=0).item()
+    explained = 1 - (targets - values).var(correction=0).item() / variance if variance > 0 else None
+    return dict(zip(names, (targets.mean().item(), values.mean().item(), explained), strict=True))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _statistic(values: Tensor, of: Any) -> float | None:
+    return of(values).item() if values.numel() else None

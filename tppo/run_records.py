@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,8 +42,11 @@ def write_step(
     rows: Sequence[Row],
     policy_version: int,
     engine_records: Sequence[dict[str, Any]],
+    *,
+    trained_tokens: Mapping[int, int],
+    discarded: Collection[int] = (),
 ) -> None:
-    """Write the step's rollout and engine records."""
+    """Write the step's rollout and engine records. trained_tokens: by row id, 0 if absent; discarded: row ids."""
     records = [
         {
             "step": step,
@@ -54,7 +57,9 @@ def write_step(
             "prompt_tokens": len(row.prompt_ids),
             "context_before": row.context_before,
             "tokens": row.window_tokens,
+            "trained_tokens": trained_tokens.get(row.row, 0),
             "finished": row.finished,
+            "discarded": row.row in discarded,
             "preempted": 0,
             "reward": row.reward,
             "t_start": row.t_start,
@@ -67,15 +72,13 @@ def write_step(
     writer.table("engine", step, {name: [s[name] for s in spans] for name in ENGINE.names})
 
 
-def finish_run(
-    writer: RunWriter, schedule: Schedule, max_response_tokens: int, trailing_tokens: int, wall_s: float
-) -> None:
+def finish_run(writer: RunWriter, schedule: Schedule, max_response_tokens: int, wall_s: float) -> None:
     """Ledger and summary, computed from what the directory holds, as for any other run."""
     run = Run(writer.path)
     ledger = build_ledger(cluster=CLUSTER, phases=run.phases, engine=run.engine, rollouts=run.rollouts, wall_s=wall_s)
     summary = summarise(
         cluster=CLUSTER, phases=run.phases, engine=run.engine, rollouts=run.rollouts, ledger=ledger, wall_s=wall_s,
-        startup_steps=schedule.startup_steps(max_response_tokens), trailing_tokens=trailing_tokens,
+        startup_steps=schedule.startup_steps(max_response_tokens),
     )  # fmt: skip
     writer.ledger({name: ledger[name] for name in ledger.columns})
     writer.summary(summary)

@@ -8,39 +8,59 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from profiling.errors import DataError, RunError
+from profiling.errors import ConfigError, DataError, RunError
+from tppo.algorithms.ewma import ProximalPolicy, beta_for
+from tppo.algorithms.recipes import RECIPES
 from tppo.config import RunConfig
 from tppo.data.arithmetic import Problem
-from tppo.models.policy import save_policy
+from tppo.models.policy import load_policy, save_policy
 from tppo.models.value import ValueModel
 from tppo.rollout.rows import Row
+
+VALUE_MODEL = "value_model.safetensors"
+PROXIMAL = "proximal_policy.safetensors"
 
 
 @dataclass
 class TrainingState:
     policy: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    value_model: ValueModel
+    value_model: ValueModel | None
+    """None where the recipe has none (dapo)."""
     policy_optimizer: torch.optim.Optimizer
-    value_optimizer: torch.optim.Optimizer
+    value_optimizer: torch.optim.Optimizer | None
     generator: torch.Generator
     """Draws the samples of rollouts and the order of mini-batches."""
+    proximal: ProximalPolicy | None = None
+    """ppo-ewma's; else None."""
+    reference: PreTrainedModel | None = None
+    """The model the run started from, where there is a KL penalty; else None."""
     step: int = 0
     next_row: int = 0
     policy_version: int = 0
     """Weight updates so far."""
     clock_s: float = 0.0
     """Training time so far, evaluation and checkpoints left out."""
+    lr_scale: float = 1.0
+    """geppo's adaptive factor on the policy's learning rate."""
     carried: list[Row] = field(default_factory=list)
+    reusable: list[list[Row]] = field(default_factory=list)
+    """Rollout batches of earlier steps that train again, newest first."""
     accuracies: list[float] = field(default_factory=list)
 
 
 def new_state(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> TrainingState:
-    value_model = ValueModel(policy)
-    settings = config.optimizer
+    """The state before the first step. Raises ConfigError when value.path does not fit the policy."""
+    recipe, settings = RECIPES[config.algorithm.name], config.optimizer
+    value_model = ValueModel(policy) if recipe.has_value_model else None
+    if value_model is not None and config.value.path:
+        load_value_model(value_model, Path(config.value.path))
+    updates = config.train.epochs * config.train.mini_batches
+    beta = config.algorithm.ewma_beta or beta_for(updates)
 
     def adamw(parameters: Any, lr: float) -> torch.optim.AdamW:
         return torch.optim.AdamW(
@@ -52,9 +72,21 @@ def new_state(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, confi
         tokenizer=tokenizer,
         value_model=value_model,
         policy_optimizer=adamw(policy.parameters(), settings.policy_lr),
-        value_optimizer=adamw(value_model.parameters(), settings.value_lr),
+        value_optimizer=None if value_model is None else adamw(value_model.parameters(), settings.value_lr),
         generator=torch.Generator().manual_seed(config.train.seed),
+        proximal=ProximalPolicy(policy, beta) if recipe.proximal == "ewma" else None,
+        reference=load_policy(config.model.path)[0].requires_grad_(False) if config.algorithm.kl_coef else None,
     )
+
+
+def load_value_model(value_model: ValueModel, checkpoint: Path) -> None:
+    """Weights from another run's checkpoint. Raises ConfigError naming the file when they do not fit."""
+    path = checkpoint / VALUE_MODEL
+    try:
+        value_model.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"value.path: {path} holds no value model for this policy: {reason}") from None
 
 
 def save_checkpoint(directory: Path, state: TrainingState, offsets: dict[str, int], time_s: float) -> Path:
@@ -68,15 +100,16 @@ def save_checkpoint(directory: Path, state: TrainingState, offsets: dict[str, in
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_policy(state.policy, state.tokenizer, temporary / "policy")
-        save_file(state.value_model.state_dict(), temporary / "value_model.safetensors")
-        torch.save(
-            {
-                "policy_optimizer": state.policy_optimizer.state_dict(),
-                "value_optimizer": state.value_optimizer.state_dict(),
-                "generator": state.generator.get_state(),
-            },
-            temporary / "optimizers.pt",
-        )
+        optimizers = {
+            "policy_optimizer": state.policy_optimizer.state_dict(),
+            "generator": state.generator.get_state(),
+        }
+        if state.value_model is not None and state.value_optimizer is not None:
+            save_file(state.value_model.state_dict(), temporary / VALUE_MODEL)
+            optimizers["value_optimizer"] = state.value_optimizer.state_dict()
+        if state.proximal is not None:
+            save_file(state.proximal.state(), temporary / PROXIMAL)
+        torch.save(optimizers, temporary / "optimizers.pt")
         progress = {
             "step": state.step,
             "next_row": state.next_row,
@@ -85,7 +118,9 @@ def save_checkpoint(directory: Path, state: TrainingState, offsets: dict[str, in
             "time_s": time_s,
             "accuracies": state.accuracies,
             "offsets": offsets,
+            "lr_scale": state.lr_scale,
             "carried": [asdict(row) for row in state.carried],
+            "reusable": [[asdict(row) for row in batch] for batch in state.reusable],
         }
         (temporary / "progress.json").write_text(json.dumps(progress))
         if target.exists():
@@ -118,13 +153,21 @@ def restore(state: TrainingState, checkpoint: Path, progress: dict[str, Any]) ->
     Nothing is executed: weights are safetensors, the rest is read with weights_only.
     """
     try:
-        state.value_model.load_state_dict(load_file(checkpoint / "value_model.safetensors"))
         optimizers = torch.load(checkpoint / "optimizers.pt", weights_only=True)
         state.policy_optimizer.load_state_dict(optimizers["policy_optimizer"])
-        state.value_optimizer.load_state_dict(optimizers["value_optimizer"])
+        if state.value_model is not None and state.value_optimizer is not None:
+            state.value_model.load_state_dict(load_file(checkpoint / VALUE_MODEL))
+            state.value_optimizer.load_state_dict(optimizers["value_optimizer"])
+        if state.proximal is not None:
+            state.proximal.load(load_file(checkpoint / PROXIMAL))
         state.generator.set_state(optimizers["generator"])
-        for name in ("step", "next_row", "policy_version", "clock_s", "accuracies"):
+        for name in ("step", "next_row", "policy_version", "clock_s", "accuracies", "lr_scale"):
             setattr(state, name, progress[name])
-        state.carried = [Row(**{**row, "problem": Problem(**row["problem"])}) for row in progress["carried"]]
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        state.carried = [_row(row) for row in progress["carried"]]
+        state.reusable = [[_row(row) for row in batch] for batch in progress["reusable"]]
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{checkpoint}: not a usable checkpoint: {error}") from None
+
+
+def _row(values: dict[str, Any]) -> Row:
+    return Row(**{**values, "problem": Problem(**values["problem"])})

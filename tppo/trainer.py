@@ -1,24 +1,28 @@
 """The training loop: roll out, grade, score, update value, update policy. Read it top to bottom."""
 
 import json
-import signal
-import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from profiling import Profiler
 from profiling.errors import ConfigError
 from profiling.settings import to_toml
 from profiling.writer import RunWriter
+from tppo.algorithms.geppo import next_learning_rate, reuse_weights
 from tppo.algorithms.recipes import RECIPES
+from tppo.algorithms.rewards import informative_groups
 from tppo.config import RunConfig
+from tppo.console import progress_bar, stop_on_interrupt
 from tppo.data.arithmetic import ArithmeticTask, verify
 from tppo.evaluate import Accuracy, evaluate
+from tppo.learner.estimates import estimate, monte_carlo_batch, policy_spans, score_log_probs, score_values
+from tppo.learner.policy_update import additive_width, total_variation, update_policy
+from tppo.learner.value_update import update_value
 from tppo.metrics import step_metrics
 from tppo.models.policy import describe_model, load_policy
 from tppo.probe import DriftProbe
@@ -28,14 +32,6 @@ from tppo.rollout.torch_engine import TorchEngine
 from tppo.run_records import finish_run, header_of, write_step
 from tppo.schedule import Demand, Schedule, StepPlan, Synchronous, Truncated
 from tppo.state import TrainingState, latest_checkpoint, new_state, read_progress, restore, save_checkpoint
-from tppo.updates import (
-    compute_advantages,
-    monte_carlo_targets,
-    score_rows,
-    update_policy,
-    update_value,
-    value_targets,
-)
 
 EVALUATIONS_TO_STOP = 3
 """`train.stop_at_accuracy` is reached when the mean of this many consecutive evaluations is."""
@@ -157,65 +153,121 @@ class Trainer:
             self.checkpoint()
             status = "interrupted" if interrupted.is_set() else "finished"
             wall_s = self.profiler.finish(status)
-            trailing = config.algorithm.trailing_tokens if self.recipe.truncated else 0
-            finish_run(self.writer, self.schedule, config.rollout.max_response_tokens, trailing, wall_s)
+            finish_run(self.writer, self.schedule, config.rollout.max_response_tokens, wall_s)
         return Outcome(status, state.step, accuracy.mean if accuracy else None)
 
     def train_step(self, step: int) -> dict[str, Any]:
         """One step of the recipe; returns its row of metrics."""
-        config, state, recipe = self.config, self.state, self.recipe
-        seconds: dict[str, float] = {}
+        config, state, recipe, pad = self.config, self.state, self.recipe, self.pad_token_id
+        seconds: dict[str, float] = defaultdict(float)
         start = self.clock()
-        demand = Demand(step, config.rows_per_step, state.next_row, config.rollout.max_response_tokens)
-        plan = plan_step(self.schedule, state.carried, demand, self.profiler.trace, self.clock)
-        rows = self.rows_of(plan, state.carried)
-        with self.phase("rollout", step, seconds):
-            self.generate(self.schedule, plan, rows)
-        with self.phase("reward", step, seconds):
-            self.grade(rows)
-        with self.phase("value_forward", step, seconds):
-            score_rows(state.value_model, rows, config, self.pad_token_id)
-            estimates = compute_advantages(rows, recipe, config)
-        with self.phase("update_value", step, seconds):
-            trained, targets = value_targets(rows, recipe, estimates)
-            value_metrics = update_value(
-                state.value_model, state.value_optimizer, trained, targets, recipe, config, self.pad_token_id,
-                self.shuffled(len(trained)), config.train.mini_batches, config.algorithm.value_clip,
-            )  # fmt: skip
+        rows, discarded = self.collect(step, seconds)
+        older = [row for batch in state.reusable for row in batch]
+        ages = [0] * len(rows) + [age for age, batch in enumerate(state.reusable, start=1) for _ in batch]
+        spans = policy_spans([*rows, *older], recipe)
+        current = reference = None
+        if recipe.proximal == "step_start":
+            with self.phase("logprob_forward", step, seconds):
+                current = score_log_probs(state.policy, spans, config, pad)
+        if state.reference is not None:
+            with self.phase("reference_forward", step, seconds):
+                reference = score_log_probs(state.reference, spans, config, pad)
+        with self.phase("value_forward" if state.value_model else "reward", step, seconds):
+            if state.value_model:
+                score_values(state.value_model, spans, config, pad)
+            policy_batch, value_batch = estimate(
+                spans, torch.tensor(ages), recipe, config, current=current, reference=reference
+            )
+        value_metrics: dict[str, Any] = {}
+        if state.value_model and state.value_optimizer:
+            with self.phase("update_value", step, seconds):
+                critic_lr = set_learning_rate(
+                    state.value_optimizer, config.optimizer.value_lr, step, config.optimizer.value_warmup_steps
+                )
+                value_metrics = update_value(
+                    state.value_model, state.value_optimizer, value_batch, recipe, config, pad, state.generator,
+                    epochs=config.value.epochs,
+                    steps_per_epoch=config.value.mini_batches or config.train.mini_batches,
+                    clip=config.algorithm.value_clip,
+                )  # fmt: skip
+                value_metrics["critic/lr"] = critic_lr
         with self.phase("update_policy", step, seconds):
-            lr = config.optimizer.policy_lr * min(1.0, step / max(config.optimizer.warmup_steps, 1))
-            for group in state.policy_optimizer.param_groups:
-                group["lr"] = lr
+            lr = set_learning_rate(
+                state.policy_optimizer,
+                config.optimizer.policy_lr * state.lr_scale,
+                step,
+                config.optimizer.warmup_steps,
+            )
             policy_metrics = update_policy(
-                state.policy, state.policy_optimizer, rows, estimates, recipe, config, self.pad_token_id,
-                self.shuffled(len(rows)),
+                state.policy, state.policy_optimizer, policy_batch, recipe, config, pad, state.generator,
+                state.proximal,
             )  # fmt: skip
+            if recipe.reuse > 1:
+                moved = total_variation(state.policy, policy_batch, config, pad)
+                policy_metrics["actor/total_variation"] = moved
+                state.lr_scale = next_learning_rate(state.lr_scale, moved, additive_width(recipe))
+                kept = len(reuse_weights(recipe.reuse)) - 1
+                state.reusable = [rows, *state.reusable][:kept]
         with self.phase("weight_sync", step, seconds):
             self.engine.update_weights()
-        write_step(self.writer, step, rows, state.policy_version, self.engine.take_records())
+        trained = dict(zip([row.row for row in spans.rows], policy_batch.mask.sum(1).tolist(), strict=True))
+        write_step(
+            self.writer, step, [*rows, *discarded], state.policy_version, self.engine.take_records(),
+            trained_tokens=trained, discarded={row.row for row in discarded},
+        )  # fmt: skip
         state.policy_version += 1
         state.carried = [row for row in rows if not row.finished]
         end = self.clock()
         state.clock_s += end - start
-        lengths = config.rollout.max_response_tokens
         return {
             "step": step,
             "time_s": end,
             "clock_s": state.clock_s,
-            **step_metrics(rows, estimates, seconds, end - start, lengths),
+            **step_metrics(
+                [*rows, *discarded], policy_batch, value_batch if state.value_model else None, seconds, end - start,
+                config.rollout.max_response_tokens, len(discarded),
+            ),
             **policy_metrics,
             **value_metrics,
             "actor/lr": lr,
-            "critic/lr": config.optimizer.value_lr,
             "val/accuracy": None,
             "val/accuracy_stderr": None,
-        }
+        }  # fmt: skip
+
+    def collect(self, step: int, seconds: dict[str, float]) -> tuple[list[Row], list[Row]]:
+        """Roll out and grade the step's rows: those that train or carry over, and those that are dropped for good.
+
+        Only dynamic sampling drops rows, whole prompts at a time, and rolls out again for what is missing; after
+        `algorithm.max_sampling_rounds` the step goes on with what it has.
+        """
+        state, recipe = self.state, self.recipe
+        wanted = self.config.rows_per_step // recipe.reuse
+        rows: list[Row] = []
+        discarded: list[Row] = []
+        for _ in range(self.config.algorithm.max_sampling_rounds if recipe.dynamic_sampling else 1):
+            longest = self.config.rollout.max_response_tokens
+            demand = Demand(step, wanted - len(rows), state.next_row, longest)
+            plan = plan_step(self.schedule, state.carried, demand, self.profiler.trace, self.clock)
+            fresh = self.rows_of(plan, state.carried)
+            with self.phase("rollout", step, seconds):
+                self.generate(self.schedule, plan, fresh)
+            with self.phase("reward", step, seconds):
+                self.grade(fresh)
+                keep = [True] * len(fresh)
+                if recipe.dynamic_sampling:
+                    right = torch.tensor([(row.reward or 0.0) > 0 for row in fresh])
+                    keep = informative_groups(right, torch.tensor([row.group for row in fresh])).tolist()
+            rows += [row for row, kept in zip(fresh, keep, strict=True) if kept]
+            discarded += [row for row, kept in zip(fresh, keep, strict=True) if not kept]
+            if len(rows) >= wanted:
+                break
+        return rows, discarded
 
     def pretrain_value(self) -> None:
         """Step 0: fit the value model to Monte-Carlo returns of the warm start's policy, which stays as it is
         (VAPO, arXiv 2504.05118; T-PPO's port). Its time counts."""
         config, state = self.config, self.state
-        if config.value.pretrain_rows == 0:
+        if config.value.pretrain_rows == 0 or state.value_model is None or state.value_optimizer is None:
             return
         start = self.clock()
         demand = Demand(0, config.value.pretrain_rows, state.next_row, config.rollout.max_response_tokens)
@@ -226,14 +278,13 @@ class Trainer:
         with self.profiler.phase("reward", step=0):
             self.grade(rows)
         with self.profiler.phase("update_value", step=0):
-            trained, targets = monte_carlo_targets(rows, self.recipe.gamma)
-            batches = max(1, len(rows) * config.train.mini_batches // config.rows_per_step)
-            for _ in range(config.value.pretrain_epochs):
-                update_value(
-                    state.value_model, state.value_optimizer, trained, targets, self.recipe, config,
-                    self.pad_token_id, self.shuffled(len(trained)), batches, clip=None,
-                )  # fmt: skip
-        write_step(self.writer, 0, rows, state.policy_version, self.engine.take_records())
+            set_learning_rate(state.value_optimizer, config.optimizer.value_lr, step=1, warmup_steps=0)
+            update_value(
+                state.value_model, state.value_optimizer, monte_carlo_batch(rows, self.recipe.gamma), self.recipe,
+                config, self.pad_token_id, state.generator, epochs=config.value.pretrain_epochs,
+                steps_per_epoch=max(1, len(rows) * config.train.mini_batches // config.rows_per_step), clip=None,
+            )  # fmt: skip
+        write_step(self.writer, 0, rows, state.policy_version, self.engine.take_records(), trained_tokens={})
         state.clock_s += self.clock() - start
 
     def rows_of(self, plan: StepPlan, carried: Sequence[Row]) -> list[Row]:
@@ -289,56 +340,21 @@ class Trainer:
             self.profiler.flush()
             save_checkpoint(self.writer.path, self.state, self.writer.offsets(), self.clock())
 
-    def shuffled(self, count: int) -> list[int]:
-        return torch.randperm(count, generator=self.state.generator).tolist()
-
     @contextmanager
     def phase(self, name: str, step: int, seconds: dict[str, float]) -> Iterator[None]:
         start = self.clock()
         with self.profiler.phase(name, step=step):
             yield
-        seconds[name] = self.clock() - start
+        seconds[name] += self.clock() - start
 
 
 def _columns(accuracy: Accuracy) -> dict[str, float]:
     return {"val/accuracy": accuracy.mean, "val/accuracy_stderr": accuracy.stderr}
 
 
-@contextmanager
-def stop_on_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C asks the loop to stop after the step under way; a second one stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def ask(number: int, frame: object) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-@contextmanager
-def progress_bar(show: bool, config: RunConfig) -> Iterator[Any]:
-    name = config.output.name if config.output else ""
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("accuracy {task.fields[accuracy]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, disable=not show, transient=False) as progress:
-        bar = progress.add_task(name, total=config.train.steps, accuracy="-")
-
-        def advance(step: int, accuracy: Accuracy | None) -> None:
-            shown = f"{accuracy.mean:.2f}" if accuracy else "-"
-            progress.update(bar, completed=step, accuracy=shown)
-
-        yield advance
+def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, warmup_steps: int) -> float:
+    """Linear warm-up over `warmup_steps` steps, then constant. Returns the rate of this step."""
+    lr = peak * min(1.0, step / max(warmup_steps, 1))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr

@@ -97,15 +97,11 @@ def train_on_demonstrations(
         for members in micro_batches([len(p) + len(r) - 1 for p, r in zip(prompts, responses, strict=True)], 4096):
             rows = [[*prompts[i], *responses[i]][:-1] for i in members]
             input_ids = pad_right(rows, tokenizer.pad_token_id)
-            width = input_ids.shape[1]
-            positions = [
-                index * width + len(prompts[i]) - 1 + t
-                for index, i in enumerate(members)
-                for t in range(len(responses[i]))
-            ]
+            row = [index for index, i in enumerate(members) for _ in responses[i]]
+            column = [len(prompts[i]) - 1 + t for i in members for t in range(len(responses[i]))]
             targets = [token for i in members for token in responses[i]]
-            log_probs, _ = token_log_probs(model, input_ids, torch.tensor(positions), torch.tensor(targets))
-            loss = -log_probs.sum() / tokens
+            scored = token_log_probs(model, input_ids, torch.tensor(row), torch.tensor(column), torch.tensor(targets))
+            loss = -scored.log_probs.sum() / tokens
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -167,6 +167,20 @@ def test_a_hundred_thousand_spans_take_well_under_a_second():
     assert taken_s < 1.0  # the aim is 0.3; this machine is shared
 
 
+def test_decode_time_of_tokens_that_were_dropped_for_good_has_a_name_of_its_own():
+    # 10 tokens, 4 of them of a discarded row; the engine is half full: of 2 s, 1 s useful, 0.4 s of it for nothing.
+    rows = pd.DataFrame(
+        [dict.fromkeys(ROLLOUTS.names, 0) | {"step": 1, "row": i, "tokens": n, "finished": True, "discarded": i == 1}
+         for i, n in enumerate((6, 4))]
+    )  # fmt: skip
+    spans = spans_of({"t_end": 2.0, "batch": 2, "slots": 4})
+    ledger = build_ledger(
+        cluster=ONE, phases=phases_of(("rollout", 1, 0.0, 2.0)), engine=spans, rollouts=rows, wall_s=2.0
+    )
+    got = {cause: seconds for cause, seconds in ledger_totals(ledger).items() if seconds}
+    assert got == pytest.approx({"decode_useful": 0.6, "decode_discarded": 0.4, "decode_underfilled": 1.0})
+
+
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[Cluster, pd.DataFrame, pd.DataFrame, float]:
     """Phases that follow or overlap each other as they like, and disjoint spans on each engine."""

@@ -39,23 +39,26 @@ ONE = Cluster(engines=1, gpus_per_engine=1)
 
 def test_the_summary_of_a_small_truncated_run():
     # Step 1: rows 0 (6 tokens, done) and 1 (4 of 10, carried). Step 2: row 1 (6 more, done) and row 2 (4, carried).
-    # Prompt 5. Rollouts 0-4 and 6-9, updates 4-6 and 9-10; an evaluation 10-12. Trailing: 1 token.
+    # Prompt 5. Rollouts 0-4 and 6-9, updates 4-6 and 9-10; an evaluation 10-12. The last token of a
+    # truncated row does not train.
     phases = phases_of(
         ("rollout", 1, 0, 4, 0), ("update_policy", 1, 4, 6, 0),
         ("rollout", 2, 6, 9, 0), ("update_policy", 2, 9, 10, 0), ("evaluation", 2, 10, 12, 0),
     )  # fmt: skip
     engine = spans_of(span(1, 0, "decode", 0, 4, batch=2, slots=2), span(2, 0, "decode", 6, 8, batch=1, slots=2))
     rows = rollouts_of(
-        {"step": 1, "row": 0, "prompt_tokens": 5, "context_before": 5, "tokens": 6, "finished": True, "t_end": 4.0},
-        {"step": 1, "row": 1, "prompt_tokens": 5, "context_before": 5, "tokens": 4, "finished": False, "t_end": 3.0},
+        {"step": 1, "row": 0, "prompt_tokens": 5, "context_before": 5, "tokens": 6, "trained_tokens": 6,
+         "finished": True, "t_end": 4.0},
+        {"step": 1, "row": 1, "prompt_tokens": 5, "context_before": 5, "tokens": 4, "trained_tokens": 3,
+         "finished": False, "t_end": 3.0},
         {"step": 2, "row": 1, "policy_version": 1, "prompt_tokens": 5, "context_before": 9, "tokens": 6,
-         "finished": True, "t_end": 8.0},
+         "trained_tokens": 6, "finished": True, "t_end": 8.0},
         {"step": 2, "row": 2, "policy_version": 1, "prompt_tokens": 5, "context_before": 5, "tokens": 4,
-         "finished": False, "t_end": 7.5},
+         "trained_tokens": 3, "finished": False, "t_end": 7.5},
     )  # fmt: skip
     ledger = build_ledger(cluster=ONE, phases=phases, engine=engine, rollouts=rows, wall_s=12)
     got = summarise(cluster=ONE, phases=phases, engine=engine, rollouts=rows, ledger=ledger, wall_s=12,
-                    startup_steps=1, trailing_tokens=1)  # fmt: skip
+                    startup_steps=1)  # fmt: skip
     assert got["wall_seconds"] == got["gpu_seconds"] == 12
     assert got["rollout_seconds"] == 7
     assert got["tail_seconds"] == 0  # ceil(0.9 x 2) = 2: the last of two

@@ -2,14 +2,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tppo.algorithms.advantages import (
-    egae,
-    gae,
-    last_valid,
-    length_adaptive_lambda,
-    monte_carlo_returns,
-    whiten,
-)
+from tppo.algorithms.advantages import egae, gae, last_valid
+from tppo.algorithms.lambdas import length_adaptive_lambda
+from tppo.algorithms.normalise import whiten
+from tppo.algorithms.returns import monte_carlo_returns
 
 
 def mask_of(*rows):

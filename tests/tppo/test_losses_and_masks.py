@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from tppo.algorithms.losses import policy_loss, token_weights, value_loss
+from tppo.algorithms.aggregation import token_weights
 from tppo.algorithms.masks import drop_trailing, window_mask
+from tppo.algorithms.objectives import clipped_loss, k1_kl, value_loss
 
 
 def test_token_mean_weighs_every_token_alike():
@@ -25,7 +26,7 @@ def test_an_empty_mask_weighs_nothing(aggregation):
 def loss_at(ratio, advantage, **options):
     old = torch.zeros(1)
     new = torch.tensor([math.log(ratio)], requires_grad=True)
-    result = policy_loss(new, old, torch.tensor([advantage]), torch.ones(1), clip=(0.2, 0.28), **options)
+    result = clipped_loss(new, old, torch.tensor([advantage]), torch.ones(1), clip=(0.2, 0.28), **options)
     result.loss.backward()
     return result, new.grad.item()
 
@@ -34,7 +35,7 @@ def test_inside_the_trust_region_the_loss_is_minus_ratio_times_advantage():
     result, gradient = loss_at(1.1, 2.0)
     assert result.loss.item() == pytest.approx(-2.2)
     assert gradient == pytest.approx(-2.2)  # d/d log pi of -r A
-    assert result.clipped_tokens == 0
+    assert result.clipped_low + result.clipped_high == 0
 
 
 def test_a_good_token_stops_pulling_above_the_upper_clip_and_a_bad_one_below_the_lower():
@@ -42,7 +43,7 @@ def test_a_good_token_stops_pulling_above_the_upper_clip_and_a_bad_one_below_the
         result, gradient = loss_at(ratio, advantage)
         assert result.loss.item() == pytest.approx(value)
         assert gradient == 0
-        assert result.clipped_tokens == 1
+        assert result.clipped_low + result.clipped_high == 1
 
 
 def test_a_bad_token_with_a_high_ratio_keeps_pulling_unless_dual_clip_bounds_it():
@@ -53,13 +54,13 @@ def test_a_bad_token_with_a_high_ratio_keeps_pulling_unless_dual_clip_bounds_it(
 
 
 def test_the_ratio_is_the_plain_exponential_of_the_difference_and_kl_its_negative():
-    result, _ = loss_at(0.9, 1.0)
-    assert result.kl_sum == pytest.approx(-math.log(0.9))
+    assert loss_at(0.9, 1.0)[0].loss.item() == pytest.approx(-0.9)
+    assert k1_kl(torch.tensor([math.log(0.9)]), torch.zeros(1)).item() == pytest.approx(-math.log(0.9))
 
 
 def test_an_absurd_log_ratio_stays_finite():
     new = torch.tensor([500.0], requires_grad=True)
-    result = policy_loss(new, torch.zeros(1), torch.tensor([-1.0]), torch.ones(1), clip=(0.2, 0.2))
+    result = clipped_loss(new, torch.zeros(1), torch.tensor([-1.0]), torch.ones(1), clip=(0.2, 0.2))
     assert torch.isfinite(result.loss)
 
 

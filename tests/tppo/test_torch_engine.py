@@ -94,10 +94,11 @@ def test_sampled_log_probs_equal_those_of_training(loaded):
     done = run_all(engine_for(loaded, slots=1, temperature=0.7), [request])[0]
     ids = torch.tensor([[*request.token_ids, *done.token_ids][:-1]])
     first = len(request.token_ids) - 1
-    positions = torch.arange(first, first + len(done.token_ids))
-    got, entropy = token_log_probs(model, ids, positions, torch.tensor(done.token_ids), temperature=0.7)
-    torch.testing.assert_close(torch.tensor(done.log_probs), got.detach(), atol=1e-5, rtol=1e-5)
-    assert (entropy > 0).all()
+    column = torch.arange(first, first + len(done.token_ids))
+    row = torch.zeros_like(column)
+    got = token_log_probs(model, ids, row, column, torch.tensor(done.token_ids), temperature=0.7)
+    torch.testing.assert_close(torch.tensor(done.log_probs), got.log_probs.detach(), atol=1e-5, rtol=1e-5)
+    assert (got.entropy > 0).all()
 
 
 def test_records_hold_every_token_and_adjoin(loaded):

@@ -2,6 +2,7 @@ import json
 import os
 import signal
 import threading
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -75,10 +76,7 @@ def test_every_row_is_finished_or_carried_and_no_token_is_lost(make_config):
 def test_a_window_at_the_maximum_trains_exactly_as_an_untruncated_schedule(make_config, monkeypatch):
     """Same recipe, window = L and window > L, and the synchronous schedule: the same weights bit for bit."""
     runs = [run(make_config(f"w{w}", rollout={"window": w})) for w in (24, 100)]
-    untruncated = dict(RECIPES)
-    monkeypatch.setitem(
-        RECIPES, "tppo", untruncated["tppo"].__class__(**{**vars_of(untruncated["tppo"]), "truncated": False})
-    )
+    monkeypatch.setitem(RECIPES, "tppo", replace(RECIPES["tppo"], rollout="to_end"))
     runs.append(run(make_config("synchronous")))
     assert runs[2].header["schedule"] == {"kind": "synchronous"}
     for other in runs[1:]:
@@ -87,10 +85,6 @@ def test_a_window_at_the_maximum_trains_exactly_as_an_untruncated_schedule(make_
     for state in states[1:]:
         for key, moments in state["state"].items():
             assert torch.equal(moments["exp_avg"], states[0]["state"][key]["exp_avg"])
-
-
-def vars_of(recipe):
-    return {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
 
 
 def last(run_):

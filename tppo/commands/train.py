@@ -17,7 +17,10 @@ def run_training(config_path: Path | None, words: Sequence[str], *, output: Path
     if config_path is None and resume is None:
         raise ConfigError("no configuration: write tppo train CONFIG.toml, or --resume DIR")
     source = config_path or resume / "config.toml"  # type: ignore[operator]
-    values = with_overrides(read_toml(source), parse_overrides(words))
+    overrides = parse_overrides(words)
+    if "algorithm" in overrides:  # --algorithm ppo is short for --algorithm.name ppo
+        overrides["algorithm.name"] = overrides.pop("algorithm")
+    values = with_overrides(read_toml(source), overrides)
     directory = resume or output
     if directory is not None:
         values["output"] = str(directory)

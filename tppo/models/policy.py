@@ -1,6 +1,7 @@
 """The policy: any Hugging Face causal language model, local or from the hub, or a new small one."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from profiling.errors import ConfigError
+from tppo.models.prefix import behind_a_detached_prefix
 
 # Shapes: rows = sequences of a micro-batch, time = their padded length, picked = positions with a loss.
 
@@ -56,21 +58,40 @@ def new_qwen2(
     return model
 
 
+@dataclass(frozen=True)
+class Scored:
+    log_probs: Float[Tensor, " picked"]
+    entropy: Float[Tensor, " picked"]
+    """Of the whole next-token distribution. Unit: nats."""
+
+
 def token_log_probs(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "rows time"],
-    positions: Int[Tensor, " picked"],
+    row: Int[Tensor, " picked"],
+    column: Int[Tensor, " picked"],
     targets: Int[Tensor, " picked"],
     temperature: float = 1.0,
-) -> tuple[Float[Tensor, " picked"], Float[Tensor, " picked"]]:
-    """Log-probabilities of `targets` and entropies (nats), where `positions` index the flattened (rows, time)
-    and a position predicts the token after it. Logits are computed at those positions only. Rows are padded on the
-    right, so under causal attention padding changes nothing."""
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (rows, time, hidden)
-    logits = output_layer(model)(hidden.flatten(0, 1)[positions]).float()  # (picked, vocabulary)
+    *,
+    prefix_tokens: Int[Tensor, " rows"] | None = None,
+    entropy_gradient: bool = False,
+) -> Scored:
+    """Log-probabilities of `targets` and entropies, where the token at (row, column) predicts the target after it.
+
+    Logits are computed at those positions only. Rows are padded on the right, so under causal attention padding
+    changes nothing. prefix_tokens: so many first tokens of each row are computed without gradient (their keys and
+    values are constants); columns must lie behind them.
+    """
+    if prefix_tokens is None:
+        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (rows, time, hidden)
+    else:
+        hidden = behind_a_detached_prefix(model, input_ids, prefix_tokens)  # (rows, longest rest, hidden)
+        column = column - prefix_tokens[row]
+    logits = output_layer(model)(hidden[row, column]).float()  # (picked, vocabulary)
     log_probs = (logits / temperature).log_softmax(-1)
-    entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
-    return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return Scored(log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy)
 
 
 def input_layer(model: PreTrainedModel) -> nn.Embedding:

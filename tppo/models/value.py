@@ -20,8 +20,8 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(
-        self, input_ids: Int[Tensor, "rows time"], positions: Int[Tensor, " picked"]
+        self, input_ids: Int[Tensor, "rows time"], row: Int[Tensor, " picked"], column: Int[Tensor, " picked"]
     ) -> Float[Tensor, " picked"]:
-        """Values at `positions` of the flattened (rows, time). Unit: reward."""
+        """Values read at (row, column). Unit: reward."""
         hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # (rows, time, hidden)
-        return self.head(hidden.flatten(0, 1)[positions]).squeeze(-1).to(torch.float32)
+        return self.head(hidden[row, column]).squeeze(-1).to(torch.float32)

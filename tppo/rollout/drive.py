@@ -61,7 +61,7 @@ def run_rollout(
 
 def _take(completion: Completion, row: Row, max_response_tokens: int) -> RowEnd:
     row.response_ids += completion.token_ids
-    row.log_probs = completion.log_probs
+    row.log_probs += completion.log_probs
     row.t_start, row.t_end = completion.t_start, completion.t_end
     length = len(row.response_ids)
     if completion.reason == "stop":

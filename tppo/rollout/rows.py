@@ -15,12 +15,12 @@ class Row:
     window_start: int = 0
     """Response tokens before the current window."""
     log_probs: list[float] = field(default_factory=list)
-    """Of the current window's tokens, under the policy that sampled them."""
+    """Of every response token, under the policy that sampled it."""
     values: list[float] = field(default_factory=list)
     """Of every response token, as stored when its window was first scored."""
     finished: bool = False
     reward: float | None = None
-    """None while unfinished."""
+    """The verifier's, before shaping; None while unfinished."""
     t_start: float = 0.0
     t_end: float = 0.0
 

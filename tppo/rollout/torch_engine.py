@@ -4,7 +4,6 @@ Every iteration admits what fits, prefills it, then decodes until a row ends. Ro
 length; all but a row's last token are prefilled, the last one is the first decode step's input.
 """
 
-import inspect
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tppo.batching import micro_batches, pad_right
+from tppo.models.cached import hidden_states
 from tppo.models.policy import output_layer
 from tppo.rollout.protocol import Clock, Completion, Request
 from tppo.rollout.slot_cache import SlotCache
@@ -57,9 +57,6 @@ class TorchEngine:
         self._eos, self._pad = eos_token_id, pad_token_id
         self._clock = clock
         self._cache = SlotCache(model, slots, max_tokens)
-        # transformers renamed this argument in 5.2x and drops the old name in 5.40.
-        names = inspect.signature(model.base_model.forward).parameters
-        self._cache_argument = "cache" if "cache" in names else "past_key_values"
         self._columns = torch.arange(max_tokens)
         self._queue: deque[Request] = deque()
         self._running: list[_Slot] = []
@@ -103,7 +100,8 @@ class TorchEngine:
                 continue
             input_ids = pad_right([admitted[i].token_ids[:-1] for i in group], self._pad)  # (group, width)
             self._cache.for_prefill(torch.tensor([first + i for i in group]), input_ids.shape[1])
-            self._forward(input_ids, None, torch.arange(input_ids.shape[1]).expand_as(input_ids))
+            positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+            hidden_states(self.model, input_ids, None, positions, self._cache)
         self._last = torch.cat([self._last, torch.tensor([request.token_ids[-1] for request in admitted])])
         self._position = torch.cat([self._position, torch.tensor(known)])
         self._left = torch.cat([self._left, torch.tensor([request.budget_tokens for request in admitted])])
@@ -153,7 +151,9 @@ class TorchEngine:
         """Feed the last tokens; sample the next ones, with their log-probabilities."""
         self._cache.for_decode(self._position, width)
         mask = (self._columns[:width] <= self._position[:, None])[:, None, None]  # (running, 1, 1, width)
-        hidden = self._forward(self._last[:, None], mask, self._position[:, None])  # (running, 1, hidden)
+        hidden = hidden_states(  # (running, 1, hidden)
+            self.model, self._last[:, None], mask, self._position[:, None], self._cache
+        )
         logits = output_layer(self.model)(hidden[:, 0]).float()  # (running, vocabulary)
         if self.temperature == 0:
             log_probs = logits.log_softmax(-1)
@@ -164,14 +164,6 @@ class TorchEngine:
             noise = torch.empty_like(log_probs).exponential_(generator=self.generator)
             tokens = (log_probs.exp() / noise).argmax(-1)
         return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)
-
-    def _forward(
-        self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor
-    ) -> Float[Tensor, "rows time hidden"]:
-        cache = {self._cache_argument: self._cache}
-        return self.model.base_model(
-            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=True, **cache
-        ).last_hidden_state
 
     def _complete(self, index: int, stopped: bool) -> Completion:
         slot = self._running[index]

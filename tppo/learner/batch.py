@@ -1,0 +1,111 @@
+"""Rows laid out for training: which tokens of which rows, and what is known of each.
+
+Shapes: rows = responses, time = the longest span; a span is the part of a response that trains, starting at `first`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tppo.algorithms.masks import window_mask
+from tppo.batching import micro_batches, pad_right
+from tppo.rollout.rows import Row
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Tokens first, first + 1, ... of each row's response."""
+
+    rows: list[Row]
+    first: Int[Tensor, " rows"]
+    tokens: Int[Tensor, " rows"]
+
+    @classmethod
+    def windows(cls, rows: Sequence[Row]) -> "Spans":
+        """The tokens of this step."""
+        first = [row.window_start for row in rows]
+        return cls(list(rows), _ints(first), _ints([row.window_tokens for row in rows]))
+
+    @classmethod
+    def responses(cls, rows: Sequence[Row]) -> "Spans":
+        """All response tokens, over all windows."""
+        return cls(list(rows), _ints([0] * len(rows)), _ints([len(row.response_ids) for row in rows]))
+
+    @property
+    def valid(self) -> Bool[Tensor, "rows time"]:
+        return window_mask(self.tokens, int(self.tokens.max()) if self.rows else 0)
+
+    @property
+    def finished(self) -> Bool[Tensor, " rows"]:
+        return torch.tensor([row.finished for row in self.rows], dtype=torch.bool)
+
+    def laid_out(self, per_token: Callable[[Row], Sequence[float]]) -> Float[Tensor, "rows time"]:
+        """`per_token(row)`, a number for every response token, cut to the spans; 0 in padding."""
+        table = torch.zeros(self.valid.shape)
+        for index, row in enumerate(self.rows):
+            start, count = int(self.first[index]), int(self.tokens[index])
+            table[index, :count] = torch.tensor(per_token(row)[start : start + count])
+        return table
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some rows, padded to one width, and where in them the picked tokens are predicted."""
+
+    members: list[int]
+    """Their places in the spans."""
+    input_ids: Int[Tensor, "members width"]
+    """All tokens but each row's last, which predicts nothing."""
+    row: Int[Tensor, " picked"]
+    """Which member a picked token belongs to."""
+    column: Int[Tensor, " picked"]
+    """Position in the row that predicts it, and after which its value is read."""
+    targets: Int[Tensor, " picked"]
+    """The picked tokens themselves."""
+
+
+def pick(spans: Spans, members: Sequence[int], mask: Bool[Tensor, "rows time"], pad_token_id: int) -> MicroBatch:
+    """The micro-batch of `members`; picked are the tokens of their spans where `mask` holds, row by row."""
+    chosen = [spans.rows[i] for i in members]
+    token_ids = pad_right([[*row.prompt_ids, *row.response_ids] for row in chosen], pad_token_id)
+    row, time = mask[list(members)].nonzero(as_tuple=True)
+    before = spans.first[list(members)] + _ints([len(r.prompt_ids) for r in chosen]) - 1  # (members,)
+    column = before[row] + time
+    return MicroBatch(list(members), token_ids[:, :-1], row, column, token_ids[row, column + 1])
+
+
+def in_micro_batches(spans: Spans, members: Sequence[int], budget_tokens: int) -> Iterator[list[int]]:
+    """`members` in groups of similar length whose padded size stays within the budget."""
+    for group in micro_batches([spans.rows[i].all_tokens - 1 for i in members], budget_tokens):
+        yield [members[i] for i in group]
+
+
+def forward_spans(
+    spans: Spans,
+    forward: Callable[[MicroBatch], Float[Tensor, " picked"]],
+    budget_tokens: int,
+    pad_token_id: int,
+) -> Float[Tensor, "rows time"]:
+    """`forward` of every token of the spans, without gradient; 0 in padding."""
+    valid = spans.valid
+    table = torch.zeros(valid.shape)
+    with torch.inference_mode():
+        for members in in_micro_batches(spans, range(len(spans.rows)), budget_tokens):
+            part = torch.zeros(len(members), valid.shape[1])
+            part[valid[members]] = forward(pick(spans, members, valid, pad_token_id)).float()
+            table[members] = part
+    return table
+
+
+def mini_batches(order: Sequence[int], count: int) -> Iterator[list[int]]:
+    """`order` in `count` parts as equal as can be, the larger ones first."""
+    size = -(-len(order) // max(count, 1))
+    for start in range(0, len(order), max(size, 1)):
+        yield list(order[start : start + size])
+
+
+def _ints(values: Sequence[int]) -> Int[Tensor, " rows"]:
+    return torch.tensor(values, dtype=torch.long)

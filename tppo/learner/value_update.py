@@ -1,0 +1,57 @@
+"""The value model's update, on its own rows, optimiser, mini-batches and micro-batches."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tppo.algorithms.aggregation import token_weights
+from tppo.algorithms.objectives import value_loss
+from tppo.algorithms.recipes import Recipe
+from tppo.config import RunConfig
+from tppo.learner.batch import in_micro_batches, mini_batches, pick
+from tppo.learner.estimates import ValueBatch
+from tppo.models.value import ValueModel
+
+
+def update_value(
+    model: ValueModel,
+    optimizer: torch.optim.Optimizer,
+    batch: ValueBatch,
+    recipe: Recipe,
+    config: RunConfig,
+    pad_token_id: int,
+    generator: torch.Generator,
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+    clip: float | None,
+) -> dict[str, Any]:
+    """Train on every token of the batch's spans. No rows: no step, and null metrics."""
+    spans, valid = batch.spans, batch.spans.valid
+    budget = config.value.micro_batch_tokens or config.train.micro_batch_tokens
+    losses, norms = [], []
+    for _ in range(epochs):
+        order = torch.randperm(len(spans.rows), generator=generator).tolist()
+        for members in mini_batches(order, steps_per_epoch):
+            weights = torch.zeros(valid.shape)
+            weights[members] = token_weights(valid[members], recipe.aggregation) * batch.row_weights[members, None]
+            optimizer.zero_grad()
+            total = 0.0
+            for group in in_micro_batches(spans, members, budget):
+                part, here = pick(spans, group, valid, pad_token_id), valid[group]
+                loss = value_loss(
+                    model(part.input_ids, part.row, part.column), batch.targets[group][here], weights[group][here],
+                    old_values=batch.old_values[group][here], clip=clip,
+                )  # fmt: skip
+                loss.backward()
+                total += loss.item()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
+            optimizer.step()
+            losses.append(total)
+            norms.append(float(norm))
+    return {
+        "critic/vf_loss": sum(losses) / len(losses) if losses else None,
+        "critic/grad_norm": sum(norms) / len(norms) if norms else None,
+        "training/value_trained_tokens": int(valid.sum()),
+    }
