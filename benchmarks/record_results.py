@@ -7,8 +7,11 @@ DEMO_DIRECTORY is what `tppo demo` or `benchmarks.time_to_score` wrote; NAME the
 """
 
 import argparse
+import os
+import platform
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +24,18 @@ from profiling.reader import Run
 ROOT = Path(__file__).parent.parent
 TARGET = 0.85
 ARMS = ("ppo", "tppo", "tppo-full")
+
+
+def machine(runs: list[Run]) -> str:
+    """Where and with what the runs were made."""
+    header = runs[0].header
+    seeds = sorted({run.name.rsplit("-s", 1)[1] for run in runs}, key=int)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return (
+        f"{len(runs)} runs on one thread of a {os.cpu_count()}-core {platform.machine()} CPU, seeds "
+        f"{', '.join(seeds)}, {', '.join(f'{k} {v}' for k, v in header['versions'].items())}, "
+        f"commit {commit.stdout.strip() or 'unknown'}."
+    )
 
 
 def runs_in(directory: Path) -> list[Run]:
@@ -69,13 +84,9 @@ def main() -> None:
         plot(runs, figure, ["png"], target)
     predictions = options.directory / "predictions.csv"
     compared = comparison_tables(pd.read_csv(predictions))
-    header = runs[0].header
     parts = [
         f"# {options.name}",
-        f"Written by `python -m benchmarks.record_results` from {len(runs)} runs. "
-        f"Versions: {', '.join(f'{k} {v}' for k, v in header['versions'].items())}. "
-        f"Seeds: {', '.join(sorted({run.name.rsplit('-s', 1)[1] for run in runs}, key=int))}. "
-        "Times in seconds on one CPU thread.",
+        f"Written by `python -m benchmarks.record_results`. {machine(runs)} Times in seconds.",
         "## Time to 85 % (mean of three consecutive evaluations; evaluation and checkpoints left out)",
         markdown(speedups(runs)),
         markdown(score_table(runs, TARGET)),

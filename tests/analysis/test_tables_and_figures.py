@@ -51,7 +51,8 @@ def make_run(path, *, accuracies, seconds_per_step=2.0, batch=2, finish=True):
         decode = zero | {"kind": "decode", "t_start": t + 0.2, "t_end": t + 1.2, "steps": 10, "context_tokens": 10,
                          "attended_pairs": 10 * 10 + batch * 45}  # fmt: skip
         own = [dict.fromkeys(ROLLOUTS.names, 0) | {"step": step, "row": 10 * step + i, "prompt_tokens": 5,
-               "context_before": 5, "tokens": 10, "trained_tokens": 10, "discarded": False, "finished": True, "reward": 1.0, "policy_version": step - 1,
+               "context_before": 5, "tokens": 10, "trained_tokens": 10, "discarded": False, "finished": True,
+               "reward": 1.0, "policy_version": step - 1,
                "t_start": t, "t_end": t + 1.2} for i in range(batch)]  # fmt: skip
         writer.table("engine", step, {n: [prefill[n], decode[n]] for n in ENGINE.names})
         writer.table("rollouts", step, {n: [r[n] for r in own] for n in ROLLOUTS.names})

@@ -1,13 +1,13 @@
 """An algorithm is a recipe: named choices, one column of the table each. No class hierarchy.
 
-|               | ppo        | ppo-ewma      | geppo                | vapo        | dapo           | tppo           |
-| rollout       | to the end | to the end    | to the end           | to the end  | to the end     | window         |
-| advantage     | GAE .95    | GAE .95       | V-trace GAE .95      | GAE, lambda 1 - 1/(alpha len) | group | EGAE .95 |
-| value target  | A + V      | A + V         | c A + V              | Monte-Carlo | no value model | Monte-Carlo    |
-| aggregation   | sequence   | sequence      | token, nu per batch  | token       | token          | token          |
-| normalised    | whiten     | whiten        | by rho_0             | whiten      | the group's    | whiten, +-10   |
-| objective     | clip .2    | decoupled .2  | additive, .2 / E[i+1]| clip .2/.28 | clip .2/.28    | clip .2/.28    |
-| extra         |            | EWMA policy   | last 4 batches reused, adaptive lr | LM loss .1 | dynamic sampling, overlong penalty | trailing filter |
+|              | ppo        | ppo-ewma     | geppo                 | vapo           | dapo           | tppo           |
+| rollout      | to the end | to the end   | to the end            | to the end     | to the end     | window         |
+| advantage    | GAE .95    | GAE .95      | V-trace GAE .95       | GAE, adaptive  | group          | EGAE .95       |
+| value target | A + V      | A + V        | c A + V               | Monte-Carlo    | no value model | Monte-Carlo    |
+| aggregation  | sequence   | sequence     | token, nu per batch   | token          | token          | token          |
+| normalised   | whiten     | whiten       | by rho_0              | whiten         | the group's    | whiten, +-10   |
+| objective    | clip .2    | decoupled .2 | additive, .2 / E[i+1] | clip .2/.28    | clip .2/.28    | clip .2/.28    |
+| extra        |            | EWMA policy  | 4 batches, lr adapts  | LM loss .1     | resampling     | trailing filter|
 
 A seventh, `partial-rollout`, is the usual alternative to truncation: windows as in tppo, but only finished responses
 train, all their tokens at once, with importance weights for the policies that sampled them (Kimi k1.5, arXiv

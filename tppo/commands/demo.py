@@ -15,6 +15,7 @@ from profiling.reader import Run
 from profiling.writer import write_atomically
 from simulator.calibrate import calibrate
 from tppo.commands.predict import predict_all
+from tppo.config import RunConfig
 from tppo.hardware import measure_ceilings
 from tppo.quiet import quieten_libraries
 from tppo.regimes import ARMS, Regime, load_regime
@@ -34,16 +35,12 @@ def run_demo(output: Path, *, regime: str, seeds: Sequence[int], arms: Sequence[
     if not (output / "hardware.json").exists():
         ceilings = measure_ceilings(settings.train.threads)
         write_atomically(output / "hardware.json", (json.dumps(ceilings, indent=1) + "\n").encode())
-    console.print("[bold]Warm start[/bold]: supervised training on a careless pupil's solutions (cached)")
-    model = warm_start(
-        settings.warm_start, settings.data, settings.task(settings.data.seed), output,
-        lambda step, loss: console.print(f"  step {step} of {settings.warm_start.steps}, loss {loss:.3f}", end="\r"),
-    )  # fmt: skip
+    model = warm_model(settings, output)
     runs: dict[str, list[Run]] = {arm: [] for arm in arms}
     for place, seed in enumerate(seeds):
         turn = place % len(arms)
         for arm in (*arms[turn:], *arms[:turn]):  # interleaved and rotated: the machine drifts
-            runs[arm].append(train_arm(settings, arm, seed, model, output))
+            runs[arm].append(train_config(settings.run_config(arm, seed, model, output / f"{arm}-s{seed}")))
     predictions = predict_each_from_the_other(runs, output, settings.target_accuracy)
     everything = [run for arm in arms for run in runs[arm]]
     report = write_report(
@@ -60,10 +57,20 @@ def run_demo(output: Path, *, regime: str, seeds: Sequence[int], arms: Sequence[
     return everything
 
 
-def train_arm(settings: Regime, arm: str, seed: int, model: Path, output: Path) -> Run:
-    """The finished run of one arm and seed: found, resumed or trained."""
-    directory = output / f"{arm}-s{seed}"
-    config = settings.run_config(arm, seed, model, directory)
+def warm_model(settings: Regime, output: Path) -> Path:
+    """The regime's starting point, trained now or found in `output`."""
+    console = Console()
+    console.print("[bold]Warm start[/bold]: supervised training on a careless pupil's solutions (cached)")
+    return warm_start(
+        settings.warm_start, settings.data, settings.task(settings.data.seed), output,
+        lambda step, loss: console.print(f"  step {step} of {settings.warm_start.steps}, loss {loss:.3f}", end="\r"),
+    )  # fmt: skip
+
+
+def train_config(config: RunConfig) -> Run:
+    """The finished run of a configuration: found, resumed or trained."""
+    assert config.output is not None
+    directory = config.output
     if (directory / "summary.json").exists():
         return Run(directory)
     resumable = (directory / "checkpoints").is_dir() and any((directory / "checkpoints").glob("step-*"))
