@@ -44,6 +44,12 @@ def replay(run_):
     return fresh, logged
 
 
+def settings_of(algorithm):
+    """What a recipe needs beside its name."""
+    groups = {"rollout": {"prompts_per_step": 2, "samples_per_prompt": 4}} if algorithm == "dapo" else {}
+    return {"algorithm": {"name": algorithm, "max_sampling_rounds": 2}, **groups}
+
+
 @pytest.mark.parametrize("algorithm", ["ppo", "tppo"])
 def test_one_seed_gives_one_result(make_config, algorithm):
     first = run(make_config("first", algorithm={"name": algorithm}))
@@ -131,10 +137,13 @@ def test_the_ledger_of_a_real_run_sums_to_its_wall_time(make_config):
         assert done.summary["ledger"][cause] > 0
 
 
-def test_a_resumed_run_equals_an_undisturbed_one(make_config):
-    whole = run(make_config("whole", train={"steps": 6}))
-    run(make_config("parted", train={"steps": 3}))
-    parted = run(make_config("parted", train={"steps": 6}), resume=True)
+@pytest.mark.parametrize("algorithm", RECIPES)
+def test_a_resumed_run_equals_an_undisturbed_one(make_config, algorithm):
+    """Also the proximal policy, the batches to reuse and the adapted learning rate go on where they were."""
+    own = settings_of(algorithm)
+    whole = run(make_config("whole", train={"steps": 6}, **own))
+    run(make_config("parted", train={"steps": 3}, **own))
+    parted = run(make_config("parted", train={"steps": 6}, **own), resume=True)
     assert without_times(parted.path) == without_times(whole.path)
     assert parted.rollouts.drop(columns=["t_start", "t_end"]).equals(whole.rollouts.drop(columns=["t_start", "t_end"]))
     fresh, logged = replay(parted)
@@ -153,6 +162,94 @@ def test_resuming_discards_what_came_after_the_checkpoint(make_config):
     again = run(config, resume=True)
     assert without_times(again.path) == expected
     assert again.rollouts.groupby("step").size().to_dict() == {0: 8, 1: 8, 2: 8, 3: 8, 4: 8}
+
+
+@pytest.mark.parametrize("algorithm", RECIPES)
+def test_rows_in_are_rows_finished_and_carried_under_every_recipe(make_config, algorithm):
+    done = run(make_config("run", **settings_of(algorithm)))
+    summary = done.summary
+    assert summary["rows_in"] == summary["rows_finished"] + summary["rows_carried"]
+    rows = done.rollouts[done.rollouts.step >= 1]
+    assert not rows.duplicated(["step", "row"]).any()
+    assert (rows.trained_tokens[rows.discarded] == 0).all()
+    first_use = rows.groupby("step").trained_tokens.sum()
+    metrics = done.metrics.query("step >= 1").set_index("step")
+    reused = metrics["training/reused_rows"] > 0
+    assert (first_use[~reused] == metrics["training/trained_tokens"][~reused]).all()
+    assert reused.any() == (algorithm == "geppo")
+    assert done.ledger.seconds.sum() == pytest.approx(done.trailer["t"], rel=1e-9)
+
+
+def test_dynamic_sampling_replaces_prompts_whose_answers_are_alike(make_config):
+    """A random model answers nothing right, so every group is dropped and its decode time was for nothing."""
+    done = run(make_config("run", **settings_of("dapo")))
+    step = done.rollouts[done.rollouts.step == 2]
+    assert len(step) == 16  # two rounds of eight rows
+    assert step.discarded.all()
+    assert done.metrics.query("step == 2")["training/discarded_rows"].item() == 16
+    assert done.metrics.query("step == 2")["actor/pg_loss"].isna().item()
+    assert done.summary["ledger"]["decode_discarded"] > 0
+    assert done.summary["ledger"]["decode_useful"] == 0
+    assert done.summary["trained_tokens"] == 0
+    fresh, logged = replay(done)
+    assert fresh == logged
+
+
+def test_geppo_reuses_the_last_batches_and_generates_half_as_many_rows(make_config):
+    done = run(make_config("run", algorithm={"name": "geppo"}, train={"steps": 6}))
+    metrics = done.metrics.query("step >= 1")
+    assert (done.rollouts.query("step >= 1").groupby("step").size() == 4).all()
+    assert metrics["training/reused_rows"].tolist() == [0, 4, 8, 12, 12, 12]
+    assert metrics["actor/total_variation"].gt(0).all()
+
+
+def test_a_value_model_warm_starts_another_run(make_config):
+    first = run(make_config("first"))
+    source = last(first)
+    second = make_config("second", value={"path": str(source), "pretrain_rows": 0}, train={"steps": 1})
+    from tppo.models.policy import load_policy
+    from tppo.state import new_state
+
+    policy, tokenizer = load_policy(second.model.path)
+    loaded = new_state(policy, tokenizer, second).value_model.state_dict()
+    from safetensors.torch import load_file
+
+    assert all(
+        torch.equal(weight, loaded[name]) for name, weight in load_file(source / "value_model.safetensors").items()
+    )
+    assert run(second).summary["steps"] == 1
+
+
+def test_a_value_model_that_is_not_there_or_does_not_fit_is_one_line(make_config, tmp_path):
+    with pytest.raises(ConfigError, match=r"value.path: .* holds no value model for this policy"):
+        train(make_config("run", value={"path": str(tmp_path / "nowhere")}), show_progress=False)
+    from safetensors.torch import save_file
+
+    save_file({"head.weight": torch.zeros(1, 7)}, tmp_path / "value_model.safetensors")
+    with pytest.raises(ConfigError, match="holds no value model for this policy"):
+        train(make_config("run", value={"path": str(tmp_path)}), show_progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_kl_penalty_stands_against_the_model_the_run_started_from(make_config):
+    config = {"algorithm": {"name": "ppo", "kl_coef": 0.1}}
+    metrics = run(make_config("run", train={"steps": 4}, **config)).metrics.query("step >= 1")
+    assert metrics["timing_s/ref"].gt(0).all()
+    assert metrics["actor/kl_loss"].iloc[0] < metrics["actor/kl_loss"].iloc[-1]
+    parted = make_config("parted", train={"steps": 2}, **config)
+    run(parted)
+    resumed = run(make_config("parted", train={"steps": 4}, **config), resume=True)
+    assert resumed.metrics.query("step >= 1")["actor/kl_loss"].tolist() == metrics["actor/kl_loss"].tolist()
+
+
+def test_the_value_model_has_a_schedule_of_its_own(make_config):
+    config = make_config(
+        "run", optimizer={"value_warmup_steps": 4, "value_lr": 4e-4, "warmup_steps": 2, "policy_lr": 2e-4},
+        value={"epochs": 2, "mini_batches": 1, "micro_batch_tokens": 50}, algorithm={"name": "ppo"},
+    )  # fmt: skip
+    metrics = run(config).metrics.query("step >= 1")
+    assert metrics["critic/lr"].tolist() == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4])
+    assert metrics["actor/lr"].tolist() == pytest.approx([1e-4, 2e-4, 2e-4, 2e-4])
 
 
 def test_ctrl_c_ends_the_step_and_saves(make_config):
