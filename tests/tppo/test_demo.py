@@ -1,6 +1,9 @@
 """The whole loop, with a model and runs of a few seconds: what `make demo` does."""
 
 import json
+import os
+import signal
+import threading
 
 import pandas as pd
 import pytest
@@ -105,3 +108,15 @@ def test_the_tokenizer_is_a_real_one_and_round_trips(tmp_path):
     assert len(again(text)["input_ids"]) == len(text)
     assert again.eos_token == "$"
     assert again.pad_token_id != again.eos_token_id
+
+
+def test_a_run_that_was_interrupted_goes_on_and_is_not_taken_for_a_finished_one(make_config):
+    from tppo.trainer import train
+
+    config = make_config("run", train={"steps": 10_000})
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    stopped = train(config, show_progress=False)
+    assert (config.output / "summary.json").exists()
+    more = config.model_copy(update={"train": config.train.model_copy(update={"steps": stopped.steps + 2})})
+    assert demo.train_config(more).trailer["status"] == "finished"
+    assert len(Run(config.output).metrics.query("step >= 1")) == stopped.steps + 2

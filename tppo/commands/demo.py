@@ -71,7 +71,7 @@ def train_config(config: RunConfig) -> Run:
     """The finished run of a configuration: found, resumed or trained."""
     assert config.output is not None
     directory = config.output
-    if (directory / "summary.json").exists():
+    if (directory / "summary.json").exists() and (Run(directory).trailer or {}).get("status") == "finished":
         return Run(directory)
     resumable = (directory / "checkpoints").is_dir() and any((directory / "checkpoints").glob("step-*"))
     if directory.exists() and not resumable:
