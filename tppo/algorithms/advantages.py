@@ -4,13 +4,57 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tppo.algorithms.scan import reverse_linear_recurrence, row_chunks
+
 
 def last_valid(values: Float[Tensor, "rows time"], mask: Bool[Tensor, "rows time"]) -> Float[Tensor, " rows"]:
     """Each row's value at its last unmasked token; 0 for a row without one."""
-    time = values.shape[1]
-    index = torch.where(mask, torch.arange(time, device=mask.device), -1).amax(dim=1)  # (rows,)
-    picked = values.gather(1, index.clamp(min=0)[:, None]).squeeze(1)
+    rows, time = values.shape
+    if time == 0:
+        return values.new_zeros(rows)
+    places = torch.arange(time, dtype=torch.int32, device=mask.device)
+    index = torch.where(mask, places, -1).amax(dim=1)  # (rows,)
+    picked = values.gather(1, index.clamp(min=0)[:, None].long()).squeeze(1)
     return torch.where(index >= 0, picked, 0.0)
+
+
+def next_unmasked(
+    values: Float[Tensor, "rows time"], mask: Bool[Tensor, "rows time"], after: Float[Tensor, " rows"]
+) -> Float[Tensor, "rows time"]:
+    """At each token the value of the next unmasked token of its row, `after` where none is left.
+
+    The recurrence with decay 0 at unmasked tokens and 1 elsewhere copies values through gaps exactly.
+    """
+    here_or_next = reverse_linear_recurrence((~mask).to(values.dtype), torch.where(mask, values, 0.0), after)
+    return torch.cat([here_or_next, after[:, None]], dim=1)[:, 1:]
+
+
+def _advantages(
+    rewards: Float[Tensor, "rows time"],
+    values: Float[Tensor, "rows time"],
+    mask: Bool[Tensor, "rows time"],
+    finished: Bool[Tensor, " rows"],
+    gamma: float,
+    lam: float | Float[Tensor, " rows"],
+    ratios: Float[Tensor, "rows time"] | None = None,
+    c_bar: float = 1.0,
+) -> Float[Tensor, "rows time"]:
+    """A_t = delta_t + gamma lam c_{t+1} A_{t+1}, t+1 being the next unmasked token; c = 1 without ratios.
+
+    Rows go chunk by chunk, so that memory beyond arguments and result is a few tens of megabytes at any size.
+    """
+    per_row = torch.as_tensor(gamma * lam, dtype=values.dtype, device=values.device).expand(len(values))[:, None]
+    advantages = torch.empty_like(values)
+    for part in row_chunks(*values.shape):
+        here, value = mask[part], values[part]
+        after = torch.where(finished[part], 0.0, last_valid(value, here))
+        delta = rewards[part] + gamma * next_unmasked(value, here, after) - value
+        decay = per_row[part]
+        if ratios is not None:
+            decay = decay * next_unmasked(ratios[part].clamp(max=c_bar), here, torch.zeros_like(after))
+        passed = reverse_linear_recurrence(torch.where(here, decay, 1.0), torch.where(here, delta, 0.0))
+        advantages[part] = passed.masked_fill_(~here, 0.0)
+    return advantages
 
 
 def egae(
@@ -29,20 +73,9 @@ def egae(
         V(s_l)  = 0 if finished, else V(s_{l-1})
 
     Masked tokens get 0 and pass the sum through, so what stands in padding never changes a result.
+    No gradient flows through it.
     """
-    values = torch.where(mask, values, 0.0)
-    next_value = torch.where(finished, 0.0, last_valid(values, mask))  # (rows,)
-    advantage = torch.zeros_like(next_value)
-    columns = []
-    for t in reversed(range(values.shape[1])):
-        here = mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = torch.where(here, delta + gamma * lam * advantage, advantage)
-        next_value = torch.where(here, values[:, t], next_value)
-        columns.append(torch.where(here, advantage, 0.0))
-    if not columns:
-        return torch.zeros_like(values)
-    return torch.stack(columns[::-1], dim=1)  # (rows, time)
+    return _advantages(rewards, values, mask, finished, gamma, lam)
 
 
 def gae(
@@ -59,6 +92,28 @@ def gae(
     """
     finished = torch.ones(rewards.shape[0], dtype=torch.bool, device=rewards.device)
     return egae(rewards, values, mask, finished, gamma=gamma, lam=lam)
+
+
+def vtrace_gae(
+    rewards: Float[Tensor, "rows time"],
+    values: Float[Tensor, "rows time"],
+    mask: Bool[Tensor, "rows time"],
+    ratios: Float[Tensor, "rows time"],
+    *,
+    gamma: float = 1.0,
+    lam: float | Float[Tensor, " rows"] = 0.95,
+    c_bar: float = 1.0,
+) -> Float[Tensor, "rows time"]:
+    """GAE of another policy's rows that ran to their end (GePPO, arXiv 2111.00072; V-trace, 1802.01561).
+
+        delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+        A_t     = delta_t + gamma lam c_{t+1} A_{t+1}
+        c_t     = min(c_bar, ratios_t),  ratios_t = pi_k(a_t | s_t) / pi_behaviour(a_t | s_t)
+
+    t+1 is the next unmasked token; masked tokens get 0. Ratios of 1 and c_bar >= 1 give GAE.
+    """
+    finished = torch.ones(rewards.shape[0], dtype=torch.bool, device=rewards.device)
+    return _advantages(rewards, values, mask, finished, gamma, lam, ratios, c_bar)
 
 
 def length_adaptive_lambda(
