@@ -27,7 +27,7 @@ def next_unmasked(
         return values
     values = zero_unless(mask, values)
     if torch.equal(mask[:, 1:] & mask[:, :-1], mask[:, 1:]):
-        # No row resumes after a masked token: the usual case, and the same numbers in a third of the time.
+        # No row resumes after a masked token: the usual case, and quicker; the numbers are the same.
         here_or_next = values.add_(zero_unless(~mask, after[:, None].expand_as(values)))
     else:
         # The recurrence with decay 0 at unmasked tokens and 1 elsewhere copies values through gaps exactly.
