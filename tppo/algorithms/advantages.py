@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tppo.algorithms.masks import zero_unless
 from tppo.algorithms.scan import reverse_linear_recurrence, row_chunks
 
 
@@ -12,23 +13,29 @@ def last_valid(values: Float[Tensor, "rows time"], mask: Bool[Tensor, "rows time
     rows, time = values.shape
     if time == 0:
         return values.new_zeros(rows)
-    places = torch.arange(time, dtype=torch.int32, device=mask.device)
-    index = torch.where(mask, places, -1).amax(dim=1)  # (rows,)
-    picked = values.gather(1, index.clamp(min=0)[:, None].long()).squeeze(1)
-    return torch.where(index >= 0, picked, 0.0)
+    places = torch.arange(1, time + 1, dtype=torch.int32, device=mask.device)
+    last = (mask * places).amax(dim=1)  # (rows,): counted from 1; 0 without a token
+    picked = values.gather(1, (last - 1).clamp(min=0)[:, None].long()).squeeze(1)
+    return torch.where(last > 0, picked, 0.0)
 
 
 def next_unmasked(
     values: Float[Tensor, "rows time"], mask: Bool[Tensor, "rows time"], after: Float[Tensor, " rows"]
 ) -> Float[Tensor, "rows time"]:
-    """At each token the value of the next unmasked token of its row, `after` where none is left.
+    """At each token the value of the next unmasked token of its row, `after` where none is left."""
+    if values.shape[1] == 0:
+        return values
+    values = zero_unless(mask, values)
+    if torch.equal(mask[:, 1:] & mask[:, :-1], mask[:, 1:]):
+        # No row resumes after a masked token: the usual case, and quicker; the numbers are the same.
+        here_or_next = values.add_(zero_unless(~mask, after[:, None].expand_as(values)))
+    else:
+        # The recurrence with decay 0 at unmasked tokens and 1 elsewhere copies values through gaps exactly.
+        here_or_next = reverse_linear_recurrence((~mask).to(values.dtype), values, after)
+    return torch.cat([here_or_next.mT[1:], after[None]]).mT
 
-    The recurrence with decay 0 at unmasked tokens and 1 elsewhere copies values through gaps exactly.
-    """
-    here_or_next = reverse_linear_recurrence((~mask).to(values.dtype), torch.where(mask, values, 0.0), after)
-    return torch.cat([here_or_next, after[:, None]], dim=1)[:, 1:]
 
-
+@torch.no_grad()
 def _advantages(
     rewards: Float[Tensor, "rows time"],
     values: Float[Tensor, "rows time"],
@@ -43,18 +50,24 @@ def _advantages(
 
     Rows go chunk by chunk, so that memory beyond arguments and result is a few tens of megabytes at any size.
     """
-    per_row = torch.as_tensor(gamma * lam, dtype=values.dtype, device=values.device).expand(len(values))[:, None]
+    per_row = torch.as_tensor(gamma * lam, dtype=values.dtype, device=values.device).expand(len(values))
     advantages = torch.empty_like(values)
     for part in row_chunks(*values.shape):
-        here, value = mask[part], values[part]
+        reward, value, here = (_along_rows(each[part]) for each in (rewards, values, mask))
         after = torch.where(finished[part], 0.0, last_valid(value, here))
-        delta = rewards[part] + gamma * next_unmasked(value, here, after) - value
-        decay = per_row[part]
+        delta = next_unmasked(value, here, after).mul_(gamma).add_(reward).sub_(value)
+        decay = per_row[part, None].expand_as(value)
         if ratios is not None:
-            decay = decay * next_unmasked(ratios[part].clamp(max=c_bar), here, torch.zeros_like(after))
-        passed = reverse_linear_recurrence(torch.where(here, decay, 1.0), torch.where(here, delta, 0.0))
-        advantages[part] = passed.masked_fill_(~here, 0.0)
+            trust = _along_rows(ratios[part]).clamp(max=c_bar)
+            decay = decay * next_unmasked(trust, here, torch.zeros_like(after))
+        decay = zero_unless(here, decay).add_(zero_unless(~here, torch.ones_like(after)[:, None].expand_as(value)))
+        advantages[part] = zero_unless(here, reverse_linear_recurrence(decay, zero_unless(here, delta)))
     return advantages
+
+
+def _along_rows(tensor: Tensor) -> Tensor:
+    """The same (rows, time) tensor with memory running along rows, as the recurrence wants it."""
+    return tensor.mT.contiguous().mT
 
 
 def egae(

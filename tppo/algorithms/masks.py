@@ -1,7 +1,7 @@
 """Which tokens train what (T-PPO, arXiv 2506.15050: token filtering)."""
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -22,3 +22,12 @@ def drop_trailing(
     """
     kept = torch.where(finished, tokens, (tokens - trailing).clamp(min=0))
     return mask & window_mask(kept, mask.shape[1])
+
+
+def zero_unless(mask: Bool[Tensor, "*shape"], values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """`torch.where(mask, values, 0.0)` on the bits, several times faster on a CPU; NaN and infinity go too.
+
+    No gradient flows through it.
+    """
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return mask.to(bits).neg_().bitwise_and_(values.view(bits)).view(values.dtype)  # -1 has all bits set

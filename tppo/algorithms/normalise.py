@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tppo.algorithms.masks import zero_unless
+
 
 def whiten(
     advantages: Float[Tensor, "rows time"], mask: Bool[Tensor, "rows time"], epsilon: float = 1e-8
@@ -12,11 +14,11 @@ def whiten(
 
     With fewer than two unmasked tokens, or all of them equal, only the mean is taken off.
     """
-    picked = advantages[mask]
-    if picked.numel() == 0:
+    tokens = mask.sum()
+    if tokens == 0:
         return torch.zeros_like(advantages)
-    scale = picked.std(correction=0).nan_to_num() + epsilon
-    return torch.where(mask, (advantages - picked.mean()) / scale, 0.0)
+    centred = zero_unless(mask, advantages - zero_unless(mask, advantages).sum() / tokens)
+    return centred / ((centred * centred).sum().div(tokens).sqrt() + epsilon)
 
 
 def normalise_reused(
