@@ -207,9 +207,13 @@ def prefill_observations(run: Run) -> Observations:
 
 
 def phase_observations(run: Run, phase: str) -> Observations:
-    """A phase's seconds against the tokens it processed: of all rows, or of finished ones for update_value."""
+    """A phase's seconds against the tokens it processed: of all rows that train, or of finished ones for update_value.
+
+    A recipe that trains batches again (geppo) spends that on the tokens of the step's own rows.
+    """
     prefix = PHASE_COSTS[phase]
-    rows = run.rollouts[run.rollouts.finished] if phase == "update_value" else run.rollouts
+    rows = run.rollouts[~run.rollouts.discarded]
+    rows = rows[rows.finished] if phase == "update_value" else rows
     tokens = (rows.context_before + rows.tokens).groupby(rows.step).sum()
     seconds = _phase_seconds(run, phase)
     steps = seconds.index.intersection(tokens.index)

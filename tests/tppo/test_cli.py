@@ -6,6 +6,7 @@ import time
 import pytest
 
 from tppo.cli import main
+from tppo.trainer import Outcome
 
 
 def test_help_is_quick_and_does_not_import_torch():
@@ -124,3 +125,28 @@ def test_a_truncated_run_directory_is_reported_by_file_and_line(capsys, tmp_path
     run.mkdir()
     (run / "trace.jsonl").write_text('{"type": "phase"}\n')
     assert "trace.jsonl: line 1: phase.name is missing" in error_of(capsys, "calibrate", str(run))[1]
+
+
+def test_the_algorithm_has_a_short_option_that_keeps_the_files_other_settings(config, monkeypatch):
+    seen = {}
+    done = Outcome("finished", 1, None)
+    monkeypatch.setattr("tppo.trainer.train", lambda config, resume: seen.update(config=config) or done)
+    config.write_text(config.read_text() + "\n[algorithm]\ntrailing_tokens = 3\n")
+    assert main(["train", str(config), "--algorithm", "ppo-ewma"]) == 0
+    assert (seen["config"].algorithm.name, seen["config"].algorithm.trailing_tokens) == ("ppo-ewma", 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--algorithm", "dapo"], "rollout.samples_per_prompt = 1: dapo compares the answers to one prompt"),
+        (["--algorithm", "geppo", "--rollout.prompts_per_step", "5", "--train.mini_batches", "1"], "make it even"),
+        (["--algorithm", "vapo", "--algorithm.prefix", "detached"], "the language-model loss trains earlier windows"),
+        (["--algorithm.ewma_beta", "1"], "algorithm.ewma_beta = 1"),
+        (["--value.path", "nowhere"], "holds no value model for this policy"),
+    ],
+)
+def test_settings_that_an_algorithm_cannot_run_with_are_one_line(capsys, config, words, expected):
+    code, line = error_of(capsys, "train", str(config), *words)
+    assert code == 2
+    assert expected in line
