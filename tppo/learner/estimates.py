@@ -19,7 +19,7 @@ from tppo.algorithms.recipes import Recipe
 from tppo.algorithms.returns import monte_carlo_returns, vtrace_returns
 from tppo.algorithms.rewards import group_relative, overlong_penalty
 from tppo.config import RunConfig
-from tppo.learner.batch import Spans, forward_spans
+from tppo.learner.batch import MicroBatch, Spans, forward_spans
 from tppo.models.policy import token_log_probs
 from tppo.models.value import ValueModel
 from tppo.rollout.rows import Row
@@ -83,7 +83,7 @@ def score_log_probs(
 ) -> Float[Tensor, "rows time"]:
     """Log-probabilities of the spans' tokens under `model`."""
 
-    def forward(part):  # type: ignore[no-untyped-def]
+    def forward(part: MicroBatch) -> Float[Tensor, " picked"]:
         return token_log_probs(
             model, part.input_ids, part.row, part.column, part.targets, config.rollout.temperature
         ).log_probs

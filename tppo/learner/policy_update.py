@@ -22,7 +22,7 @@ from tppo.algorithms.objectives import (
 )
 from tppo.algorithms.recipes import Recipe
 from tppo.config import RunConfig
-from tppo.learner.batch import Spans, in_micro_batches, mini_batches, pick
+from tppo.learner.batch import MicroBatch, Spans, in_micro_batches, mini_batches, pick
 from tppo.learner.estimates import PolicyBatch, score_log_probs
 from tppo.models.policy import token_log_probs
 
@@ -102,20 +102,26 @@ def _accumulate(
     spans, algorithm = batch.spans, config.algorithm
     weights = torch.zeros(batch.mask.shape)
     weights[members] = token_weights(batch.mask[members], recipe.aggregation) * batch.row_weights[members, None]
-    responses, demonstrated = positive_examples(spans, recipe, config)
-    lm_weights = torch.zeros(demonstrated.shape)
-    lm_weights[members] = token_weights(demonstrated[members], "token-mean")
-    wanted = batch.mask.any(1) | demonstrated.any(1)
+    wanted = batch.mask.any(1)
+    imitated = positive_examples(spans, recipe, config)
+    if imitated is not None:
+        responses, demonstrated = imitated
+        lm_weights = torch.zeros(demonstrated.shape)
+        lm_weights[members] = token_weights(demonstrated[members], "token-mean")
+        wanted = wanted | demonstrated.any(1)
     for group, detached in _groups(spans, [i for i in members if wanted[i]], config):
         part = pick(spans, group, batch.mask, pad_token_id)
-        examples = pick(responses, group, demonstrated, pad_token_id)
+        row, column, targets = part.row, part.column, part.targets
+        if imitated is not None:
+            examples = pick(responses, group, demonstrated, pad_token_id)
+            row, column = torch.cat([row, examples.row]), torch.cat([column, examples.column])
+            targets = torch.cat([targets, examples.targets])
         prefix = None
         if detached:
             prefix = torch.tensor([spans.rows[i].context_before - 1 for i in group])
             sums.detached_tokens += int(prefix.sum())
         scored = token_log_probs(
-            model, part.input_ids, torch.cat([part.row, examples.row]), torch.cat([part.column, examples.column]),
-            torch.cat([part.targets, examples.targets]), config.rollout.temperature,
+            model, part.input_ids, row, column, targets, config.rollout.temperature,
             prefix_tokens=prefix, entropy_gradient=algorithm.entropy_coef > 0,
         )  # fmt: skip
         picked = len(part.targets)
@@ -130,7 +136,7 @@ def _accumulate(
         if batch.reference is not None:
             penalty = k3_kl(log_probs, batch.reference[group][here])
             terms["kl_loss"] = algorithm.kl_coef * (token_weight * penalty).sum()
-        if len(examples.targets):
+        if imitated is not None and demonstrated[group].any():
             nll = -(lm_weights[group][demonstrated[group]] * scored.log_probs[picked:]).sum()
             terms["lm_loss"] = _lm_coef(recipe, config) * nll
         loss = torch.stack(list(terms.values())).sum()
@@ -155,7 +161,7 @@ def _objective(
     recipe: Recipe,
     config: RunConfig,
     proximal: ProximalPolicy | None,
-    part: Any,
+    part: MicroBatch,
 ) -> PolicyLoss:
     behaviour, advantages = batch.behaviour[group][here], batch.advantages[group][here]
     current = batch.current[group][here]
@@ -188,11 +194,14 @@ def _groups(spans: Spans, members: list[int], config: RunConfig) -> list[tuple[l
     ]
 
 
-def positive_examples(spans: Spans, recipe: Recipe, config: RunConfig) -> tuple[Spans, Bool[Tensor, "rows time"]]:
-    """All response tokens of the rows that finished with a positive reward: what the LM loss imitates (VAPO)."""
-    responses = Spans.responses(spans.rows)
+def positive_examples(
+    spans: Spans, recipe: Recipe, config: RunConfig
+) -> tuple[Spans, Bool[Tensor, "rows time"]] | None:
+    """All response tokens of the rows that finished with a positive reward: what the LM loss imitates (VAPO).
+    None without that loss."""
     if not _lm_coef(recipe, config):
-        return responses, torch.zeros(responses.valid.shape, dtype=torch.bool)
+        return None
+    responses = Spans.responses(spans.rows)
     good = torch.tensor([row.finished and (row.reward or 0.0) > 0 for row in spans.rows])
     return responses, responses.valid & good[:, None]
 
