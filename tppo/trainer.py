@@ -162,9 +162,10 @@ class Trainer:
         seconds: dict[str, float] = defaultdict(float)
         start = self.clock()
         rows, discarded = self.collect(step, seconds)
-        older = [row for batch in state.reusable for row in batch]
-        ages = [0] * len(rows) + [age for age, batch in enumerate(state.reusable, start=1) for _ in batch]
-        spans = policy_spans([*rows, *older], recipe)
+        batches = [rows, *state.reusable]  # newest first
+        age_of = {row.row: age for age, batch in enumerate(batches) for row in batch}
+        spans = policy_spans([row for batch in batches for row in batch], recipe)
+        ages = torch.tensor([age_of[row.row] for row in spans.rows], dtype=torch.long)
         current = reference = None
         if recipe.proximal == "step_start":
             with self.phase("logprob_forward", step, seconds):
@@ -175,9 +176,7 @@ class Trainer:
         with self.phase("value_forward" if state.value_model else "reward", step, seconds):
             if state.value_model:
                 score_values(state.value_model, spans, config, pad)
-            policy_batch, value_batch = estimate(
-                spans, torch.tensor(ages), recipe, config, current=current, reference=reference
-            )
+            policy_batch, value_batch = estimate(spans, ages, recipe, config, current=current, reference=reference)
         value_metrics: dict[str, Any] = {}
         if state.value_model and state.value_optimizer:
             with self.phase("update_value", step, seconds):
@@ -207,7 +206,7 @@ class Trainer:
                 policy_metrics["actor/total_variation"] = moved
                 state.lr_scale = next_learning_rate(state.lr_scale, moved, additive_width(recipe))
                 kept = len(reuse_weights(recipe.reuse)) - 1
-                state.reusable = [rows, *state.reusable][:kept]
+                state.reusable = batches[:kept]
         with self.phase("weight_sync", step, seconds):
             self.engine.update_weights()
         trained = dict(zip([row.row for row in spans.rows], policy_batch.mask.sum(1).tolist(), strict=True))
