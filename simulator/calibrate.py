@@ -93,8 +93,11 @@ class Calibration:
         costs = values.get("costs")
         if not isinstance(costs, dict) or not all(_is_a_cost(value) for value in costs.values()):
             raise ConfigError(f"{path}: costs must be numbers of at least 0")
-        fits = {name: Fit(**fit) if fit else None for name, fit in values.get("fits", {}).items()}
-        return cls(costs, fits, tuple(values.get("runs", ())), values.get("probe_seconds"), values.get("evaluation_s"))
+        try:
+            fits = {name: Fit(**fit) if fit else None for name, fit in values["fits"].items()}
+            return cls(costs, fits, tuple(values["runs"]), values["probe_seconds"], values["evaluation_s"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: not as tppo calibrate writes it ({error}); calibrate again") from None
 
 
 def calibrate(runs: Sequence[Run]) -> Calibration:

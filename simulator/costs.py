@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from profiling.errors import ConfigError
+from profiling.settings import check_settings
 from simulator.experiment import AffineCostSettings, CalibratedCostSettings
 
 PHASE_COSTS = {
@@ -77,7 +77,5 @@ def resolve(settings: AffineCostSettings | CalibratedCostSettings) -> AffineCost
 
     costs = Calibration.load(Path(settings.file)).costs
     extra = settings.model_dump(exclude={"kind", "file"})
-    try:
-        return AffineCostSettings(**{**costs, **{key: value for key, value in extra.items() if value}})
-    except ValueError as error:
-        raise ConfigError(f"{settings.file}: costs are not usable: {str(error).splitlines()[0]}") from None
+    together = {**costs, **{key: value for key, value in extra.items() if value}}
+    return check_settings(together, AffineCostSettings, where=settings.file)

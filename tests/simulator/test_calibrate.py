@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +10,8 @@ from profiling.reader import Run
 from profiling.writer import RunWriter
 from simulator import load_experiment, simulate
 from simulator.calibrate import Calibration, Observations, calibrate, fit, fit_prefill
+from simulator.costs import resolve
+from simulator.experiment import CalibratedCostSettings
 
 COSTS = {
     "decode_base_s": 0.011, "decode_per_row_s": 2.3e-4, "decode_per_context_token_s": 1.7e-6,
@@ -126,3 +130,31 @@ def test_step_numbers_of_two_runs_do_not_mix(run):
     pooled = calibrate([run, run])
     assert pooled.fits["decode"].observations == 2 * calibrate([run]).fits["decode"].observations
     assert isinstance(run.engine, pd.DataFrame)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"schema": 1, "costs": {}, "fits": 3}', "not as tppo calibrate writes it"),
+        ('{"schema": 1, "costs": {}, "fits": {"a": {"x": 1}}}', "not as tppo calibrate writes it"),
+        ('{"schema": 1, "costs": {"decode": -1}}', "costs must be numbers of at least 0"),
+        ('{"schema": 9}', "not a calibration of schema 1"),
+        ("[]", "not a calibration of schema 1"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_calibration_is_one_line(tmp_path, text, expected):
+    path = tmp_path / "c.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=expected) as fault:
+        Calibration.load(path)
+    assert str(path) in str(fault.value)
+    assert "\n" not in str(fault.value)
+
+
+def test_an_unknown_cost_in_a_calibration_names_the_nearest(tmp_path):
+    path = tmp_path / "c.json"
+    nothing = {"fits": {}, "runs": [], "probe_seconds": None, "evaluation_s": None}
+    path.write_text(json.dumps({"schema": 1, "costs": {"decode_bse_s": 1.0}, **nothing}))
+    with pytest.raises(ConfigError, match="unknown key 'decode_bse_s'; did you mean 'decode_base_s'"):
+        resolve(CalibratedCostSettings(kind="calibrated", file=str(path)))
