@@ -78,4 +78,4 @@ def resolve(settings: AffineCostSettings | CalibratedCostSettings) -> AffineCost
     costs = Calibration.load(Path(settings.file)).costs
     extra = settings.model_dump(exclude={"kind", "file"})
     together = {**costs, **{key: value for key, value in extra.items() if value}}
-    return check_settings(together, AffineCostSettings, where=settings.file)
+    return check_settings(together, AffineCostSettings, where=str(settings.file))
