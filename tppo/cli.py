@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="first seed")
     demo.add_argument("--seeds", type=int, default=None, help="number of seeds (3; 1 with --quick)")
     demo.add_argument("--quick", action="store_true", help="one seed")
-    demo.add_argument("--regime", default="short", help="short, long or prototype (tppo/regimes)")
+    demo.add_argument("--regime", default="short", help="short, tail or prototype (tppo/regimes)")
 
     train = add("train", _train, "train; writes a run directory", overrides=True)
     train.add_argument("config", type=Path, nargs="?", help="TOML file")

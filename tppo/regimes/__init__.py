@@ -1,4 +1,4 @@
-"""The demo's two regimes: the same task with a shorter and a longer tail of response lengths."""
+"""Named settings of the demo and the benchmarks: the same task with shorter and longer tails, and two models."""
 
 from importlib.resources import files
 from pathlib import Path
