@@ -34,7 +34,7 @@ def machine(runs: list[Run]) -> str:
     return (
         f"{len(runs)} runs on one thread of a {os.cpu_count()}-core {platform.machine()} CPU, seeds "
         f"{', '.join(seeds)}, {', '.join(f'{k} {v}' for k, v in header['versions'].items())}, "
-        f"commit {commit.stdout.strip() or 'unknown'}."
+        f"recorded at commit {commit.stdout.strip() or 'unknown'}."
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis import style
 from analysis.tables import QUANTITIES
@@ -69,6 +70,7 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
             axes.plot(100 * own.error, y, "o", color=colours[arm], markersize=5, alpha=0.75, label=label)
         reach = max(15.0, float((100 * table.error.abs()).max()) * 1.1)
         axes.set(xlim=(-reach, reach), xlabel="error, %", ylim=(len(quantities) - 0.5, -0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, prune="both"))
         axes.set_title(kind)
         axes.grid(axis="y", visible=False)
     panels[0].set_yticks(range(len(quantities)), [QUANTITIES[name] for name in quantities])
