@@ -84,11 +84,13 @@ def main() -> None:
         plot(runs, figure, ["png"], target)
     predictions = options.directory / "predictions.csv"
     compared = comparison_tables(pd.read_csv(predictions))
+    ratios = speedups(runs)
+    ratios.to_csv(target / "speedups.csv", index=False)
     parts = [
         f"# {options.name}",
         f"Written by `python -m benchmarks.record_results`. {machine(runs)} Times in seconds.",
         "## Time to 85 % (mean of three consecutive evaluations; evaluation and checkpoints left out)",
-        markdown(speedups(runs)),
+        markdown(ratios),
         markdown(score_table(runs, TARGET)),
         "## Speed, medians over seeds",
         markdown(speed_table(runs)),
@@ -105,7 +107,35 @@ def main() -> None:
     (target / "README.md").write_text("\n\n".join(parts) + "\n")
     if options.readme:
         rewrite_readme(options.name, runs, predictions)
+    rewrite_readme_block("regimes", regimes())
     print(target)
+
+
+REGIMES = {
+    "demo": "`short`, the demo's seeds",
+    "short": "`short`, new seeds: longest response six times the median, rollout over half of a PPO step",
+    "tail": "`tail`, new seeds: twelve times the median, rollout two thirds of a PPO step",
+    "prototype": "`prototype`, new seeds: a wide and shallow model, rollout less than half of a PPO step",
+}
+
+
+def regimes() -> str:
+    """What every recorded regime says of PPO against T-PPO, in one table."""
+    rows = []
+    for name, title in REGIMES.items():
+        path = ROOT / "docs" / "results" / name / "speedups.csv"
+        if path.exists():
+            row = pd.read_csv(path).iloc[0]
+            rows.append(
+                {
+                    "regime": f"[{title}](docs/results/{name}/README.md)",
+                    "time to 85 %, PPO / T-PPO": f"{row['median']:.2f}",
+                    "95 % interval": f"{row['low']:.2f} to {row['high']:.2f}",
+                    "T-PPO faster in": f"{row['wins']:.0f} of {row['pairs']:.0f} seeds",
+                    "not reached": f"{row['unreached']:.0f}",
+                }
+            )
+    return markdown(pd.DataFrame(rows))
 
 
 def rewrite_readme(name: str, runs: list[Run], predictions: Path) -> None:
@@ -125,16 +155,15 @@ def rewrite_readme(name: str, runs: list[Run], predictions: Path) -> None:
             "forecast the other's, which it had not seen (medians over seeds, seconds):",
             markdown(table),
             f"![accuracy against wall-clock](docs/results/{name}/accuracy_time.png)",
-            f"All numbers, and what they do not show: [docs/results/{name}](docs/results/{name}/README.md).",
         ]
     )
+    rewrite_readme_block("results", block)
+
+
+def rewrite_readme_block(marker: str, block: str) -> None:
     readme = ROOT / "README.md"
-    text = re.sub(
-        r"<!-- results:begin -->.*<!-- results:end -->",
-        lambda _: f"<!-- results:begin -->\n{block}\n<!-- results:end -->",
-        readme.read_text(),
-        flags=re.S,
-    )
+    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+    text = re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{block}\n{end}", readme.read_text(), flags=re.S)
     readme.write_text(text)
 
 
