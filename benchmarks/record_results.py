@@ -70,6 +70,41 @@ def speedups(runs: list[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def reasons(runs: list[Run]) -> pd.DataFrame:
+    """Where a ratio of times comes from, PPO / arm, medians over the pairs that both reached the target: seconds per
+    step, steps needed, and what those steps cost per finished response and per trained token."""
+    by_name = {run.name: run for run in runs}
+    rows = []
+    for arm in ("tppo", "tppo-full"):
+        ratios = []
+        for run in (run for run in runs if arm_of(run) == arm):
+            peer = by_name.get(run.name.replace(arm, "ppo", 1))
+            if peer is None:
+                continue
+            scores = score_table([peer, run], TARGET)
+            if scores["s to target"].isna().any():
+                continue
+            costs = scores.assign(
+                per_step=scores["s to target"] / scores["steps"],
+                per_response=scores["s to target"] / scores["finished responses"],
+                per_token=scores["s to target"] / scores["trained tokens"],
+            )
+            ratios.append(
+                {
+                    "time to 85 %": costs["s to target"][0] / costs["s to target"][1],
+                    "s per step": costs.per_step[0] / costs.per_step[1],
+                    "steps": costs.steps[0] / costs.steps[1],
+                    "s per finished response": costs.per_response[0] / costs.per_response[1],
+                    "finished responses": costs["finished responses"][0] / costs["finished responses"][1],
+                    "s per trained token": costs.per_token[0] / costs.per_token[1],
+                    "trained tokens": costs["trained tokens"][0] / costs["trained tokens"][1],
+                }
+            )
+        if ratios:
+            rows.append({"ppo / arm": arm, "pairs": len(ratios), **pd.DataFrame(ratios).median().to_dict()})
+    return pd.DataFrame(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
@@ -92,6 +127,10 @@ def main() -> None:
         "## Time to 85 % (mean of three consecutive evaluations; evaluation and checkpoints left out)",
         markdown(ratios),
         markdown(score_table(runs, TARGET)),
+        "## Why: what the time to 85 % is made of",
+        "Ratios PPO / arm, medians over the pairs that both reached it (value pre-training included). A ratio of "
+        "times is that of seconds per step times that of steps; or per response times responses; or per token.",
+        markdown(reasons(runs)),
         "## Speed, medians over seeds",
         markdown(speed_table(runs)),
         "## Predicted against measured",
