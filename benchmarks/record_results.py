@@ -153,7 +153,6 @@ def main() -> None:
 REGIMES = {
     "demo": "`short`, the demo's seeds",
     "short": "`short`, new seeds: longest response six times the median, rollout over half of a PPO step",
-    "tail": "`tail`, new seeds: twelve times the median, rollout two thirds of a PPO step",
     "prototype": "`prototype`, new seeds: a wide and shallow model, rollout less than half of a PPO step",
 }
 

@@ -1,6 +1,6 @@
 """T-PPO against PPO on the clock: seeds that no setting was chosen on, runs interleaved, paired by seed.
 
-python -m benchmarks.time_to_score [--regime tail] [--seeds 30:35] [--arms ppo,tppo] [--output runs/benchmark-tail]
+python -m benchmarks.time_to_score [--regime short] [--seeds 10:15] [--arms ppo,tppo] [--output runs/benchmark-short]
 
 Writes the same directory as `tppo demo` (report.html included) and prints the paired ratios. The regimes' settings
 were chosen on seeds 100 and 101; no reported seed was run before its regime was committed.
@@ -17,8 +17,8 @@ from tppo.regimes import ARMS, load_regime
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--regime", default="tail")
-    parser.add_argument("--seeds", default="30:35", help="first:end")
+    parser.add_argument("--regime", default="short")
+    parser.add_argument("--seeds", default="10:15", help="first:end")
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
