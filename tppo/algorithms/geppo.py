@@ -4,7 +4,8 @@ import numpy as np
 from scipy.optimize import minimize
 
 NEGLIGIBLE = 0.01
-"""Weights below this are dropped (the authors' `truncate`)."""
+"""Weights below this are dropped and the others scaled up (the authors' `truncate`), which may exceed a bound by as
+little."""
 
 
 def reuse_weights(batches_per_on_policy: int, *, oldest: int = 20, tradeoff: float = 1.0) -> np.ndarray:

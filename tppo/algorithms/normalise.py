@@ -6,19 +6,25 @@ from torch import Tensor
 
 from tppo.algorithms.masks import zero_unless
 
+ROUNDING = 1e-6
+"""A spread below this share of the mean is what float32 leaves of equal numbers."""
+
 
 def whiten(
     advantages: Float[Tensor, "rows time"], mask: Bool[Tensor, "rows time"], epsilon: float = 1e-8
 ) -> Float[Tensor, "rows time"]:
     """Zero mean and unit variance over the unmasked tokens.
 
-    With fewer than two unmasked tokens, or all of them equal, only the mean is taken off.
+    With fewer than two unmasked tokens, or all of them equal but for rounding, everything is 0.
     """
     tokens = mask.sum()
     if tokens == 0:
         return torch.zeros_like(advantages)
-    centred = zero_unless(mask, advantages - zero_unless(mask, advantages).sum() / tokens)
-    return centred / ((centred * centred).sum().div(tokens).sqrt() + epsilon)
+    mean = zero_unless(mask, advantages).sum() / tokens
+    centred = zero_unless(mask, advantages - mean)
+    scale = (centred * centred).sum().div(tokens).sqrt()
+    scale = torch.where(scale > ROUNDING * mean.abs(), scale, torch.inf)
+    return centred / (scale + epsilon)
 
 
 def normalise_reused(

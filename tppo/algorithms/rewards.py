@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tppo.algorithms.normalise import ROUNDING
+
 
 def overlong_penalty(
     response_tokens: Int[Tensor, " rows"], *, max_response_tokens: int, cache_tokens: int
@@ -23,13 +25,14 @@ def group_relative(
 ) -> Float[Tensor, " rows"]:
     """(r - mean) / (std + epsilon) over the rows that answer the same prompt; one advantage for a whole response
     (GRPO, arXiv 2402.03300; DAPO, 2503.14476, Eq. 9). std divides by n - 1, as in TRL and verl; a group of one row,
-    or of equal rewards, gets 0."""
+    or of rewards equal but for rounding, gets 0."""
     _, index = group.unique(return_inverse=True)  # (rows,)
     count = torch.zeros(int(index.max()) + 1 if len(index) else 0).index_add(0, index, torch.ones(len(index)))
     mean = torch.zeros_like(count).index_add(0, index, rewards) / count
     centred = rewards - mean[index]
-    variance = torch.zeros_like(count).index_add(0, index, centred**2) / (count - 1).clamp(min=1)
-    return centred / (variance.sqrt()[index] + epsilon)
+    std = (torch.zeros_like(count).index_add(0, index, centred**2) / (count - 1).clamp(min=1)).sqrt()
+    std = torch.where(std > ROUNDING * mean.abs(), std, torch.inf)
+    return centred / (std[index] + epsilon)
 
 
 def informative_groups(right: Bool[Tensor, " rows"], group: Int[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
