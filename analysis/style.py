@@ -33,7 +33,15 @@ SKY, PURPLE, YELLOW, BLACK = "#56B4E9", "#CC79A7", "#F0E442", "#000000"
 
 ARMS = {"ppo": VERMILION, "tppo": BLUE, "tppo-full": GREEN}
 OTHERS = (ORANGE, PURPLE, SKY, BLACK)
-ARM_NAMES = {"ppo": "PPO", "tppo": "T-PPO", "tppo-full": "T-PPO, window = maximum"}
+ARM_NAMES = {
+    "ppo": "PPO",
+    "tppo": "T-PPO",
+    "tppo-full": "T-PPO, window = maximum",
+    "ppo-ewma": "PPO-EWMA",
+    "geppo": "GePPO",
+    "vapo": "VAPO",
+    "dapo": "DAPO",
+}
 
 CAUSES = {
     "decode_useful": (BLUE, "decode, filled slots"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from analysis import style
@@ -94,6 +95,11 @@ def run_steps(runs: Sequence[Run]) -> list[int]:
 
 def curves_figure(runs: Sequence[Run], title: str, target: float) -> Figure:
     """Accuracy against generated tokens and against training time; thick: median over seeds, thin: seeds."""
+    with rc_context(style.RC):
+        return _curves(runs, title, target)
+
+
+def _curves(runs: Sequence[Run], title: str, target: float) -> Figure:
     figure, panels = style.subplots(1, 2, width=10.0, height=4.6)
     arms = by_arm(runs)
     colours = style.arm_colours(list(arms))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -116,6 +117,12 @@ def _tail_rms(difference: Tensor, cut: Tensor, kept: Tensor, tokens: Tensor, win
 
 
 def advantage_figure(table: pd.DataFrame) -> Figure:
+    """Bias and root mean square difference against the window, a line per lambda."""
+    with rc_context(style.RC):
+        return _advantage_lines(table)
+
+
+def _advantage_lines(table: pd.DataFrame) -> Figure:
     figure, panels = style.subplots(1, 2, width=9.0, height=3.8)
     for axes, column in zip(panels, ("bias", "rms difference"), strict=True):
         for place, (lam, rows) in enumerate(table.groupby("lambda")):
