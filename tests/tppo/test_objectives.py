@@ -209,14 +209,14 @@ def test_the_dual_clip_bounds_bad_tokens_only_and_only_beyond_its_bound():
 
 
 def test_lower_and_upper_width_are_not_exchanged():
-    # Region [1 - 1/2, 1 + 1/4]. Ratio 1/4, A = -1: max(1/4, 1/2) = 1/2. Ratio 2, A = 1: -5/4.
-    new, advantages = logs(0.25, 2.0), torch.tensor([-1.0, 1.0])
+    # Region [1 - 1/2, 1 + 1/4]. Ratio 1/4, A = -1: max(1/4, 1/2) = 1/2. Ratio 2, A = 2: -5/4 x 2.
+    new, advantages = logs(0.25, 2.0), torch.tensor([-1.0, 2.0])
     weights = torch.ones(2)
     for got in (
         clipped_loss(new, torch.zeros(2), advantages, weights, clip=(0.5, 0.25)),
         decoupled_loss(new, torch.zeros(2), torch.zeros(2), advantages, weights, clip=(0.5, 0.25)),
     ):
-        assert got.loss.item() == pytest.approx(0.5 - 1.25)
+        assert got.loss.item() == pytest.approx(0.5 - 2.5)
         assert counts(got) == (1, 1)
 
 

@@ -169,6 +169,11 @@ def test_no_feasible_neighbour_is_better_on_the_whole_objective(batches, tradeof
     assert objective(others).min() >= objective(found) - 1e-6
 
 
+def test_a_negligible_weight_is_dropped_and_the_others_sum_to_one_again():
+    # B = 6: 16, 15, .. 1 of 136; the last, 0.007, is below 0.01. Left are 16 .. 2 of 135.
+    assert reuse_weights(6).tolist() == pytest.approx([j / 135 for j in range(16, 1, -1)], abs=1e-5)
+
+
 def test_dropping_negligible_weights_exceeds_a_bound_by_no_more_than_they_weighed():
     # B = 5 with age alone has a seventh weight below 0.01
     weights = reuse_weights(5, tradeoff=0.0)

@@ -160,3 +160,13 @@ def test_after_normalising_the_importance_weighted_mean_is_zero_and_padding_neve
 def test_one_reused_token_has_nothing_to_be_better_than():
     got = normalise_reused(torch.tensor([[3.0, 9.0]]), torch.tensor([[True, False]]), torch.tensor([[2.0, 1.0]]))
     assert got.tolist() == [[0, 0]]
+
+
+def test_equal_advantages_of_reused_batches_leave_nothing():
+    got = normalise_reused(torch.full((2, 4), 0.7), torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 4))
+    assert got.tolist() == [[0.0] * 4] * 2
+
+
+def test_a_thousand_equal_rewards_are_seen_to_be_equal():
+    got = group_relative(torch.full((1000,), 0.1), torch.zeros(1000, dtype=torch.long))
+    assert got.tolist() == [0.0] * 1000

@@ -48,7 +48,7 @@ def age_weights(
     average 1 over tokens (GePPO, arXiv 2111.00072: an expectation over i ~ nu; its batches are equally large).
     """
     tokens = mask.sum(1).float()  # (rows,)
-    per_age = torch.zeros(len(weights)).index_add(0, age, tokens)  # (ages,)
+    per_age = tokens.new_zeros(len(weights)).index_add(0, age, tokens)  # (ages,)
     present = torch.where(per_age > 0, weights.float(), 0.0)
     factors = present / present.sum().clamp(min=1e-12) * tokens.sum() / per_age.clamp(min=1)
     return factors[age]

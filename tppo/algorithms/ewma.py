@@ -37,7 +37,8 @@ class ProximalPolicy:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds."""
-        return {**self._average, "total_weight": torch.tensor(self.total_weight, dtype=torch.float64)}
+        average = {name: tensor.clone() for name, tensor in self._average.items()}
+        return {**average, "total_weight": torch.tensor(self.total_weight, dtype=torch.float64)}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:

@@ -38,14 +38,17 @@ def normalise_reused(
         mean  = sum importance A / sum importance
         scale = standard deviation of importance x A
 
-    importance = rho_0 x weight: pi_k / pi_{k-i} times the batch's weight, averaging 1 over tokens.
+    importance = rho_0 x weight: pi_k / pi_{k-i} times the batch's weight, averaging 1 over tokens. Advantages that are
+    equal but for rounding become 0.
     """
     picked, weight = advantages[mask], importance[mask]
     if picked.numel() == 0:
         return torch.zeros_like(advantages)
     mean = (weight * picked).sum() / weight.sum().clamp(min=epsilon)
-    scale = (weight * picked).std(correction=0).nan_to_num() + epsilon
-    return torch.where(mask, (advantages - mean) / scale, 0.0)
+    scale = (weight * picked).std(correction=0).nan_to_num()
+    spread = (picked - mean).abs().max()
+    scale = torch.where(spread > ROUNDING * mean.abs(), scale, torch.inf)
+    return torch.where(mask, (advantages - mean) / (scale + epsilon), 0.0)
 
 
 def clamp(advantages: Float[Tensor, "rows time"], bound: float) -> Float[Tensor, "rows time"]:

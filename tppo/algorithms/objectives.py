@@ -1,7 +1,7 @@
 """Policy and value objectives on flattened tokens, float32. A loss is a sum of token losses times token weights
 (tppo.algorithms.aggregation). pi: the policy in training; behaviour: the one that sampled the token."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -94,7 +94,8 @@ def additive_clip_loss(
     current: log-probabilities under pi_k, the policy at the start of the step; behaviour: under pi_{k-i}.
     """
     ratio, centre = ratio_of(log_probs, behaviour), ratio_of(current, behaviour)
-    return _surrogate(ratio, ratio.clamp(centre - epsilon, centre + epsilon), advantages, weights, None)
+    result = _surrogate(ratio, ratio.clamp(centre - epsilon, centre + epsilon), advantages, weights, None)
+    return replace(result, ratio_max=_largest(ratio_of(log_probs.detach(), current)))
 
 
 def _surrogate(
@@ -110,8 +111,12 @@ def _surrogate(
     with torch.no_grad():
         low = ((held > ratio) & (advantages < 0)).sum().float()
         high = ((held < ratio) & (advantages > 0)).sum().float()
-        largest = ratio.max() if ratio.numel() else torch.tensor(0.0)
+        largest = _largest(ratio)
     return PolicyLoss(-(weights * objective).sum(), low, high, largest)
+
+
+def _largest(ratio: Float[Tensor, " tokens"]) -> Float[Tensor, ""]:
+    return ratio.max() if ratio.numel() else ratio.new_zeros(())
 
 
 def k1_kl(log_probs: Float[Tensor, " tokens"], behaviour: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:

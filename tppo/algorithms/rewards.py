@@ -15,7 +15,7 @@ def overlong_penalty(
     cache_tokens = 0: no penalty. Unit: reward, added to the verifier's.
     """
     if cache_tokens == 0:
-        return torch.zeros(response_tokens.shape)
+        return torch.zeros(response_tokens.shape, device=response_tokens.device)
     over = response_tokens.float() - (max_response_tokens - cache_tokens)
     return -(over / cache_tokens).clamp(0.0, 1.0)
 
@@ -27,19 +27,24 @@ def group_relative(
     (GRPO, arXiv 2402.03300; DAPO, 2503.14476, Eq. 9). std divides by n - 1, as in TRL and verl; a group of one row,
     or of rewards equal but for rounding, gets 0."""
     _, index = group.unique(return_inverse=True)  # (rows,)
-    count = torch.zeros(int(index.max()) + 1 if len(index) else 0).index_add(0, index, torch.ones(len(index)))
-    mean = torch.zeros_like(count).index_add(0, index, rewards) / count
+    rewards = rewards.double()  # so that a large group of equal rewards is still seen to be equal
+    count = _sums(torch.ones_like(rewards), index)
+    mean = _sums(rewards, index) / count
     centred = rewards - mean[index]
-    std = (torch.zeros_like(count).index_add(0, index, centred**2) / (count - 1).clamp(min=1)).sqrt()
+    std = (_sums(centred**2, index) / (count - 1).clamp(min=1)).sqrt()
     std = torch.where(std > ROUNDING * mean.abs(), std, torch.inf)
-    return centred / (std[index] + epsilon)
+    return (centred / (std[index] + epsilon)).float()
 
 
 def informative_groups(right: Bool[Tensor, " rows"], group: Int[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
     """Rows whose group has both right and wrong answers; the others have no group-relative advantage and are sampled
     again (dynamic sampling, DAPO, arXiv 2503.14476, Eq. 11). `right`: before any shaping of the reward."""
     _, index = group.unique(return_inverse=True)
-    groups = int(index.max()) + 1 if len(index) else 0
-    count = torch.zeros(groups).index_add(0, index, torch.ones(len(index)))
-    wins = torch.zeros(groups).index_add(0, index, right.float())
+    count, wins = _sums(torch.ones_like(right, dtype=torch.float), index), _sums(right.float(), index)
     return ((wins > 0) & (wins < count))[index]
+
+
+def _sums(values: Float[Tensor, " rows"], index: Int[Tensor, " rows"]) -> Float[Tensor, " groups"]:
+    """Sum of `values` per group; `index` counts groups from 0."""
+    groups = int(index.max()) + 1 if len(index) else 0
+    return values.new_zeros(groups).index_add(0, index, values)
