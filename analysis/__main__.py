@@ -1,12 +1,11 @@
 """python -m analysis RUN ... [--output report.html]: writes the report."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from analysis.report import write_report
-from profiling.errors import ToolkitError
 from profiling.reader import Run
+from profiling.shell import exit_code_of
 
 
 def main() -> int:
@@ -14,12 +13,12 @@ def main() -> int:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--output", type=Path, default=Path("report.html"))
     options = parser.parse_args()
-    try:
+
+    def run() -> int:
         print(write_report([Run(path) for path in options.runs], options.output))
-    except ToolkitError as error:
-        print(f"analysis: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        return 0
+
+    return exit_code_of("analysis", run)
 
 
 if __name__ == "__main__":

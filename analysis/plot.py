@@ -1,5 +1,6 @@
 """`tppo plot`: saves a figure, and beside it the numbers that it draws."""
 
+import io
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,6 +11,7 @@ from analysis import style
 from analysis.figures import FIGURES
 from profiling.errors import InputError, RunError
 from profiling.reader import Run
+from profiling.writer import write_atomically
 
 FORMATS = ("png", "pdf", "svg")
 
@@ -25,13 +27,15 @@ def plot(runs: Sequence[Run], figure: str, formats: Sequence[str], output: Path)
     written = [output / f"{figure}.{name}" for name in formats]
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with rc_context(style.RC):
-            drawn = module.draw(table, runs)
-            for path in written:
-                drawn.savefig(path)
-        table.to_csv(output / f"{figure}.csv", index=False)
     except OSError as error:
-        raise RunError(f"{output}: cannot be written: {error.strerror}") from None
+        raise RunError(f"{output}: cannot be created: {error.strerror}") from None
+    with rc_context(style.RC):
+        drawn = module.draw(table, runs)
+        for path in written:
+            buffer = io.BytesIO()
+            drawn.savefig(buffer, format=path.suffix[1:])
+            write_atomically(path, buffer.getvalue())
+    write_atomically(output / f"{figure}.csv", table.to_csv(index=False).encode())
     return [*written, output / f"{figure}.csv"]
 
 

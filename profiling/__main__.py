@@ -1,11 +1,10 @@
 """python -m profiling [--interval S] [--output DIR] -- COMMAND ..."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from profiling.command import profile_command
-from profiling.errors import ToolkitError
+from profiling.shell import exit_code_of
 
 
 def main() -> int:
@@ -14,11 +13,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/profile"), help="run directory")
     parser.add_argument("command", nargs="+", help="-- COMMAND ...")
     options = parser.parse_args()
-    try:
-        return profile_command(options.command, interval_s=options.interval, output=options.output)
-    except ToolkitError as error:
-        print(f"profiling: {error}", file=sys.stderr)
-        return error.exit_code
+    return exit_code_of(
+        "profiling", lambda: profile_command(options.command, interval_s=options.interval, output=options.output)
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """`tppo profile -- COMMAND`: run any program under the sampler."""
 
+import math
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +18,10 @@ from profiling.summary import summarise
 
 def profile_command(argv: Sequence[str], *, interval_s: float, output: Path) -> int:
     """Run `argv`, sample meanwhile, write a run directory, print what was seen. Returns the command's exit code."""
-    if interval_s <= 0:
-        raise ConfigError(f"--interval {interval_s}: must be above 0")
+    if not 0 < interval_s < math.inf:
+        raise ConfigError(f"--interval {interval_s}: must be above 0 and finite")
+    if shutil.which(argv[0]) is None:
+        raise ConfigError(f"{argv[0]}: no such command")
     with Profiler(output, sampler_interval_s=interval_s) as profiler:
         with profiler.phase("command", step=1):
             try:

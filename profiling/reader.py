@@ -83,7 +83,11 @@ class Run:
     @cached_property
     def metrics(self) -> pd.DataFrame:
         path = self.path / "metrics.jsonl"
-        return pd.DataFrame(_json_lines(path) if path.exists() else [])
+        rows = _json_lines(path) if path.exists() else []
+        for line, row in enumerate(rows, start=1):
+            if not isinstance(row, dict):
+                raise DataError(f"{path}: line {line}: not a JSON object")
+        return pd.DataFrame(rows)
 
     @cached_property
     def rollouts(self) -> pd.DataFrame:
@@ -107,7 +111,12 @@ class Run:
     def summary(self) -> dict[str, Any] | None:
         """None for a run that has not ended."""
         path = self.path / "summary.json"
-        return _json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        summary = _json(path)
+        if not isinstance(summary, dict):
+            raise DataError(f"{path}: not a JSON object; not a summary of a run")
+        return summary
 
     @cached_property
     def calibration(self) -> dict[str, Any] | None:

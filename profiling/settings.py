@@ -15,7 +15,7 @@ from profiling.errors import ConfigError
 class Settings(BaseModel):
     """Base of every configuration section: frozen, strict about keys, field docstrings are the help."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -16,6 +16,12 @@ from profiling import schema
 from profiling.errors import ConfigError, DataError, RunError
 
 
+def refuse_a_run(path: Path) -> None:
+    """Raises ConfigError when `path` already holds a run."""
+    if (path / "trace.jsonl").exists():
+        raise ConfigError(f"{path}: already holds a run; choose another directory, or move it away")
+
+
 class RunWriter:
     """Owns one run directory. Every method may raise RunError (disk full, directory gone), naming the file.
 
@@ -24,8 +30,7 @@ class RunWriter:
 
     def __init__(self, path: Path | str, *, header: Mapping[str, Any], config_toml: str) -> None:
         self.path = Path(path)
-        if (self.path / "trace.jsonl").exists():
-            raise ConfigError(f"{self.path}: already holds a run; choose another directory or remove it")
+        refuse_a_run(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -38,21 +43,23 @@ class RunWriter:
     @classmethod
     def resume(cls, path: Path | str, *, offsets: Mapping[str, int], last_step: int) -> "RunWriter":
         """Go on writing a run as it was at a checkpoint: append-only files are cut back to `offsets` (bytes), part
-        files of later steps are removed. Raises DataError when the files are shorter than the checkpoint says."""
+        files of later steps are removed; ledger and summary stay until new ones replace them. Raises DataError when
+        the files are shorter than the checkpoint says, before anything is changed."""
         writer = cls.__new__(cls)
         writer.path = Path(path)
         for name, offset in offsets.items():
             file = writer.path / name
             if not file.exists() or file.stat().st_size < offset:
                 raise DataError(f"{file}: shorter than its checkpoint says ({offset} bytes); it cannot be resumed")
-        for name, offset in offsets.items():
-            os.truncate(writer.path / name, offset)
-        for name in ("rollouts", "engine"):
-            for part in (writer.path / name).glob("step-*.parquet"):
-                if int(part.stem.removeprefix("step-")) > last_step:
-                    part.unlink()
-        for name in ("ledger.parquet", "summary.json"):
-            (writer.path / name).unlink(missing_ok=True)
+        parts = [p for name in ("rollouts", "engine") for p in (writer.path / name).glob("step-*.parquet")]
+        later = [p for p in parts if p.stem[5:].isdigit() and int(p.stem[5:]) > last_step]
+        try:
+            for name, offset in offsets.items():
+                os.truncate(writer.path / name, offset)
+            for part in later:
+                part.unlink()
+        except OSError as error:
+            raise RunError(f"{writer.path}: cannot be resumed in place: {error.strerror}") from None
         writer._trace = writer._open("trace.jsonl")
         writer._metrics = None
         return writer

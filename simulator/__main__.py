@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from profiling.errors import ToolkitError
 from profiling.settings import parse_overrides
+from profiling.shell import exit_code_of
 from simulator import load_experiment, simulate
 
 
@@ -15,16 +14,16 @@ def main() -> int:
     parser.add_argument("experiment", type=Path)
     parser.add_argument("--output", type=Path, help="write a run directory")
     options, rest = parser.parse_known_args()
-    try:
+
+    def run() -> int:
         words = [word for word in rest if word != "--json"]
         result = simulate(load_experiment(options.experiment, parse_overrides(words)))
         if options.output:
             result.write(options.output)
-    except ToolkitError as error:
-        print(f"simulator: {error}", file=sys.stderr)
-        return error.exit_code
-    print(json.dumps(result.summary(), indent=1))
-    return 0
+        print(json.dumps(result.summary(), indent=1, allow_nan=False))
+        return 0
+
+    return exit_code_of("simulator", run)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ class LognormalLengths(Settings):
     kind: Literal["lognormal"]
     mean: PositiveFloat | None = None
     """Mean before the cap, in tokens."""
-    mean_capped: PositiveFloat | None = None
+    mean_capped: float | None = Field(None, ge=1)
     """Mean after the cap, as papers report it."""
-    sigma: NonNegativeFloat
+    sigma: float = Field(ge=0, le=20)
     """Standard deviation of the logarithm."""
 
     @model_validator(mode="after")
@@ -65,7 +65,7 @@ class Workload(Settings):
     """Tokens of every prompt (lengths of kind `run` bring their own)."""
     max_response_tokens: PositiveInt
     """A longer response ends there."""
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the per-row random streams."""
     response_tokens: Lengths
     """How long responses are."""

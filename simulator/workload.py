@@ -53,8 +53,8 @@ class RowSource:
             place = ids % len(values) if u is None else (u * len(values)).astype(np.int64)
             drawn = values[place]
             prompts = known_prompts[place % len(known_prompts)]
-        whole = np.ceil(drawn).astype(np.int64)
-        return Rows(prompts.astype(np.int64), np.clip(whole, 1, self.workload.max_response_tokens))
+        whole = np.clip(np.ceil(drawn), 1, self.workload.max_response_tokens)  # before the cast: it may overflow
+        return Rows(prompts.astype(np.int64), whole.astype(np.int64))
 
 
 def uniforms(seed: int, ids: np.ndarray) -> np.ndarray:

@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from profiling.errors import ConfigError, InputError, ToolkitError
-
-INTERRUPTED = 130
+from profiling.errors import ConfigError, InputError
+from profiling.shell import exit_code_of
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,34 +19,35 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tppo`. Returns the exit code: 0, 1 for a failed run, 2 for bad input, 130 on Ctrl-C."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
-    try:
+    own, others = split_at_dashes(list(sys.argv[1:] if argv is None else argv))
+    debug = "--debug" in own
+    words = [*joined_overrides([word for word in own if word != "--debug"]), *others]
+
+    def run() -> int:
         options, rest = build_parser().parse_known_args(words)
         if rest and not options.overrides:
             raise ConfigError(f"{rest[0]}: unknown option; see tppo {options.command} --help")
         return options.run(options, rest)
-    except ToolkitError as error:
-        if debug:
-            raise
-        print(f"tppo: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("tppo: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone; say nothing more
-        return 0
-    except Exception as error:
-        if debug:
-            raise
-        reason = str(error).splitlines()[0] if str(error) else ""
-        print(
-            f"tppo: {type(error).__name__}: {reason}; run again with --debug for the traceback",
-            file=sys.stderr,
-        )
-        return 1
+
+    return exit_code_of("tppo", run, debug=debug)
+
+
+def split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words before a lone `--`, and from it on: those belong to a profiled command."""
+    place = words.index("--") if "--" in words else len(words)
+    return words[:place], words[place:]
+
+
+def joined_overrides(words: Sequence[str]) -> list[str]:
+    """`--section.key value` as `--section.key=value`, so that no value is taken for a file, wherever it stands."""
+    joined, left = [], list(words)
+    while left:
+        word = left.pop(0)
+        takes_value = word == "--algorithm" or (word.startswith("--") and "." in word and "=" not in word)
+        if takes_value and left and not left[0].startswith("--"):
+            word = f"{word}={left.pop(0)}"
+        joined.append(word)
+    return joined
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -118,7 +118,9 @@ def _top(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _demo(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from tppo.commands.demo import run_demo
 
-    seeds = options.seeds or (1 if options.quick else 3)
+    seeds = (1 if options.quick else 3) if options.seeds is None else options.seeds
+    if options.seed < 0 or seeds < 1:
+        raise InputError(f"tppo demo: --seed {options.seed}, --seeds {seeds}: need a seed of at least 0 and one run")
     run_demo(options.output, regime=options.regime, seeds=range(options.seed, options.seed + seeds))
     return 0
 

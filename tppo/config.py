@@ -1,11 +1,13 @@
 """What `tppo train` reads from TOML. A field's docstring is its help; overrides are `--section.field value`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from profiling.settings import Settings
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(Settings):
@@ -18,7 +20,7 @@ class DataConfig(Settings):
     """arithmetic: running sums modulo 10 with written-out working."""
     median_steps: PositiveFloat = 7.5
     """Median number of steps of a problem; a step is five response tokens."""
-    sigma: NonNegativeFloat = 0.85
+    sigma: float = Field(0.85, ge=0, le=10)
     """Standard deviation of the logarithm of the number of steps."""
     max_steps: PositiveInt = 50
     """Most steps of a problem."""
@@ -100,7 +102,7 @@ class OptimizerConfig(Settings):
     """Steps over which the policy's learning rate rises linearly."""
     value_warmup_steps: NonNegativeInt = 0
     """The same for the value model."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's betas, of both."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's weight decay, of both."""
@@ -117,9 +119,9 @@ class LoopConfig(Settings):
     """Optimiser steps per pass; the rows of a step must be divisible by it."""
     micro_batch_tokens: PositiveInt = 4096
     """Padded tokens of one forward and backward pass."""
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of sampling and of the order of mini-batches."""
-    threads: PositiveInt = 1
+    threads: int = Field(1, ge=1, le=1024)
     """CPU threads of torch."""
     stop_at_accuracy: float | None = Field(None, gt=0, le=1)
     """End when the mean of three consecutive evaluations reaches this; left out: run all steps."""

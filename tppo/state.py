@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -126,14 +127,17 @@ def save_checkpoint(directory: Path, state: TrainingState, offsets: dict[str, in
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk as their own
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"{target}: the checkpoint cannot be written: {error}") from None
+        raise RunError(
+            f"{target}: the checkpoint cannot be written: {error}; is the disk full? The one before is whole: make "
+            "room and go on with --resume"
+        ) from None
     return target
 
 
 def latest_checkpoint(directory: Path) -> Path:
-    found: Sequence[Path] = sorted((directory / "checkpoints").glob("step-*"))
+    found: Sequence[Path] = sorted((directory / "checkpoints").glob("step-[0-9]*"))
     if not found:
         raise DataError(f"{directory}: has no checkpoint to resume from")
     return found[-1]
@@ -142,9 +146,14 @@ def latest_checkpoint(directory: Path) -> Path:
 def read_progress(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "progress.json"
     try:
-        return json.loads(path.read_bytes())
+        progress = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
+    kinds: dict[str, Any] = {"step": int, "time_s": (int, float), "offsets": dict, "carried": list, "reusable": list}
+    for name, kind in kinds.items():
+        if not isinstance(progress, dict) or not isinstance(progress.get(name), kind):
+            raise DataError(f"{path}: {name} is missing or of the wrong kind; not a usable checkpoint")
+    return progress
 
 
 def restore(state: TrainingState, checkpoint: Path, progress: dict[str, Any]) -> None:
@@ -165,8 +174,18 @@ def restore(state: TrainingState, checkpoint: Path, progress: dict[str, Any]) ->
             setattr(state, name, progress[name])
         state.carried = [_row(row) for row in progress["carried"]]
         state.reusable = [[_row(row) for row in batch] for batch in progress["reusable"]]
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{checkpoint}: not a usable checkpoint: {error}") from None
+    except (
+        OSError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        SafetensorError,
+        UnpicklingError,
+    ) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{checkpoint}: not a usable checkpoint: {reason}") from None
 
 
 def _row(values: dict[str, Any]) -> Row:

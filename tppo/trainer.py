@@ -11,7 +11,8 @@ import torch
 
 from profiling import Profiler
 from profiling.errors import ConfigError
-from profiling.settings import to_toml
+from profiling.reader import Run
+from profiling.settings import check_settings, to_toml
 from profiling.writer import RunWriter
 from tppo.algorithms.geppo import next_learning_rate, reuse_weights
 from tppo.algorithms.recipes import RECIPES
@@ -57,16 +58,19 @@ def train(config: RunConfig, *, resume: bool = False, show_progress: bool = True
     torch.set_num_threads(config.train.threads)
     checkpoint = latest_checkpoint(config.output) if resume else None
     progress = read_progress(checkpoint) if checkpoint else None
+    if progress is not None:
+        check_it_can_go_on(config)
     policy, tokenizer = load_policy(str(checkpoint / "policy") if checkpoint else config.model.path)
     state = new_state(policy, tokenizer, config)
-    if checkpoint and progress:
+    if checkpoint is not None and progress is not None:
         restore(state, checkpoint, progress)
     task = task_of(config)
     schedule = schedule_of(config)
     header = header_of(schedule)
     text = to_toml(config.model_dump(mode="json"))
-    if progress:
+    if progress is not None:
         writer = RunWriter.resume(config.output, offsets=progress["offsets"], last_step=state.step)
+        writer.write_text("config.toml", text)
     else:
         writer = RunWriter(config.output, header=header, config_toml=text)
         writer.write_text("model.json", json.dumps(describe_model(policy), indent=1) + "\n")
@@ -77,6 +81,22 @@ def train(config: RunConfig, *, resume: bool = False, show_progress: bool = True
     )
     with profiler:
         return Trainer(config, state, task, schedule, writer, profiler).run(show_progress)
+
+
+def check_it_can_go_on(config: RunConfig) -> None:
+    """Before anything is changed: what the run has written can be read, and what defines its rows is as it was.
+
+    Raises DataError or ConfigError.
+    """
+    assert config.output is not None
+    run = Run(config.output)
+    _ = run.trace, run.rollouts, run.engine
+    before = check_settings(run.config, RunConfig, where=str(run.path / "config.toml"))
+    for section in ("model", "data", "rollout"):
+        if getattr(before, section) != getattr(config, section):
+            raise ConfigError(f"{section}: a resumed run keeps the settings of {run.path / 'config.toml'}")
+    if before.algorithm.name != config.algorithm.name:
+        raise ConfigError(f"algorithm.name: the run was started as {before.algorithm.name}; start another run instead")
 
 
 def task_of(config: RunConfig, seed: int | None = None) -> ArithmeticTask:

@@ -50,5 +50,6 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.set(xlabel="share of GPU time", xlim=(0, 1))
     axes.set_title(f"Idle ledger ({provenance(runs)})")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure

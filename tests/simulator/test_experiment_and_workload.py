@@ -231,3 +231,15 @@ def test_truncation_makes_steps_cheaper_but_rows_need_more_visits():
     assert synchronous["seconds_per_step"] / truncated["seconds_per_step"] == pytest.approx(1.59, abs=0.08)
     ratio = synchronous["seconds_per_finished_row"] / truncated["seconds_per_finished_row"]
     assert ratio == pytest.approx(1.07, abs=0.06)
+
+
+def test_a_length_beyond_every_integer_ends_at_the_cap():
+    from simulator import load_experiment, simulate
+
+    values = {
+        "workload": {"steps": 1, "prompts_per_step": 2, "max_response_tokens": 10,
+                     "response_tokens": {"kind": "fixed", "value": 1e30}},
+        "schedule": {"kind": "synchronous"}, "cluster": {"engines": 1},
+        "cost": {"kind": "affine", "decode_base_s": 1.0},
+    }  # fmt: skip
+    assert simulate(load_experiment(values)).summary()["generated_tokens"] == 20

@@ -150,3 +150,27 @@ def test_settings_that_an_algorithm_cannot_run_with_are_one_line(capsys, config,
     code, line = error_of(capsys, "train", str(config), *words)
     assert code == 2
     assert expected in line
+
+
+def test_overrides_may_stand_anywhere_and_never_become_the_file(config, monkeypatch, capsys):
+    seen = {}
+    done = Outcome("finished", 1, None)
+    monkeypatch.setattr("tppo.trainer.train", lambda config, resume: seen.update(config=config) or done)
+    assert main(["train", "--rollout.window", "5", str(config), "--train.steps", "6"]) == 0
+    assert (seen["config"].rollout.window, seen["config"].train.steps) == (5, 6)
+    (config.parent / "config.toml").write_text(config.read_text())
+    assert main(["train", "--resume", str(config.parent), "--train.steps", "7", "--algorithm", "ppo"]) == 0
+    assert (seen["config"].train.steps, seen["config"].algorithm.name) == (7, "ppo")
+
+
+@pytest.mark.parametrize("words", [["--seed=-1"], ["--seeds", "0"], ["--seeds=-2"]])
+def test_an_impossible_demo_is_refused_before_it_starts(capsys, words, tmp_path):
+    code, line = error_of(capsys, "demo", "--output", str(tmp_path / "d"), *words)
+    assert (code, "need a seed of at least 0 and one run" in line) == (2, True)
+    assert not (tmp_path / "d").exists()
+
+
+def test_an_infinite_setting_is_refused(capsys, config):
+    code, line = error_of(capsys, "train", str(config), "--optimizer.policy_lr", "inf")
+    assert code == 2
+    assert "optimizer.policy_lr = inf" in line

@@ -8,6 +8,7 @@ import threading
 import pandas as pd
 import pytest
 
+from profiling.errors import ConfigError
 from profiling.reader import Run
 from tppo.commands import demo
 from tppo.data.arithmetic import ArithmeticTask, careless_solution, verify, worked_solution
@@ -120,3 +121,18 @@ def test_a_run_that_was_interrupted_goes_on_and_is_not_taken_for_a_finished_one(
     more = config.model_copy(update={"train": config.train.model_copy(update={"steps": stopped.steps + 2})})
     assert demo.train_config(more).trailer["status"] == "finished"
     assert len(Run(config.output).metrics.query("step >= 1")) == stopped.steps + 2
+
+
+def test_the_demo_never_touches_a_directory_that_is_not_its_own_run(make_config):
+    config = make_config("notes")
+    config.output.mkdir()
+    (config.output / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="exists and is not a run"):
+        demo.train_config(config)
+    assert (config.output / "notes.txt").read_text() == "mine"
+
+
+def test_the_demo_does_not_take_a_run_with_other_settings_for_its_own(make_config):
+    demo.train_config(make_config("run"))
+    with pytest.raises(ConfigError, match="holds a run with other settings"):
+        demo.train_config(make_config("run", rollout={"window": 11}))

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from profiling.errors import ConfigError, DataError
+from profiling.errors import ConfigError, DataError, RunError
 from profiling.reader import Run
 from tppo.algorithms.recipes import RECIPES
 from tppo.rollout.drive import plan_step
@@ -290,3 +290,55 @@ def test_plans_are_logged_as_they_are_made():
     records = []
     plan_step(from_description({"kind": "synchronous"}), [], Demand(1, 1, 0, 5), records.append, lambda: 0.5)
     assert records[0]["admissions"] == [{"row": 0, "response_tokens": 0, "budget_tokens": 5}]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_weights(make_config, monkeypatch):
+    config = make_config("run", train={"steps": 4, "checkpoint_every": 1})
+    import tppo.learner.policy_update as policy_update
+
+    calls = []
+
+    def broken(*arguments, **options):
+        calls.append(1)
+        return torch.tensor(float("nan") if len(calls) > 8 else 1.0)
+
+    monkeypatch.setattr(policy_update.nn.utils, "clip_grad_norm_", broken)
+    with pytest.raises(RunError, match="gradient is not finite"):
+        train(config, show_progress=False)
+    weights = torch.load(
+        sorted((config.output / "checkpoints").glob("step-*"))[-1] / "optimizers.pt", weights_only=True
+    )
+    assert weights["policy_optimizer"]["state"][0]["exp_avg"].isfinite().all()
+
+
+def test_a_resumed_run_keeps_what_defines_its_rows_and_records_what_changed(make_config):
+    run(make_config("run", train={"steps": 2}))
+    for changed, message in (({"rollout": {"window": 5}}, "rollout: a resumed run keeps"),
+                             ({"algorithm": {"name": "ppo"}}, "the run was started as tppo")):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            train(make_config("run", train={"steps": 4}, **changed), resume=True, show_progress=False)
+    assert Run(make_config("run").output).summary["steps"] == 2  # untouched
+    assert run(make_config("run", train={"steps": 3}), resume=True).config["train"]["steps"] == 3
+
+
+def test_a_resume_that_cannot_work_changes_nothing(make_config):
+    done = run(make_config("run", train={"steps": 2}))
+    part = done.path / "rollouts" / "step-000001.parquet"
+    part.write_bytes(part.read_bytes()[:100])
+    before = {p: p.read_bytes() for p in done.path.rglob("*") if p.is_file()}
+    with pytest.raises(DataError, match=r"step-000001.parquet: not a readable Parquet file"):
+        train(make_config("run", train={"steps": 4}), resume=True, show_progress=False)
+    assert {p: p.read_bytes() for p in done.path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("progress.json", b"{}"), ("progress.json", b"[]"), ("optimizers.pt", b""), ("optimizers.pt", b"x" * 50),
+     ("value_model.safetensors", b"x")],
+)  # fmt: skip
+def test_a_broken_checkpoint_is_one_line_that_names_it(make_config, name, content):
+    done = run(make_config("run", train={"steps": 1}))
+    (last(done) / name).write_bytes(content)
+    with pytest.raises(DataError, match="not a usable checkpoint") as fault:
+        train(make_config("run", train={"steps": 2}), resume=True, show_progress=False)
+    assert "\n" not in str(fault.value)

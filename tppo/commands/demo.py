@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -11,7 +13,9 @@ from rich.table import Table
 
 from analysis.report import write_report
 from analysis.tables import comparison_tables, score_table, speed_table
+from profiling.errors import ConfigError
 from profiling.reader import Run
+from profiling.settings import to_toml
 from profiling.writer import write_atomically
 from simulator.calibrate import calibrate
 from tppo.commands.predict import predict_all
@@ -31,7 +35,10 @@ def run_demo(output: Path, *, regime: str, seeds: Sequence[int], arms: Sequence[
     quieten_libraries()
     console = Console()
     settings = load_regime(regime)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be created: {error.strerror}; choose another --output") from None
     if not (output / "hardware.json").exists():
         ceilings = measure_ceilings(settings.train.threads)
         write_atomically(output / "hardware.json", (json.dumps(ceilings, indent=1) + "\n").encode())
@@ -71,15 +78,37 @@ def train_config(config: RunConfig) -> Run:
     """The finished run of a configuration: found, resumed or trained."""
     assert config.output is not None
     directory = config.output
-    if (directory / "summary.json").exists() and (Run(directory).trailer or {}).get("status") == "finished":
-        return Run(directory)
+    if directory.exists():
+        check_it_is_that_run(directory, config)
+        if (directory / "summary.json").exists() and (Run(directory).trailer or {}).get("status") == "finished":
+            return Run(directory)
     resumable = (directory / "checkpoints").is_dir() and any((directory / "checkpoints").glob("step-*"))
     if directory.exists() and not resumable:
-        shutil.rmtree(directory)  # the demo's own run, killed before its first checkpoint
+        shutil.rmtree(directory)  # this very run, killed before its first checkpoint
     outcome = train(config, resume=resumable)
     if outcome.status == "interrupted":
         raise KeyboardInterrupt
     return Run(directory)
+
+
+def check_it_is_that_run(directory: Path, config: RunConfig) -> None:
+    """Raises ConfigError when `directory` holds anything but a run with these settings (train.steps may differ)."""
+
+    def settings(text: str) -> dict[str, Any]:
+        values = tomllib.loads(text)
+        values.pop("output", None)
+        values.get("train", {}).pop("steps", None)
+        return values
+
+    wanted = to_toml(config.model_dump(mode="json"))
+    if not (directory / "trace.jsonl").exists() or not (directory / "config.toml").exists():
+        raise ConfigError(f"{directory}: exists and is not a run; choose another --output, or move it away")
+    try:
+        same = settings((directory / "config.toml").read_text()) == settings(wanted)
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError):
+        same = False
+    if not same:
+        raise ConfigError(f"{directory}: holds a run with other settings; choose another --output, or move it away")
 
 
 def predict_each_from_the_other(runs: dict[str, list[Run]], output: Path, target_accuracy: float) -> pd.DataFrame:

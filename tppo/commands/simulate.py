@@ -8,16 +8,20 @@ from rich.console import Console
 from rich.table import Table
 
 from profiling.settings import parse_overrides
+from profiling.writer import refuse_a_run
 from simulator import load_experiment, simulate
 
 
 def run_simulation(path: Path, words: Sequence[str], *, output: Path | None, as_json: bool) -> None:
-    result = simulate(load_experiment(path, overrides=parse_overrides(words)))
+    experiment = load_experiment(path, overrides=parse_overrides(words))
+    if output is not None:
+        refuse_a_run(output)
+    result = simulate(experiment)
     if output is not None:
         result.write(output)
     summary = result.summary()
     if as_json:
-        print(json.dumps(summary, indent=1))
+        print(json.dumps(summary, indent=1, allow_nan=False))
         return
     table = Table(title=f"{path.name} (simulated)", title_justify="left")
     table.add_column("")

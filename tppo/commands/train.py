@@ -16,6 +16,8 @@ def run_training(config_path: Path | None, words: Sequence[str], *, output: Path
     unless another is named. Returns the exit code."""
     if config_path is None and resume is None:
         raise ConfigError("no configuration: write tppo train CONFIG.toml, or --resume DIR")
+    if resume is not None and output is not None:
+        raise ConfigError("--output: a resumed run goes on in its own directory; leave it out")
     source = config_path or resume / "config.toml"  # type: ignore[operator]
     overrides = parse_overrides(words)
     if "algorithm" in overrides:  # --algorithm ppo is short for --algorithm.name ppo

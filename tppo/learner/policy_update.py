@@ -1,5 +1,6 @@
 """The policy's update: epochs of mini-batches, each summed over micro-batches."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from profiling.errors import RunError
 from tppo.algorithms.aggregation import token_weights
 from tppo.algorithms.ewma import ProximalPolicy
 from tppo.algorithms.geppo import clip_width, reuse_weights
@@ -68,12 +70,23 @@ def update_policy(
             optimizer.zero_grad()
             sums.losses.append({})
             _accumulate(model, batch, members, recipe, config, pad_token_id, proximal, sums)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
-            optimizer.step()
-            sums.norms.append(float(norm))
+            sums.norms.append(step_optimizer(model, optimizer, config, "policy"))
             if proximal is not None:
                 proximal.update(model)
     return _metrics(sums, config)
+
+
+def step_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, name: str) -> float:
+    """Clip the gradient and take the step; returns the norm before clipping. Raises RunError, with the weights as
+    they were, when the gradient is not finite."""
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm))
+    if not math.isfinite(norm):
+        raise RunError(
+            f"the {name}'s gradient is not finite; its weights are left as they were, and no checkpoint is written: "
+            "go on from the last one with a lower learning rate"
+        )
+    optimizer.step()
+    return norm
 
 
 def total_variation(model: PreTrainedModel, batch: PolicyBatch, config: RunConfig, pad_token_id: int) -> float:

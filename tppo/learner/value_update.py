@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from tppo.algorithms.aggregation import token_weights
 from tppo.algorithms.objectives import value_loss
@@ -11,6 +10,7 @@ from tppo.algorithms.recipes import Recipe
 from tppo.config import RunConfig
 from tppo.learner.batch import in_micro_batches, mini_batches, pick
 from tppo.learner.estimates import ValueBatch
+from tppo.learner.policy_update import step_optimizer
 from tppo.models.value import ValueModel
 
 
@@ -46,10 +46,8 @@ def update_value(
                 )  # fmt: skip
                 loss.backward()
                 total += loss.item()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
-            optimizer.step()
             losses.append(total)
-            norms.append(float(norm))
+            norms.append(step_optimizer(model, optimizer, config, "value model"))
     return {
         "critic/vf_loss": sum(losses) / len(losses) if losses else None,
         "critic/grad_norm": sum(norms) / len(norms) if norms else None,
