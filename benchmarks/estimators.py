@@ -131,7 +131,8 @@ def _advantage_lines(table: pd.DataFrame) -> Figure:
         axes.set(xlabel="window, tokens", ylabel=f"{column}, reward")
         axes.axhline(0, color="#555555", linewidth=0.8)
     panels[0].set_title("EGAE minus GAE of the same responses (measured)")
-    panels[1].legend(frameon=False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 

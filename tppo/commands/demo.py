@@ -98,6 +98,8 @@ def check_it_is_that_run(directory: Path, config: RunConfig) -> None:
         values = tomllib.loads(text)
         values.pop("output", None)
         values.get("train", {}).pop("steps", None)
+        model = values.get("model", {})
+        model["path"] = Path(model.get("path", "")).name  # as seen from wherever the command was started
         return values
 
     wanted = to_toml(config.model_dump(mode="json"))
