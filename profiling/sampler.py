@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from profiling import schema
+from profiling.errors import RunError
 from profiling.sources import Sample, Source
 from profiling.sources.host import HostSource
 from profiling.sources.nvml import NoDriver, NvmlSource
@@ -122,7 +123,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's; the pipe tells us
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    Sampler(options.output, options.interval, options.zero).run()
+    try:
+        Sampler(options.output, options.interval, options.zero).run()
+    except RunError as error:
+        print(f"sampler: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a training run shows on the terminal, and how Ctrl-C reaches it."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
 
     def ask(number: int, frame: object) -> None:
         asked.set()
+        print("tppo: stopping after the step under way; Ctrl-C again stops at once", file=sys.stderr)
         signal.signal(signal.SIGINT, previous)
 
     signal.signal(signal.SIGINT, ask)
