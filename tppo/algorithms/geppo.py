@@ -1,5 +1,7 @@
 """Sample reuse as GePPO does it (arXiv 2111.00072; authors' code jqueeney/geppo)."""
 
+from functools import lru_cache
+
 import numpy as np
 from scipy.optimize import minimize
 
@@ -8,6 +10,7 @@ NEGLIGIBLE = 0.01
 little."""
 
 
+@lru_cache
 def reuse_weights(batches_per_on_policy: int, *, oldest: int = 20, tradeoff: float = 1.0) -> np.ndarray:
     """Weights nu_i of the batches of i = 0, 1, ... steps ago, and with their number M how many are kept.
 
