@@ -28,11 +28,12 @@ from tppo.learner.estimates import estimate, score_values
 from tppo.learner.policy_update import update_policy
 from tppo.models.policy import load_policy
 from tppo.models.value import ValueModel
+from tppo.rollout.engines import sampling_of
 from tppo.rollout.protocol import Request
 from tppo.rollout.rows import Row
 from tppo.rollout.torch_engine import TorchEngine
+from tppo.start import task_of
 from tppo.state import load_value_model
-from tppo.trainer import task_of
 
 FIRST_PROBLEM = 5_000_000
 """Problems that training never reaches."""
@@ -50,19 +51,20 @@ class Sampled:
         self.pad = self.tokenizer.pad_token_id
         task, longest = task_of(self.config), self.config.rollout.max_response_tokens
         engine = TorchEngine(
-            self.policy, slots=64, max_tokens=task.max_prompt_tokens + longest,
-            eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.pad,
+            self.policy, slots=64, max_tokens=task.max_prompt_tokens + longest, pad_token_id=self.pad,
             generator=torch.Generator().manual_seed(seed), clock=lambda: 0.0,
         )  # fmt: skip
         self.rows = []
         for number in range(responses):
             problem = task.problem(FIRST_PROBLEM + number)
             self.rows.append(Row(number, number, problem, self.tokenizer(problem.prompt)["input_ids"]))
-        engine.submit([Request(row.row, list(row.prompt_ids), 0, longest) for row in self.rows])
+        requests = [Request(row.row, list(row.prompt_ids), 0, longest) for row in self.rows]
+        engine.submit(requests, sampling_of(self.config, self.tokenizer))
         while ended := engine.run_until_a_row_ends():
             for done in ended:
                 row = self.rows[done.row]
-                row.response_ids, row.log_probs, row.finished = done.token_ids, done.log_probs, True
+                row.take(done)
+                row.finished = True
                 text = str(self.tokenizer.decode(row.response_ids))
                 row.reward = 1.0 if verify(row.problem, text) else -1.0
         score_values(self.value_model, Spans.responses(self.rows), self.config, self.pad)
@@ -145,7 +147,7 @@ def prefix_table(sampled: Sampled, window: int, batches: int, rows_per_batch: in
     for _ in range(batches):
         chosen = [_visit(sampled.rows[i], window, rng) for i in rng.choice(len(sampled.rows), rows_per_batch, False)]
         spans = Spans.windows(chosen)
-        batch, _ = estimate(spans, torch.zeros(len(chosen), dtype=torch.long), recipe, config)
+        batch, _ = estimate(spans, torch.zeros(len(chosen), dtype=torch.long), recipe, config, policy_version=0)
         gradients, seconds = {}, {}
         for prefix in ("gradient", "detached", "gradient", "detached", "gradient", "detached"):
             own = config.model_copy(

@@ -45,7 +45,7 @@ class Profiler:
         self._interval_s = sampler_interval_s
         self._sampler: SamplerProcess | None = None
         self._records: list[Mapping[str, Any]] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._open = True
 
     def now(self) -> float:
@@ -57,9 +57,10 @@ class Profiler:
 
     def trace(self, record: Mapping[str, Any]) -> None:
         """Keep a trace record; it is written later, in this order."""
-        self._records.append(record)
-        if len(self._records) >= FLUSH_AT_RECORDS:
-            self.flush()
+        with self._lock:
+            self._records.append(record)
+            if len(self._records) >= FLUSH_AT_RECORDS:
+                self.flush()
 
     def flush(self) -> None:
         with self._lock:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 PHASES = (
     "rollout",
@@ -150,8 +150,24 @@ TRACE_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
         "schedule": (dict, type(None)),
     },
     "phase": {"name": str, "step": int, "t_start": (int, float), "t_end": (int, float), "depth": int},
-    "plan_step": {"step": int, "t": (int, float), "carried": list, "demand": dict, "admissions": list},
-    "row_end": {"step": int, "t": (int, float), "running": int, "event": dict, "decisions": list},
+    "plan_step": {
+        "step": int,
+        "t": (int, float),
+        "carried": list,
+        "demand": dict,
+        "admissions": list,
+        "rows_wanted": int,
+    },
+    "row_end": {
+        "step": int,
+        "t": (int, float),
+        "running": int,  # this and the next three: before the row ended
+        "rows_wanted": int,
+        "finished": int,
+        "ended": bool,
+        "event": dict,
+        "decisions": list,
+    },
     "probe": {"step": int, "t": (int, float), "seconds": (int, float)},
     "note": {"text": str},
     "trailer": {"t": (int, float), "status": str},

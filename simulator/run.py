@@ -1,7 +1,6 @@
 """`simulate(experiment)`: a result in memory, or a run directory like a measured one."""
 
 import time
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from profiling.writer import RunWriter
 from simulator.cluster import TrainingRun
 from simulator.experiment import Experiment
 from tppo.schedule import describe
+from tppo.schedule.log import plan_record, row_end_record
 
 
 def simulate(experiment: Experiment) -> "Result":
@@ -119,17 +119,9 @@ class Result:
         log = self.run.log
         records: list[tuple[float, int, dict[str, Any]]] = []
         for t, carried, demand, plan in log.plans:
-            record = {
-                "type": "plan_step", "step": plan.step, "t": t, "carried": [asdict(row) for row in carried],
-                "demand": asdict(demand), "admissions": [asdict(admission) for admission in plan.admissions],
-            }  # fmt: skip
-            records.append((t, 1, record))
+            records.append((t, 1, plan_record(t, carried, demand, plan)))
         for t, state, event, decisions in log.decisions:
-            record = {
-                "type": "row_end", "step": state.step, "t": t, "running": state.running, "event": asdict(event),
-                "decisions": [asdict(decision) for decision in decisions],
-            }  # fmt: skip
-            records.append((t, 2, record))
+            records.append((t, 2, row_end_record(t, state, event, decisions)))
         for name, step, start, end in log.phases:
             phase = {"type": "phase", "name": name, "step": step, "t_start": start, "t_end": end, "depth": 0}
             records.append((end, 0 if name != "rollout" else 3, phase))

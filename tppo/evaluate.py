@@ -4,12 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tppo.data.arithmetic import Problem, verify
-from tppo.rollout.protocol import Request
-from tppo.rollout.torch_engine import TorchEngine
+from tppo.rollout.protocol import Request, RolloutEngine, Sampling
 
 
 @dataclass(frozen=True)
@@ -20,30 +18,20 @@ class Accuracy:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    engine: RolloutEngine,
+    sampling: Sampling,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     *,
     max_response_tokens: int,
-    temperature: float,
-    seed: int,
 ) -> Accuracy:
-    """One sampled answer per problem, from a generator of its own: training's random state is not touched."""
+    """One sampled answer per problem. With `sampling.seed`, training's random state is not touched."""
     prompts = [tokenizer(problem.prompt)["input_ids"] for problem in problems]
-    engine = TorchEngine(
-        model,
-        slots=len(problems),
-        max_tokens=max(map(len, prompts)) + max_response_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        generator=torch.Generator().manual_seed(seed),
-        clock=lambda: 0.0,
-        temperature=temperature,
-    )
-    engine.submit([Request(i, prompt, 0, max_response_tokens) for i, prompt in enumerate(prompts)])
+    engine.submit([Request(i, prompt, 0, max_response_tokens) for i, prompt in enumerate(prompts)], sampling)
     right = 0
     while ended := engine.run_until_a_row_ends():
         for completion in ended:
             right += verify(problems[completion.row], str(tokenizer.decode(completion.token_ids)))
+    engine.take_records()
     mean = right / len(problems)
     return Accuracy(mean, math.sqrt(mean * (1 - mean) / len(problems)))

@@ -38,6 +38,7 @@ def step_metrics(
     rows: those generated in the step. response_length/*: over rows that finished in it, in tokens of all windows;
     clip_ratio: the share that hit the maximum. training/truncated_share: rows that carry over / rows of the step.
     training/off_policy_prefix_share: response tokens of earlier windows / processed tokens.
+    perf/padding_waste: padding / tokens computed in all training passes of the step, forward ones included.
     critic/vf_explained_var: 1 - var(target - V) / var(target) over the value model's tokens, before its update.
     """
     done = [row for row in rows if row.finished]
@@ -46,6 +47,8 @@ def step_metrics(
     trained = policy_batch.spans.rows
     processed = sum(row.all_tokens for row in trained)
     advantages = policy_batch.advantages[policy_batch.mask]
+    passes = [batch.spans.padding for batch in (policy_batch, value_batch) if batch is not None]
+    computed = sum(each.computed for each in passes)
     return {
         **{metric: seconds.get(phase, 0.0) for phase, metric in TIMINGS.items()},
         "timing_s/step": step_s,
@@ -62,6 +65,7 @@ def step_metrics(
         "critic/advantages/min": _statistic(advantages, torch.min),
         **_value_metrics(value_batch),
         "perf/total_num_tokens": processed,
+        "perf/padding_waste": 1 - sum(each.real for each in passes) / computed if computed else None,
         "perf/throughput": processed / step_s,
         "training/generated_tokens": sum(row.window_tokens for row in rows),
         "training/processed_tokens": processed,

@@ -26,6 +26,14 @@ VALUE_MODEL = "value_model.safetensors"
 PROXIMAL = "proximal_policy.safetensors"
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """A step's rows, rolled out and not graded yet, and the engine's records of it."""
+
+    rows: list[Row]
+    records: list[dict[str, Any]]
+
+
 @dataclass
 class TrainingState:
     policy: PreTrainedModel
@@ -35,7 +43,9 @@ class TrainingState:
     policy_optimizer: torch.optim.Optimizer
     value_optimizer: torch.optim.Optimizer | None
     generator: torch.Generator
-    """Draws the samples of rollouts and the order of mini-batches."""
+    """Draws the order of mini-batches."""
+    rollout_generator: torch.Generator
+    """Draws the samples of rollouts."""
     proximal: ProximalPolicy | None = None
     """ppo-ewma's; else None."""
     reference: PreTrainedModel | None = None
@@ -48,7 +58,11 @@ class TrainingState:
     """Training time so far, evaluation and checkpoints left out."""
     lr_scale: float = 1.0
     """geppo's adaptive factor on the policy's learning rate."""
+    started: bool = False
+    """The first evaluation and the value model's pre-training are behind it."""
     carried: list[Row] = field(default_factory=list)
+    ahead: Ahead | None = None
+    """The next step's rollout, where it is done before its turn (asynchronous)."""
     reusable: list[list[Row]] = field(default_factory=list)
     """Rollout batches of earlier steps that train again, newest first."""
     accuracies: list[float] = field(default_factory=list)
@@ -75,6 +89,7 @@ def new_state(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, confi
         policy_optimizer=adamw(policy.parameters(), settings.policy_lr),
         value_optimizer=None if value_model is None else adamw(value_model.parameters(), settings.value_lr),
         generator=torch.Generator().manual_seed(config.train.seed),
+        rollout_generator=torch.Generator().manual_seed(config.train.seed),
         proximal=ProximalPolicy(policy, beta) if recipe.proximal == "ewma" else None,
         reference=load_policy(config.model.path)[0].requires_grad_(False) if config.algorithm.kl_coef else None,
     )
@@ -104,6 +119,7 @@ def save_checkpoint(directory: Path, state: TrainingState, offsets: dict[str, in
         optimizers = {
             "policy_optimizer": state.policy_optimizer.state_dict(),
             "generator": state.generator.get_state(),
+            "rollout_generator": state.rollout_generator.get_state(),
         }
         if state.value_model is not None and state.value_optimizer is not None:
             save_file(state.value_model.state_dict(), temporary / VALUE_MODEL)
@@ -119,6 +135,8 @@ def save_checkpoint(directory: Path, state: TrainingState, offsets: dict[str, in
             "time_s": time_s,
             "accuracies": state.accuracies,
             "offsets": offsets,
+            "started": state.started,
+            "ahead": None if state.ahead is None else asdict(state.ahead),
             "lr_scale": state.lr_scale,
             "carried": [asdict(row) for row in state.carried],
             "reusable": [[asdict(row) for row in batch] for batch in state.reusable],
@@ -170,10 +188,13 @@ def restore(state: TrainingState, checkpoint: Path, progress: dict[str, Any]) ->
         if state.proximal is not None:
             state.proximal.load(load_file(checkpoint / PROXIMAL))
         state.generator.set_state(optimizers["generator"])
-        for name in ("step", "next_row", "policy_version", "clock_s", "accuracies", "lr_scale"):
+        state.rollout_generator.set_state(optimizers["rollout_generator"])
+        for name in ("step", "next_row", "policy_version", "clock_s", "accuracies", "lr_scale", "started"):
             setattr(state, name, progress[name])
         state.carried = [_row(row) for row in progress["carried"]]
         state.reusable = [[_row(row) for row in batch] for batch in progress["reusable"]]
+        ahead = progress["ahead"]
+        state.ahead = None if ahead is None else Ahead([_row(row) for row in ahead["rows"]], ahead["records"])
     except (
         OSError,
         EOFError,

@@ -1,38 +1,33 @@
 """The training loop: roll out, grade, score, update value, update policy. Read it top to bottom."""
 
-import json
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from profiling import Profiler
-from profiling.errors import ConfigError
-from profiling.reader import Run
-from profiling.settings import check_settings, to_toml
+from profiling.errors import RunError
 from profiling.writer import RunWriter
 from tppo.algorithms.geppo import next_learning_rate, reuse_weights
-from tppo.algorithms.recipes import RECIPES
-from tppo.algorithms.rewards import informative_groups
+from tppo.collect import Collector, StepTimes
 from tppo.config import RunConfig
 from tppo.console import progress_bar, stop_on_interrupt
-from tppo.data.arithmetic import ArithmeticTask, verify
+from tppo.data.arithmetic import ArithmeticTask, Problem
 from tppo.evaluate import Accuracy, evaluate
 from tppo.learner.estimates import estimate, monte_carlo_batch, policy_spans, score_log_probs, score_values
 from tppo.learner.policy_update import additive_width, total_variation, update_policy
+from tppo.learner.recipe import recipe_of
+from tppo.learner.step import set_learning_rate
 from tppo.learner.value_update import update_value
 from tppo.metrics import step_metrics
-from tppo.models.policy import describe_model, load_policy
 from tppo.probe import DriftProbe
-from tppo.rollout.drive import plan_step, run_rollout
-from tppo.rollout.rows import Row
-from tppo.rollout.torch_engine import TorchEngine
-from tppo.run_records import finish_run, header_of, write_step
-from tppo.schedule import Demand, Schedule, StepPlan, Synchronous, Truncated
-from tppo.state import TrainingState, latest_checkpoint, new_state, read_progress, restore, save_checkpoint
+from tppo.rollout.drive import engine_faults
+from tppo.rollout.engines import evaluation_engine
+from tppo.rollout.protocol import EngineError, RolloutEngine, Sampling
+from tppo.run_records import finish_run, write_step
+from tppo.schedule import Schedule
+from tppo.state import TrainingState, save_checkpoint
 
 EVALUATIONS_TO_STOP = 3
 """`train.stop_at_accuracy` is reached when the mean of this many consecutive evaluations is."""
@@ -47,76 +42,6 @@ class Outcome:
     """Of the last evaluation."""
 
 
-def train(config: RunConfig, *, resume: bool = False, show_progress: bool = True) -> Outcome:
-    """Train as `config` says and write the run directory `config.output`.
-
-    With `resume`, go on from the newest checkpoint in that directory; what was written after it is discarded.
-    Raises ConfigError or DataError before anything is written, RunError when the run cannot go on.
-    """
-    if config.output is None:
-        raise ConfigError('output: no run directory is given; add `output = "runs/NAME"` or --output')
-    torch.set_num_threads(config.train.threads)
-    checkpoint = latest_checkpoint(config.output) if resume else None
-    progress = read_progress(checkpoint) if checkpoint else None
-    if progress is not None:
-        check_it_can_go_on(config)
-    policy, tokenizer = load_policy(str(checkpoint / "policy") if checkpoint else config.model.path)
-    state = new_state(policy, tokenizer, config)
-    if checkpoint is not None and progress is not None:
-        restore(state, checkpoint, progress)
-    task = task_of(config)
-    schedule = schedule_of(config)
-    header = header_of(schedule)
-    text = to_toml(config.model_dump(mode="json"))
-    if progress is not None:
-        writer = RunWriter.resume(config.output, offsets=progress["offsets"], last_step=state.step)
-        writer.write_text("config.toml", text)
-    else:
-        writer = RunWriter(config.output, header=header, config_toml=text)
-        writer.write_text("model.json", json.dumps(describe_model(policy), indent=1) + "\n")
-    profiler = Profiler(
-        writer=writer,
-        start_s=progress["time_s"] if progress else 0.0,
-        sampler_interval_s=config.profile.interval_s if config.profile.sampler else None,
-    )
-    with profiler:
-        return Trainer(config, state, task, schedule, writer, profiler).run(show_progress)
-
-
-def check_it_can_go_on(config: RunConfig) -> None:
-    """Before anything is changed: what the run has written can be read, and what defines its rows is as it was.
-
-    Raises DataError or ConfigError.
-    """
-    assert config.output is not None
-    run = Run(config.output)
-    _ = run.trace, run.rollouts, run.engine
-    before = check_settings(run.config, RunConfig, where=str(run.path / "config.toml"))
-    for section in ("model", "data", "rollout"):
-        if getattr(before, section) != getattr(config, section):
-            raise ConfigError(f"{section}: a resumed run keeps the settings of {run.path / 'config.toml'}")
-    if before.algorithm.name != config.algorithm.name:
-        raise ConfigError(f"algorithm.name: the run was started as {before.algorithm.name}; start another run instead")
-
-
-def task_of(config: RunConfig, seed: int | None = None) -> ArithmeticTask:
-    data = config.data
-    try:
-        return ArithmeticTask(
-            median_steps=data.median_steps,
-            sigma=data.sigma,
-            max_steps=data.max_steps,
-            seed=data.seed if seed is None else seed,
-        )
-    except ValueError as error:
-        raise ConfigError(f"data.{error}") from None
-
-
-def schedule_of(config: RunConfig) -> Schedule:
-    recipe = RECIPES[config.algorithm.name]
-    return Truncated(window=config.rollout.window) if recipe.truncated else Synchronous()
-
-
 class Trainer:
     def __init__(
         self,
@@ -124,82 +49,104 @@ class Trainer:
         state: TrainingState,
         task: ArithmeticTask,
         schedule: Schedule,
+        engine: RolloutEngine,
+        sampling: Sampling,
+        held_out: Sequence[Problem],
         writer: RunWriter,
         profiler: Profiler,
     ) -> None:
         self.config = config
-        self.recipe = RECIPES[config.algorithm.name]
+        self.recipe = recipe_of(config)
         self.state = state
-        self.task = task
         self.schedule = schedule
+        self.engine = engine
+        self.sampling = sampling
+        self.held_out = held_out
         self.writer = writer
         self.profiler = profiler
         self.clock = profiler.now
         self.pad_token_id = state.tokenizer.pad_token_id
         self.probe = DriftProbe()
-        self.engine = TorchEngine(
-            state.policy,
-            slots=config.rollout.max_rows_per_engine or config.rows_per_step,
+        self.collector = Collector(config, self.recipe, state, task, schedule, engine, sampling, profiler)
+        self.evaluation_engine = evaluation_engine(
+            config, state.policy, state.tokenizer, engine, slots=len(held_out),
             max_tokens=task.max_prompt_tokens + config.rollout.max_response_tokens,
-            eos_token_id=state.tokenizer.eos_token_id,
-            pad_token_id=self.pad_token_id,
-            generator=state.generator,
-            clock=self.clock,
-            temperature=config.rollout.temperature,
-        )
-        held_out = task_of(config, config.evaluation.seed)
-        self.held_out = [held_out.problem(i) for i in range(config.evaluation.problems)]
+        )  # fmt: skip
 
     def run(self, show_progress: bool) -> Outcome:
         config, state = self.config, self.state
         accuracy: Accuracy | None = None
         with stop_on_interrupt() as interrupted, progress_bar(show_progress, config) as advance:
-            if state.step == 0 and state.policy_version == 0:
+            if not state.started:
                 if config.evaluation.every:
                     accuracy = self.evaluate(step=0)
                     self.writer.metrics({"step": 0, "time_s": self.clock(), "clock_s": 0.0, **_columns(accuracy)})
                 self.pretrain_value()
+                state.started = True
             while state.step < config.train.steps and not interrupted.is_set() and not self.score_reached():
                 state.step += 1
-                metrics = self.train_step(state.step)
-                every = config.evaluation.every
-                if every and state.step % every == 0:
+                metrics = self.train_step_or_save(state.step)
+                due = config.train.checkpoint_every and state.step % config.train.checkpoint_every == 0
+                if config.evaluation.every and state.step % config.evaluation.every == 0:
+                    self.wait_for_rollout()
                     accuracy = self.evaluate(state.step)
                     metrics |= _columns(accuracy)
                 self.writer.metrics(metrics)
-                if config.train.checkpoint_every and state.step % config.train.checkpoint_every == 0:
+                if due:
                     self.checkpoint()
                 advance(state.step, accuracy)
             self.checkpoint()
             status = "interrupted" if interrupted.is_set() else "finished"
             wall_s = self.profiler.finish(status)
-            finish_run(self.writer, self.schedule, config.rollout.max_response_tokens, wall_s)
+            finish_run(self.writer, self.schedule, config, wall_s)
         return Outcome(status, state.step, accuracy.mean if accuracy else None)
+
+    def train_step_or_save(self, step: int) -> dict[str, Any]:
+        """A step; when the engine dies in it, everything as it was before the step goes into a checkpoint first."""
+        try:
+            return self.train_step(step)
+        except EngineError as error:
+            self.state.step = step - 1
+            self.collector.undo()
+            self.checkpoint()
+            raise RunError(
+                f"{error}; the checkpoint of step {step - 1} holds every unfinished row: go on with --resume "
+                f"{self.writer.path}"
+            ) from error
 
     def train_step(self, step: int) -> dict[str, Any]:
         """One step of the recipe; returns its row of metrics."""
         config, state, recipe, pad = self.config, self.state, self.recipe, self.pad_token_id
-        seconds: dict[str, float] = defaultdict(float)
+        times = StepTimes(self.profiler, step)
         start = self.clock()
-        rows, discarded = self.collect(step, seconds)
-        batches = [rows, *state.reusable]  # newest first
+        got = self.collector.collect(times)
+        if self.schedule.steps_ahead:
+            self.sync_weights(times)
+            if step < config.train.steps:
+                self.collector.start_ahead(step + 1)
+        elif config.rollout.release_memory:
+            with times.phase("switch"):
+                self.engine.release_memory()
+        batches = [got.rows, *state.reusable]  # newest first
         age_of = {row.row: age for age, batch in enumerate(batches) for row in batch}
         spans = policy_spans([row for batch in batches for row in batch], recipe)
         ages = torch.tensor([age_of[row.row] for row in spans.rows], dtype=torch.long)
         current = reference = None
         if recipe.proximal == "step_start":
-            with self.phase("logprob_forward", step, seconds):
+            with times.phase("logprob_forward"):
                 current = score_log_probs(state.policy, spans, config, pad)
         if state.reference is not None:
-            with self.phase("reference_forward", step, seconds):
+            with times.phase("reference_forward"):
                 reference = score_log_probs(state.reference, spans, config, pad)
-        with self.phase("value_forward" if state.value_model else "reward", step, seconds):
+        with times.phase("value_forward" if state.value_model else "reward"):
             if state.value_model:
                 score_values(state.value_model, spans, config, pad)
-            policy_batch, value_batch = estimate(spans, ages, recipe, config, current=current, reference=reference)
+            policy_batch, value_batch = estimate(
+                spans, ages, recipe, config, policy_version=state.policy_version, current=current, reference=reference
+            )
         value_metrics: dict[str, Any] = {}
         if state.value_model and state.value_optimizer:
-            with self.phase("update_value", step, seconds):
+            with times.phase("update_value"):
                 critic_lr = set_learning_rate(
                     state.value_optimizer, config.optimizer.value_lr, step, config.optimizer.value_warmup_steps
                 )
@@ -210,7 +157,7 @@ class Trainer:
                     clip=config.algorithm.value_clip,
                 )  # fmt: skip
                 value_metrics["critic/lr"] = critic_lr
-        with self.phase("update_policy", step, seconds):
+        with times.phase("update_policy"):
             lr = set_learning_rate(
                 state.policy_optimizer,
                 config.optimizer.policy_lr * state.lr_scale,
@@ -227,15 +174,11 @@ class Trainer:
                 state.lr_scale = next_learning_rate(state.lr_scale, moved, additive_width(recipe))
                 kept = len(reuse_weights(recipe.reuse)) - 1
                 state.reusable = batches[:kept]
-        with self.phase("weight_sync", step, seconds):
-            self.engine.update_weights()
-        trained = dict(zip([row.row for row in spans.rows], policy_batch.mask.sum(1).tolist(), strict=True))
-        write_step(
-            self.writer, step, [*rows, *discarded], state.policy_version, self.engine.take_records(),
-            trained_tokens=trained, discarded={row.row for row in discarded},
-        )  # fmt: skip
         state.policy_version += 1
-        state.carried = [row for row in rows if not row.finished]
+        if not self.schedule.steps_ahead:
+            self.sync_weights(times)
+        trained = dict(zip([row.row for row in spans.rows], policy_batch.mask.sum(1).tolist(), strict=True))
+        write_step(self.writer, step, got, trained_tokens=trained)
         end = self.clock()
         state.clock_s += end - start
         return {
@@ -243,8 +186,8 @@ class Trainer:
             "time_s": end,
             "clock_s": state.clock_s,
             **step_metrics(
-                [*rows, *discarded], policy_batch, value_batch if state.value_model else None, seconds, end - start,
-                config.rollout.max_response_tokens, len(discarded),
+                [*got.rows, *got.discarded], policy_batch, value_batch if state.value_model else None, times.seconds,
+                end - start, config.rollout.max_response_tokens, len(got.discarded),
             ),
             **policy_metrics,
             **value_metrics,
@@ -253,34 +196,9 @@ class Trainer:
             "val/accuracy_stderr": None,
         }  # fmt: skip
 
-    def collect(self, step: int, seconds: dict[str, float]) -> tuple[list[Row], list[Row]]:
-        """Roll out and grade the step's rows: those that train or carry over, and those that are dropped for good.
-
-        Only dynamic sampling drops rows, whole prompts at a time, and rolls out again for what is missing; after
-        `algorithm.max_sampling_rounds` the step goes on with what it has.
-        """
-        state, recipe = self.state, self.recipe
-        wanted = self.config.rows_per_step // recipe.reuse
-        rows: list[Row] = []
-        discarded: list[Row] = []
-        for _ in range(self.config.algorithm.max_sampling_rounds if recipe.dynamic_sampling else 1):
-            longest = self.config.rollout.max_response_tokens
-            demand = Demand(step, wanted - len(rows), state.next_row, longest)
-            plan = plan_step(self.schedule, state.carried, demand, self.profiler.trace, self.clock)
-            fresh = self.rows_of(plan, state.carried)
-            with self.phase("rollout", step, seconds):
-                self.generate(self.schedule, plan, fresh)
-            with self.phase("reward", step, seconds):
-                self.grade(fresh)
-                keep = [True] * len(fresh)
-                if recipe.dynamic_sampling:
-                    right = torch.tensor([(row.reward or 0.0) > 0 for row in fresh])
-                    keep = informative_groups(right, torch.tensor([row.group for row in fresh])).tolist()
-            rows += [row for row, kept in zip(fresh, keep, strict=True) if kept]
-            discarded += [row for row, kept in zip(fresh, keep, strict=True) if not kept]
-            if len(rows) >= wanted:
-                break
-        return rows, discarded
+    def sync_weights(self, times: StepTimes) -> None:
+        with times.phase("weight_sync"), engine_faults(times.step):
+            self.engine.update_weights(self.state.policy_version)
 
     def pretrain_value(self) -> None:
         """Step 0: fit the value model to Monte-Carlo returns of the warm start's policy, which stays as it is
@@ -289,62 +207,30 @@ class Trainer:
         if config.value.pretrain_rows == 0 or state.value_model is None or state.value_optimizer is None:
             return
         start = self.clock()
-        demand = Demand(0, config.value.pretrain_rows, state.next_row, config.rollout.max_response_tokens)
-        plan = plan_step(Synchronous(), [], demand, self.profiler.trace, self.clock)
-        rows = self.rows_of(plan, [])
-        with self.profiler.phase("rollout", step=0):
-            self.generate(Synchronous(), plan, rows)
-        with self.profiler.phase("reward", step=0):
-            self.grade(rows)
-        with self.profiler.phase("update_value", step=0):
+        times = StepTimes(self.profiler, step=0)
+        got = self.collector.collect_for_values(config.value.pretrain_rows, times)
+        with times.phase("update_value"):
             set_learning_rate(state.value_optimizer, config.optimizer.value_lr, step=1, warmup_steps=0)
+            finished = [row for row in got.rows if row.finished]
             update_value(
-                state.value_model, state.value_optimizer, monte_carlo_batch(rows, self.recipe.gamma), self.recipe,
+                state.value_model, state.value_optimizer, monte_carlo_batch(finished, self.recipe.gamma), self.recipe,
                 config, self.pad_token_id, state.generator, epochs=config.value.pretrain_epochs,
-                steps_per_epoch=max(1, len(rows) * config.train.mini_batches // config.rows_per_step), clip=None,
+                steps_per_epoch=max(1, len(got.rows) * config.train.mini_batches // config.rows_per_step), clip=None,
             )  # fmt: skip
-        write_step(self.writer, 0, rows, state.policy_version, self.engine.take_records(), trained_tokens={})
+        write_step(self.writer, 0, got, trained_tokens={})
         state.clock_s += self.clock() - start
-
-    def rows_of(self, plan: StepPlan, carried: Sequence[Row]) -> list[Row]:
-        """The plan's rows in its order: carried ones as they are, fresh ones with the next problems."""
-        known = {row.row: row for row in carried}
-        rows = []
-        for admission in plan.admissions:
-            if admission.row in known:
-                rows.append(known[admission.row])
-                continue
-            group = admission.row // self.config.rollout.samples_per_prompt
-            problem = self.task.problem(group)
-            prompt_ids = self.state.tokenizer(problem.prompt)["input_ids"]
-            rows.append(Row(admission.row, group, problem, prompt_ids))
-            self.state.next_row = admission.row + 1
-        return rows
-
-    def generate(self, schedule: Schedule, plan: StepPlan, rows: Sequence[Row]) -> None:
-        by_id = {row.row: row for row in rows}
-        limit = self.config.rollout.max_response_tokens
-        run_rollout(schedule, self.engine, plan, by_id, limit, self.profiler.trace, self.clock)
-
-    def grade(self, rows: Sequence[Row]) -> None:
-        """+1 for a right final answer, -1 otherwise; unfinished rows have no reward yet."""
-        for row in rows:
-            if row.finished:
-                right = verify(row.problem, str(self.state.tokenizer.decode(row.response_ids)))
-                row.reward = 1.0 if right else -1.0
 
     def evaluate(self, step: int) -> Accuracy:
         """Held-out accuracy. The drift probe runs here too, outside the training clock."""
-        with self.profiler.phase("evaluation", step=step):
+        with self.profiler.phase("evaluation", step=step), engine_faults(step):
             probe = {"type": "probe", "step": step, "t": self.clock(), "seconds": self.probe.run()}
             self.profiler.trace(probe)
             accuracy = evaluate(
-                self.state.policy,
+                self.evaluation_engine,
+                replace(self.sampling, seed=self.config.evaluation.seed + step),
                 self.state.tokenizer,
                 self.held_out,
                 max_response_tokens=self.config.rollout.max_response_tokens,
-                temperature=self.config.rollout.temperature,
-                seed=self.config.evaluation.seed + step,
             )
         self.state.accuracies.append(accuracy.mean)
         return accuracy
@@ -354,26 +240,18 @@ class Trainer:
         last = self.state.accuracies[-EVALUATIONS_TO_STOP:]
         return target is not None and len(last) == EVALUATIONS_TO_STOP and sum(last) / len(last) >= target
 
+    def wait_for_rollout(self) -> None:
+        """Of the next step, where one runs ahead: an evaluation or a checkpoint must not hide its time."""
+        start = self.clock()
+        self.collector.wait(StepTimes(self.profiler, self.state.step + 1))
+        self.state.clock_s += self.clock() - start
+
     def checkpoint(self) -> None:
+        self.wait_for_rollout()
         with self.profiler.phase("checkpoint", step=self.state.step):
             self.profiler.flush()
             save_checkpoint(self.writer.path, self.state, self.writer.offsets(), self.clock())
 
-    @contextmanager
-    def phase(self, name: str, step: int, seconds: dict[str, float]) -> Iterator[None]:
-        start = self.clock()
-        with self.profiler.phase(name, step=step):
-            yield
-        seconds[name] += self.clock() - start
-
 
 def _columns(accuracy: Accuracy) -> dict[str, float]:
     return {"val/accuracy": accuracy.mean, "val/accuracy_stderr": accuracy.stderr}
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, warmup_steps: int) -> float:
-    """Linear warm-up over `warmup_steps` steps, then constant. Returns the rate of this step."""
-    lr = peak * min(1.0, step / max(warmup_steps, 1))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr

@@ -8,7 +8,8 @@ from profiling.reader import Run
 from simulator import load_experiment, simulate
 from simulator.costs import EngineCosts
 from simulator.workload import RowSource, uniforms
-from tppo.schedule import CarriedRow, Demand, RowEnd, StepState, from_description
+from tppo.schedule import from_description
+from tppo.schedule.log import decide_again
 
 
 def base(**sections):
@@ -111,17 +112,9 @@ def test_a_fresh_schedule_makes_every_decision_of_a_simulated_run_again(tmp_path
     simulate(load_experiment(base())).write(tmp_path / "run")
     run = Run(tmp_path / "run")
     schedule = from_description(run.header["schedule"])
-    checked = 0
-    for record in run.trace:
-        if record["type"] == "plan_step":
-            plan = schedule.plan_step([CarriedRow(**row) for row in record["carried"]], Demand(**record["demand"]))
-            assert [a.row for a in plan.admissions] == [a["row"] for a in record["admissions"]]
-        if record["type"] == "row_end":
-            state = StepState(record["step"], record["running"])
-            decisions = schedule.on_row_end(state, RowEnd(**record["event"]))
-            assert [(d.action, d.row) for d in decisions] == [(d["action"], d["row"]) for d in record["decisions"]]
-            checked += 1
-    assert checked == 3 * 12
+    pairs = decide_again(schedule, run.trace)
+    assert all(fresh == logged for logged, fresh in pairs)
+    assert sum(logged["type"] == "row_end" for logged, _ in pairs) == 3 * 12
     assert run.simulated
 
 

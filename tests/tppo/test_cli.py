@@ -84,7 +84,7 @@ def test_unknown_commands_and_options_are_one_line(capsys):
 
 
 def test_a_window_above_the_maximum_trains(capsys, config):
-    words = ["--rollout.window", "500", "--rollout.max_response_tokens", "12", "--rollout.prompts_per_step", "4",
+    words = ["--rollout.window", "90", "--rollout.max_response_tokens", "12", "--rollout.prompts_per_step", "4",
              "--train.steps", "1", "--value.pretrain_rows", "0", "--evaluation.every", "0",
              "--profile.sampler", "false",
              "--data.max_steps", "6"]  # fmt: skip
@@ -130,7 +130,7 @@ def test_a_truncated_run_directory_is_reported_by_file_and_line(capsys, tmp_path
 def test_the_algorithm_has_a_short_option_that_keeps_the_files_other_settings(config, monkeypatch):
     seen = {}
     done = Outcome("finished", 1, None)
-    monkeypatch.setattr("tppo.trainer.train", lambda config, resume: seen.update(config=config) or done)
+    monkeypatch.setattr("tppo.start.train", lambda config, resume: seen.update(config=config) or done)
     config.write_text(config.read_text() + "\n[algorithm]\ntrailing_tokens = 3\n")
     assert main(["train", str(config), "--algorithm", "ppo-ewma"]) == 0
     assert (seen["config"].algorithm.name, seen["config"].algorithm.trailing_tokens) == ("ppo-ewma", 3)
@@ -143,7 +143,10 @@ def test_the_algorithm_has_a_short_option_that_keeps_the_files_other_settings(co
         (["--algorithm", "geppo", "--rollout.prompts_per_step", "5", "--train.mini_batches", "1"], "make it even"),
         (["--algorithm", "vapo", "--algorithm.prefix", "detached"], "the language-model loss trains earlier windows"),
         (["--algorithm.ewma_beta", "1"], "algorithm.ewma_beta = 1"),
-        (["--value.path", "nowhere"], "holds no value model for this policy"),
+        (
+            ["--data.max_steps", "6", "--rollout.max_response_tokens", "9", "--value.path", "nowhere"],
+            "holds no value model for this policy",
+        ),
     ],
 )
 def test_settings_that_an_algorithm_cannot_run_with_are_one_line(capsys, config, words, expected):
@@ -155,7 +158,7 @@ def test_settings_that_an_algorithm_cannot_run_with_are_one_line(capsys, config,
 def test_overrides_may_stand_anywhere_and_never_become_the_file(config, monkeypatch, capsys):
     seen = {}
     done = Outcome("finished", 1, None)
-    monkeypatch.setattr("tppo.trainer.train", lambda config, resume: seen.update(config=config) or done)
+    monkeypatch.setattr("tppo.start.train", lambda config, resume: seen.update(config=config) or done)
     assert main(["train", "--rollout.window", "5", str(config), "--train.steps", "6"]) == 0
     assert (seen["config"].rollout.window, seen["config"].train.steps) == (5, 6)
     (config.parent / "config.toml").write_text(config.read_text())

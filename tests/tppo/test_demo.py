@@ -112,7 +112,7 @@ def test_the_tokenizer_is_a_real_one_and_round_trips(tmp_path):
 
 
 def test_a_run_that_was_interrupted_goes_on_and_is_not_taken_for_a_finished_one(make_config):
-    from tppo.trainer import train
+    from tppo.start import train
 
     config = make_config("run", train={"steps": 10_000})
     threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()

@@ -77,7 +77,7 @@ def learn(model, name, config, rows, value_model=None, ages=None):
     current = score_log_probs(model, spans, config, PAD) if recipe.proximal == "step_start" else None
     if recipe.has_value_model:
         score_values(value_model, spans, config, PAD)
-    policy_batch, value_batch = estimate(spans, ages, recipe, config, current=current)
+    policy_batch, value_batch = estimate(spans, ages, recipe, config, policy_version=0, current=current)
     generator = torch.Generator().manual_seed(5)
     metrics = {}
     if recipe.has_value_model:

@@ -34,7 +34,6 @@ def test_what_only_one_recipe_has():
     assert having(lambda r: r.clamp_advantages == 10.0) == having(lambda r: r.clamp_advantages) == ["tppo"]
     assert having(lambda r: r.proximal == "ewma") == ["ppo-ewma"]
     assert having(lambda r: not r.has_value_model) == ["dapo"]
-    assert RECIPES["ppo-ewma"].max_importance == 100.0
 
 
 def test_names_are_their_keys_and_recipes_cannot_change():
@@ -44,16 +43,16 @@ def test_names_are_their_keys_and_recipes_cannot_change():
 
 
 REST = (
-    "policy_tokens", "clamp_advantages", "proximal", "max_importance", "gamma", "lm_loss_coef", "dynamic_sampling",
+    "policy_tokens", "clamp_advantages", "proximal", "importance_cap", "gamma", "lm_loss_coef", "dynamic_sampling",
     "overlong_share",
 )  # fmt: skip
 REST_OF_TABLE = {
-    "ppo": ("window", 0.0, "behaviour", 100.0, 1.0, 0.0, False, 0.0),
-    "ppo-ewma": ("window", 0.0, "ewma", 100.0, 1.0, 0.0, False, 0.0),
-    "geppo": ("window", 0.0, "step_start", 100.0, 1.0, 0.0, False, 0.0),
-    "vapo": ("window", 0.0, "behaviour", 100.0, 1.0, 0.1, False, 0.0),
-    "dapo": ("window", 0.0, "behaviour", 100.0, 1.0, 0.0, True, 4096 / 20_480),  # the paper's cache and maximum
-    "tppo": ("window", 10.0, "behaviour", 100.0, 1.0, 0.0, False, 0.0),
+    "ppo": ("window", 0.0, "behaviour", 0.0, 1.0, 0.0, False, 0.0),
+    "ppo-ewma": ("window", 0.0, "ewma", 0.0, 1.0, 0.0, False, 0.0),
+    "geppo": ("window", 0.0, "step_start", 0.0, 1.0, 0.0, False, 0.0),
+    "vapo": ("window", 0.0, "behaviour", 0.0, 1.0, 0.1, False, 0.0),
+    "dapo": ("window", 0.0, "behaviour", 0.0, 1.0, 0.0, True, 4096 / 20_480),  # the paper's cache and maximum
+    "tppo": ("window", 10.0, "behaviour", 0.0, 1.0, 0.0, False, 0.0),
 }
 
 
@@ -72,8 +71,8 @@ def test_partial_rollout_is_tppos_recipe_with_whole_responses_and_importance_wei
         if value != getattr(RECIPES["tppo"], field)
     }  # fmt: skip
     assert changed == {
-        "name": "partial-rollout", "policy_tokens": "finished_rows", "objective": "decoupled_clip",
-        "proximal": "step_start", "max_importance": 2.0,
+        "name": "partial-rollout", "policy_tokens": "finished_rows", "proximal": "step_start",
+        "importance_cap": 2.0,
     }  # fmt: skip
 
 

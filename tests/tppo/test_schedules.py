@@ -32,16 +32,16 @@ def test_no_carried_row_is_dropped_when_there_are_more_than_the_step_asks_for():
 
 
 def test_a_row_that_stopped_by_itself_or_by_length_finishes_and_one_out_of_budget_carries():
-    schedule, state = Truncated(window=4), StepState(step=1, running=3)
+    schedule, state = Truncated(window=4), StepState(step=1, running=3, rows_wanted=3)
     assert schedule.on_row_end(state, RowEnd(1, 4, 4, "stop")) == (Decision("finish", 1),)
     assert schedule.on_row_end(state, RowEnd(1, 2, 10, "length")) == (Decision("finish", 1),)
     assert schedule.on_row_end(state, RowEnd(1, 4, 4, "budget")) == (Decision("carry", 1),)
 
 
 def test_the_last_row_ends_the_step_and_updates_the_weights():
-    decisions = Synchronous().on_row_end(StepState(step=1, running=1), RowEnd(1, 4, 4, "stop"))
+    decisions = Synchronous().on_row_end(StepState(step=1, running=1, rows_wanted=1), RowEnd(1, 4, 4, "stop"))
     assert [decision.action for decision in decisions] == ["finish", "end_step", "update_weights"]
-    assert StepState(step=1, running=1).after(decisions).running == 0
+    assert StepState(step=1, running=1, rows_wanted=1).after(decisions).running == 0
 
 
 def test_a_window_at_or_above_the_maximum_is_synchronous():

@@ -12,8 +12,9 @@ from profiling.errors import ConfigError, DataError, RunError
 from profiling.reader import Run
 from tppo.algorithms.recipes import RECIPES
 from tppo.rollout.drive import plan_step
-from tppo.schedule import CarriedRow, Demand, RowEnd, StepState, from_description
-from tppo.trainer import train
+from tppo.schedule import Demand, from_description
+from tppo.schedule.log import decide_again
+from tppo.start import train
 
 TIMES = ("time", "clock", "perf/throughput")
 
@@ -30,18 +31,9 @@ def run(config, **options):
 
 def replay(run_):
     """Feed a run's logged inputs to a fresh schedule; the decisions it makes, beside those logged."""
-    fresh, logged = [], []
     schedule = from_description(run_.header["schedule"])
-    for record in run_.trace:
-        if record["type"] == "plan_step" and record["step"] >= 1:
-            plan = schedule.plan_step([CarriedRow(**row) for row in record["carried"]], Demand(**record["demand"]))
-            fresh.append([(a.row, a.response_tokens, a.budget_tokens) for a in plan.admissions])
-            logged.append([(a["row"], a["response_tokens"], a["budget_tokens"]) for a in record["admissions"]])
-        if record["type"] == "row_end" and record["step"] >= 1:
-            state = StepState(record["step"], record["running"])
-            fresh.append([(d.action, d.row) for d in schedule.on_row_end(state, RowEnd(**record["event"]))])
-            logged.append([(d["action"], d["row"]) for d in record["decisions"]])
-    return fresh, logged
+    pairs = decide_again(schedule, [r for r in run_.trace if r.get("step", 0) >= 1])
+    return [fresh for _, fresh in pairs], [logged for logged, _ in pairs]
 
 
 def settings_of(algorithm):
@@ -62,7 +54,8 @@ def test_a_fresh_schedule_makes_every_decision_of_a_real_run_again(make_config):
     done = run(make_config("run"))
     fresh, logged = replay(done)
     assert fresh == logged
-    assert any(decision[0] == "carry" for decisions in logged for decision in decisions if len(decision) == 2)
+    actions = [decision["action"] for record in logged for decision in record.get("decisions", [])]
+    assert {"carry", "finish", "end_step", "update_weights"} == set(actions)
 
 
 def test_every_row_is_finished_or_carried_and_no_token_is_lost(make_config):
@@ -81,7 +74,7 @@ def test_every_row_is_finished_or_carried_and_no_token_is_lost(make_config):
 
 def test_a_window_at_the_maximum_trains_exactly_as_an_untruncated_schedule(make_config, monkeypatch):
     """Same recipe, window = L and window > L, and the synchronous schedule: the same weights bit for bit."""
-    runs = [run(make_config(f"w{w}", rollout={"window": w})) for w in (24, 100)]
+    runs = [run(make_config(f"w{w}", rollout={"window": w})) for w in (24, 90)]
     monkeypatch.setitem(RECIPES, "tppo", replace(RECIPES["tppo"], rollout="to_end"))
     runs.append(run(make_config("synchronous")))
     assert runs[2].header["schedule"] == {"kind": "synchronous"}
@@ -294,7 +287,7 @@ def test_plans_are_logged_as_they_are_made():
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_weights(make_config, monkeypatch):
     config = make_config("run", train={"steps": 4, "checkpoint_every": 1})
-    import tppo.learner.policy_update as policy_update
+    import tppo.learner.step as step
 
     calls = []
 
@@ -302,7 +295,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_weights(make_
         calls.append(1)
         return torch.tensor(float("nan") if len(calls) > 8 else 1.0)
 
-    monkeypatch.setattr(policy_update.nn.utils, "clip_grad_norm_", broken)
+    monkeypatch.setattr(step.nn.utils, "clip_grad_norm_", broken)
     with pytest.raises(RunError, match="gradient is not finite"):
         train(config, show_progress=False)
     weights = torch.load(

@@ -11,13 +11,13 @@
 
 A seventh, `partial-rollout`, is the usual alternative to truncation: windows as in tppo, but only finished responses
 train, all their tokens at once, with importance weights for the policies that sampled them (Kimi k1.5, arXiv
-2501.12599; the decoupled objective of AReaL, 2505.24298).
+2501.12599; the decoupled objective of AReaL, 2505.24298; weights truncated as in IMPALA, 1802.01561).
 
 Sources: PPO arXiv 1707.06347; PPO-EWMA 2110.00641; GePPO 2111.00072; VAPO 2504.05118; DAPO 2503.14476; T-PPO
 2506.15050, and the authors' port (verl PR 3728) for the clamp and the trailing filter.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tppo.algorithms.aggregation import Aggregation
@@ -45,8 +45,9 @@ class Recipe:
     """What the trust region stands around: the sampling policy, the policy at the start of the step, or its EWMA."""
     clip: tuple[float, float]
     """Trust region [1 - low, 1 + high] of the ratio; additive_clip divides the lower one by the mean age."""
-    max_importance: float
-    """Bound of pi / pi_behaviour in the decoupled objective."""
+    importance_cap: float
+    """Bound of the weight pi_step_start / pi_behaviour in `clip` around step_start (truncated importance sampling); 0:
+    no weight."""
     gamma: float
     lm_loss_coef: float
     """Weight of the negative log-likelihood of finished responses with a positive reward."""
@@ -79,7 +80,7 @@ PPO = Recipe(
     objective="clip",
     proximal="behaviour",
     clip=(0.2, 0.2),
-    max_importance=100.0,
+    importance_cap=0.0,
     gamma=1.0,
     lm_loss_coef=0.0,
     reuse=1,
@@ -100,7 +101,7 @@ PPO_EWMA = Recipe(
     objective="decoupled_clip",
     proximal="ewma",
     clip=(0.2, 0.2),
-    max_importance=100.0,
+    importance_cap=0.0,
     gamma=1.0,
     lm_loss_coef=0.0,
     reuse=1,
@@ -121,7 +122,7 @@ GEPPO = Recipe(
     objective="additive_clip",
     proximal="step_start",
     clip=(0.2, 0.2),
-    max_importance=100.0,
+    importance_cap=0.0,
     gamma=1.0,
     lm_loss_coef=0.0,
     reuse=2,
@@ -142,7 +143,7 @@ VAPO = Recipe(
     objective="clip",
     proximal="behaviour",
     clip=(0.2, 0.28),
-    max_importance=100.0,
+    importance_cap=0.0,
     gamma=1.0,
     lm_loss_coef=0.1,
     reuse=1,
@@ -163,7 +164,7 @@ DAPO = Recipe(
     objective="clip",
     proximal="behaviour",
     clip=(0.2, 0.28),
-    max_importance=100.0,
+    importance_cap=0.0,
     gamma=1.0,
     lm_loss_coef=0.0,
     reuse=1,
@@ -184,7 +185,7 @@ T_PPO = Recipe(
     objective="clip",
     proximal="behaviour",
     clip=(0.2, 0.28),
-    max_importance=100.0,
+    importance_cap=0.0,
     gamma=1.0,
     lm_loss_coef=0.0,
     reuse=1,
@@ -202,10 +203,10 @@ PARTIAL_ROLLOUT = Recipe(
     normalise="whiten",
     clamp_advantages=10.0,
     aggregation="token-mean",
-    objective="decoupled_clip",
+    objective="clip",
     proximal="step_start",
     clip=(0.2, 0.28),
-    max_importance=2.0,
+    importance_cap=2.0,
     gamma=1.0,
     lm_loss_coef=0.0,
     reuse=1,
@@ -214,3 +215,11 @@ PARTIAL_ROLLOUT = Recipe(
 )
 
 RECIPES = {r.name: r for r in (PPO, PPO_EWMA, GEPPO, VAPO, DAPO, T_PPO, PARTIAL_ROLLOUT)}
+
+
+def across_policies(recipe: Recipe) -> Recipe:
+    """The recipe where a schedule trains rows on another policy than sampled them: whole responses, when they finish,
+    around the policy at the start of the step, with truncated importance weights."""
+    around = "step_start" if recipe.objective == "clip" else recipe.proximal
+    cap = 2.0 if recipe.objective == "clip" else recipe.importance_cap
+    return replace(recipe, policy_tokens="finished_rows", proximal=around, importance_cap=cap)

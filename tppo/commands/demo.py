@@ -23,7 +23,7 @@ from tppo.config import RunConfig
 from tppo.hardware import measure_ceilings
 from tppo.quiet import quieten_libraries
 from tppo.regimes import ARMS, Regime, load_regime
-from tppo.trainer import train
+from tppo.start import train
 from tppo.warmstart import warm_start
 
 

@@ -33,7 +33,7 @@ def run_training(config_path: Path | None, words: Sequence[str], *, output: Path
     from tppo.quiet import quieten_libraries
 
     quieten_libraries()
-    from tppo.trainer import train
+    from tppo.start import train
 
     outcome = train(config, resume=resume is not None)
     accuracy = f", accuracy {outcome.accuracy:.3f}" if outcome.accuracy is not None else ""
@@ -53,5 +53,5 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> list[tuple[str, Any, 
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             rows += fields_of(field.annotation, f"{prefix}{name}.")
         else:
-            rows.append((f"{prefix}{name}", field.default, field.description or ""))
+            rows.append((f"{prefix}{name}", field.default, " ".join((field.description or "").split())))
     return rows

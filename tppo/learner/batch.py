@@ -4,7 +4,7 @@ Shapes: rows = responses, time = the longest span; a span is the part of a respo
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,18 @@ from tppo.batching import micro_batches, pad_right
 from tppo.rollout.rows import Row
 
 
+@dataclass(slots=True)
+class Padding:
+    """Tokens forwarded for training, counted pass by pass."""
+
+    real: int = 0
+    computed: int = 0
+
+    def add(self, real: int, computed: int) -> None:
+        self.real += real
+        self.computed += computed
+
+
 @dataclass(frozen=True)
 class Spans:
     """Tokens first, first + 1, ... of each row's response."""
@@ -22,6 +34,8 @@ class Spans:
     rows: list[Row]
     first: Int[Tensor, " rows"]
     tokens: Int[Tensor, " rows"]
+    padding: Padding = field(default_factory=Padding, compare=False)
+    """Of every micro-batch made of them so far."""
 
     @classmethod
     def windows(cls, rows: Sequence[Row]) -> "Spans":
@@ -37,6 +51,13 @@ class Spans:
     @property
     def valid(self) -> Bool[Tensor, "rows time"]:
         return window_mask(self.tokens, int(self.tokens.max()) if self.rows else 0)
+
+    def sampled_by(self, policy_version: int) -> Bool[Tensor, "rows time"]:
+        """The tokens that this policy sampled: those of a row's current window, if it was the one."""
+        own = [row.policy_version == policy_version for row in self.rows]
+        start = _ints([row.window_start for row in self.rows]) - self.first  # (rows,)
+        in_window = torch.arange(self.valid.shape[1]) >= start[:, None]
+        return self.valid & in_window & torch.tensor(own, dtype=torch.bool)[:, None]
 
     @property
     def finished(self) -> Bool[Tensor, " rows"]:
@@ -70,7 +91,8 @@ class MicroBatch:
 def pick(spans: Spans, members: Sequence[int], mask: Bool[Tensor, "rows time"], pad_token_id: int) -> MicroBatch:
     """The micro-batch of `members`; picked are the tokens of their spans where `mask` holds, row by row."""
     chosen = [spans.rows[i] for i in members]
-    token_ids = pad_right([[*row.prompt_ids, *row.response_ids] for row in chosen], pad_token_id)
+    token_ids = pad_right([row.token_ids for row in chosen], pad_token_id)
+    spans.padding.add(sum(r.all_tokens - 1 for r in chosen), token_ids[:, 1:].numel())
     row, time = mask[list(members)].nonzero(as_tuple=True)
     before = spans.first[list(members)] + _ints([len(r.prompt_ids) for r in chosen]) - 1  # (members,)
     column = before[row] + time

@@ -39,6 +39,10 @@ class PolicyBatch:
     """Log-probabilities under the policies that sampled the tokens."""
     current: Float[Tensor, "rows time"]
     """Under the policy at the start of the step; `behaviour` where the recipe needs no forward pass of its own."""
+    sampled_now: Bool[Tensor, "rows time"]
+    """Tokens sampled by the policy at the start of the step: on them, `behaviour` and `current` should agree."""
+    recomputed: bool
+    """Whether `current` is the trainer's own."""
     advantages: Float[Tensor, "rows time"]
     """Normalised and clamped, as the recipe says."""
     row_weights: Float[Tensor, " rows"]
@@ -97,13 +101,14 @@ def estimate(
     recipe: Recipe,
     config: RunConfig,
     *,
+    policy_version: int,
     current: Float[Tensor, "rows time"] | None = None,
     reference: Float[Tensor, "rows time"] | None = None,
 ) -> tuple[PolicyBatch, ValueBatch]:
     """Advantages over the spans and the value model's targets.
 
-    ages: steps since a row was generated (0 without reuse). current: log-probabilities at the start of the step,
-    where the recipe asks for them.
+    ages: steps since a row was generated (0 without reuse). policy_version: at the start of the step. current:
+    log-probabilities under that policy, where the recipe asks for them.
     """
     algorithm = config.algorithm
     valid, finished = spans.valid, spans.finished
@@ -134,7 +139,10 @@ def estimate(
         advantages = normalise_reused(raw, mask, ratios * row_weights[:, None])
     bound = recipe.clamp_advantages if algorithm.clamp_advantages is None else algorithm.clamp_advantages
     advantages = clamp(advantages, bound)
-    policy = PolicyBatch(spans, mask, behaviour, now, advantages, row_weights, reference)
+    policy = PolicyBatch(
+        spans, mask, behaviour, now, spans.sampled_by(policy_version), current is not None, advantages, row_weights,
+        reference,
+    )  # fmt: skip
     if recipe.value_target == "monte_carlo":
         return policy, monte_carlo_batch([row for row in spans.rows if row.finished], recipe.gamma)
     targets = vtrace_returns(raw, values, ratios) if recipe.value_target == "vtrace_return" else raw + values

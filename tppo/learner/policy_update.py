@@ -1,16 +1,14 @@
 """The policy's update: epochs of mini-batches, each summed over micro-batches."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from profiling.errors import RunError
 from tppo.algorithms.aggregation import token_weights
 from tppo.algorithms.ewma import ProximalPolicy
 from tppo.algorithms.geppo import clip_width, reuse_weights
@@ -26,6 +24,8 @@ from tppo.algorithms.recipes import Recipe
 from tppo.config import RunConfig
 from tppo.learner.batch import MicroBatch, Spans, in_micro_batches, mini_batches, pick
 from tppo.learner.estimates import PolicyBatch, score_log_probs
+from tppo.learner.mismatch import importance_weights, mismatch_metrics
+from tppo.learner.step import step_optimizer
 from tppo.models.policy import token_log_probs
 
 
@@ -40,6 +40,8 @@ class Sums:
     losses: list[dict[str, float]] = field(default_factory=list)
     """A row per gradient step."""
     norms: list[float] = field(default_factory=list)
+    unchanged: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """(engine's, trainer's) log-probabilities of tokens scored before the first gradient step."""
 
     def add(self, **values: float) -> None:
         for name, value in values.items():
@@ -73,20 +75,7 @@ def update_policy(
             sums.norms.append(step_optimizer(model, optimizer, config, "policy"))
             if proximal is not None:
                 proximal.update(model)
-    return _metrics(sums, config)
-
-
-def step_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, name: str) -> float:
-    """Clip the gradient and take the step; returns the norm before clipping. Raises RunError, with the weights as
-    they were, when the gradient is not finite."""
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm))
-    if not math.isfinite(norm):
-        raise RunError(
-            f"the {name}'s gradient is not finite; its weights are left as they were, and no checkpoint is written: "
-            "go on from the last one with a lower learning rate"
-        )
-    optimizer.step()
-    return norm
+    return {**_metrics(sums, config), **_mismatch(sums, batch, recipe)}
 
 
 def total_variation(model: PreTrainedModel, batch: PolicyBatch, config: RunConfig, pad_token_id: int) -> float:
@@ -158,6 +147,9 @@ def _accumulate(
             sums.losses[-1][name] = sums.losses[-1].get(name, 0.0) + value.item()
         sums.tokens += picked
         with torch.no_grad():
+            if not sums.norms:
+                own = batch.sampled_now[group][here]
+                sums.unchanged.append((behaviour[own], log_probs.detach()[own]))
             sums.add(
                 low=result.clipped_low.item(), high=result.clipped_high.item(), entropy=entropy.sum().item(),
                 k1=k1_kl(log_probs, behaviour).sum().item(), k3=k3_kl(behaviour, log_probs).sum().item(),
@@ -181,8 +173,9 @@ def _objective(
     if recipe.objective == "additive_clip":
         return additive_clip_loss(log_probs, current, behaviour, advantages, weights, epsilon=additive_width(recipe))
     if recipe.objective == "clip":
+        weights = weights * importance_weights(current, behaviour, recipe.importance_cap)
         return clipped_loss(
-            log_probs, behaviour, advantages, weights, clip=recipe.clip, dual_clip=config.algorithm.dual_clip
+            log_probs, current, advantages, weights, clip=recipe.clip, dual_clip=config.algorithm.dual_clip
         )
     if recipe.proximal == "ewma":
         assert proximal is not None, "the recipe needs a proximal policy"
@@ -190,9 +183,7 @@ def _objective(
             current = token_log_probs(
                 proximal.model, part.input_ids, part.row, part.column, part.targets, config.rollout.temperature
             ).log_probs
-    return decoupled_loss(
-        log_probs, current, behaviour, advantages, weights, clip=recipe.clip, max_importance=recipe.max_importance
-    )
+    return decoupled_loss(log_probs, current, behaviour, advantages, weights, clip=recipe.clip)
 
 
 def _groups(spans: Spans, members: list[int], config: RunConfig) -> list[tuple[list[int], bool]]:
@@ -222,6 +213,23 @@ def positive_examples(
 def _lm_coef(recipe: Recipe, config: RunConfig) -> float:
     own = config.algorithm.lm_loss_coef
     return recipe.lm_loss_coef if own is None else own
+
+
+def _mismatch(sums: Sums, batch: PolicyBatch, recipe: Recipe) -> dict[str, float | None]:
+    """rollout_corr/*: over all tokens where the trainer recomputed them, else over those of the first mini-batch,
+    which cost nothing more."""
+    if batch.recomputed:
+        rollout, trainer = batch.behaviour[batch.sampled_now], batch.current[batch.sampled_now]
+    elif sums.unchanged:
+        rollout, trainer = (torch.cat(column) for column in zip(*sums.unchanged, strict=True))
+    else:
+        rollout = trainer = torch.empty(0)
+    metrics = mismatch_metrics(rollout, trainer)
+    if recipe.importance_cap and batch.mask.any():
+        weights = importance_weights(batch.current, batch.behaviour, recipe.importance_cap)[batch.mask]
+        metrics["rollout_corr/is_mean"] = weights.mean().item()
+        metrics["rollout_corr/is_capped_share"] = (weights >= recipe.importance_cap).float().mean().item()
+    return metrics
 
 
 def _metrics(sums: Sums, config: RunConfig) -> dict[str, Any]:

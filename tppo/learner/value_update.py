@@ -10,7 +10,7 @@ from tppo.algorithms.recipes import Recipe
 from tppo.config import RunConfig
 from tppo.learner.batch import in_micro_batches, mini_batches, pick
 from tppo.learner.estimates import ValueBatch
-from tppo.learner.policy_update import step_optimizer
+from tppo.learner.step import step_optimizer
 from tppo.models.value import ValueModel
 
 

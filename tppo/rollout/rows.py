@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from tppo.data.arithmetic import Problem
+from tppo.rollout.protocol import Completion
 
 
 @dataclass(slots=True)
@@ -14,6 +15,8 @@ class Row:
     response_ids: list[int] = field(default_factory=list)
     window_start: int = 0
     """Response tokens before the current window."""
+    policy_version: int = 0
+    """Of the policy that sampled the current window."""
     log_probs: list[float] = field(default_factory=list)
     """Of every response token, under the policy that sampled it."""
     values: list[float] = field(default_factory=list)
@@ -21,8 +24,14 @@ class Row:
     finished: bool = False
     reward: float | None = None
     """The verifier's, before shaping; None while unfinished."""
+    preempted: int = 0
+    """Times in the current window that the engine computed its keys and values again."""
     t_start: float = 0.0
     t_end: float = 0.0
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.prompt_ids, *self.response_ids]
 
     @property
     def window_tokens(self) -> int:
@@ -35,3 +44,19 @@ class Row:
     @property
     def all_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    def begin_window(self) -> None:
+        self.window_start = len(self.response_ids)
+
+    def take(self, completion: Completion) -> None:
+        """Append what the row generated in this window."""
+        self.response_ids += completion.token_ids
+        self.log_probs += completion.log_probs
+        self.policy_version = completion.policy_version
+        self.preempted = completion.preempted
+        self.t_start, self.t_end = completion.t_start, completion.t_end
+
+    def undo_window(self) -> None:
+        """Forget what was generated since `begin_window`."""
+        del self.response_ids[self.window_start :], self.log_probs[self.window_start :]
+        self.finished, self.reward = False, None

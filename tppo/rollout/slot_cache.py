@@ -1,12 +1,24 @@
 """A key-value cache of slots for any Hugging Face model whose layers attend to everything before a token."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from tppo.models.policy import input_layer
+from tppo.models.policy import describe_model, input_layer
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """Keys and values of a row that is not running."""
+
+    tokens: int
+    keys: list[Float[Tensor, "heads tokens dim"]]
+    """A tensor a layer."""
+    values: list[Float[Tensor, "heads tokens dim"]]
 
 
 class SlotCache(Cache):
@@ -30,6 +42,10 @@ class SlotCache(Cache):
         self._positions = torch.empty(0, dtype=torch.long)
         self._width = 0
         self._prefill = False
+
+    @staticmethod
+    def bytes_for(model: PreTrainedModel, slots: int, max_tokens: int) -> int:
+        return slots * max_tokens * describe_model(model)["kv_bytes_per_token"]
 
     def for_prefill(self, slots: Int[Tensor, " rows"], width: int) -> None:
         """Next: tokens 0..width-1 of the rows in `slots`, which hold nothing yet."""
@@ -62,6 +78,18 @@ class SlotCache(Cache):
         """Copy a row's first `tokens` tokens to another slot."""
         for cached in (*self.keys, *self.values):
             cached[target, :, :tokens] = cached[source, :, :tokens]
+
+    def take(self, slot: int, tokens: int) -> Parked:
+        """A copy of a row's first `tokens` tokens."""
+        return Parked(
+            tokens,
+            [keys[slot, :, :tokens].clone() for keys in self.keys],
+            [values[slot, :, :tokens].clone() for values in self.values],
+        )
+
+    def put(self, slot: int, parked: Parked) -> None:
+        for cached, kept in zip((*self.keys, *self.values), (*parked.keys, *parked.values), strict=True):
+            cached[slot, :, : parked.tokens] = kept
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self._prefill else self._width - 1

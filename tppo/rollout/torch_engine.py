@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 
 from tppo.batching import micro_batches, pad_right
 from tppo.models.cached import hidden_states
-from tppo.models.policy import output_layer
-from tppo.rollout.protocol import Clock, Completion, Request
-from tppo.rollout.slot_cache import SlotCache
+from tppo.models.policy import input_layer, output_layer
+from tppo.rollout.protocol import Clock, Completion, Request, Sampling
+from tppo.rollout.sampling import draw
+from tppo.rollout.slot_cache import Parked, SlotCache
+from tppo.rollout.spans import Spans
 
 PREFILL_BUDGET_TOKENS = 8192
 """Padded tokens of one prefill pass; bounds its activation memory."""
@@ -32,9 +34,13 @@ class _Slot:
 
 
 class TorchEngine:
-    """Samples from `model` as it is now; the caller trains it in place and then calls `update_weights`.
+    """Samples from `model`.
 
-    slots: rows that run at once. max_tokens: prompt and response. temperature 0 takes the likeliest token.
+    slots: rows that run at once. max_tokens: prompt and response. trained: the model that the trainer changes in
+    place, of which `model` is then a copy that `update_weights` renews (of another data type, say, or because rollout
+    and training overlap); None: `model` itself is trained. keep_kv: keys and values of a row that has not finished
+    stay, also across weight updates, and it continues without a prefill; they are then stale: computed with the
+    policy that sampled the tokens, not with the one that continues them. compiled: decode through torch.compile.
     """
 
     def __init__(
@@ -43,36 +49,49 @@ class TorchEngine:
         *,
         slots: int,
         max_tokens: int,
-        eos_token_id: int,
         pad_token_id: int,
         generator: torch.Generator,
         clock: Clock,
-        temperature: float = 1.0,
+        trained: PreTrainedModel | None = None,
+        keep_kv: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.model = model
         self.slots = slots
         self.max_tokens = max_tokens
-        self.generator = generator
-        self.temperature = temperature
-        self._eos, self._pad = eos_token_id, pad_token_id
-        self._clock = clock
-        self._cache = SlotCache(model, slots, max_tokens)
-        self._columns = torch.arange(max_tokens)
+        self.policy_version = 0
+        self.keep_kv = keep_kv
+        self._trained = trained
+        self._generator = generator
+        self._pad = pad_token_id
+        self._device = input_layer(model).weight.device
+        self._forward = torch.compile(hidden_states, dynamic=True) if compiled else hidden_states
+        self._cache: SlotCache | None = None
+        self._parked: dict[int, Parked] = {}
+        """Of rows that did not finish, by row; forgotten when the next submission does not continue them."""
+        self._columns = torch.arange(max_tokens, device=self._device)
         self._queue: deque[Request] = deque()
         self._running: list[_Slot] = []
-        self._last = torch.empty(0, dtype=torch.long)  # (running,): token fed to the next decode step
-        self._position = torch.empty(0, dtype=torch.long)  # (running,): its position
-        self._left = torch.empty(0, dtype=torch.long)  # (running,): tokens of budget left
-        self._records: list[dict[str, Any]] = []
-        self._mark = 0.0
+        self._last = self._ints([])  # (running,): token fed to the next decode step
+        self._position = self._ints([])  # (running,): its position
+        self._left = self._ints([])  # (running,): tokens of budget left
+        self._sampling = Sampling()
+        self._stops = self._ints([])
+        self._draws_from = generator
+        self._spans = Spans(clock, slots)
 
-    def submit(self, requests: list[Request]) -> None:
+    def submit(self, requests: list[Request], sampling: Sampling) -> None:
         for request in requests:
             longest = len(request.token_ids) + request.budget_tokens
             if longest > self.max_tokens:
                 raise ValueError(f"row {request.row}: {longest} tokens do not fit a slot of {self.max_tokens}")
         if not self._running and not self._queue:
-            self._mark = self._clock()
+            self._sample_as(sampling)
+            self._spans.start()
+            wanted = {request.row for request in requests}
+            self._parked = {row: parked for row, parked in self._parked.items() if row in wanted}
+        elif sampling != self._sampling:
+            raise ValueError("rows under way are sampled otherwise; wait for their end")
         self._queue.extend(requests)
 
     @torch.inference_mode()
@@ -83,33 +102,73 @@ class TorchEngine:
             return []
         return self._decode()
 
-    def take_records(self) -> list[dict[str, Any]]:
-        records, self._records = self._records, []
-        return records
+    @torch.inference_mode()
+    def abort(self) -> list[Completion]:
+        stopped = [self._complete(index, "aborted") for index in range(len(self._running))]
+        now = self._spans.end
+        never_run = [Completion(r.row, [], [], "aborted", self.policy_version, now, now) for r in self._queue]
+        self._queue.clear()
+        self._close_gaps(set(range(len(self._running))))
+        return sorted([*stopped, *never_run], key=lambda completion: completion.row)
 
-    def update_weights(self) -> None:
+    def take_records(self) -> list[dict[str, Any]]:
+        return self._spans.take()
+
+    @torch.no_grad()
+    def update_weights(self, version: int) -> None:
+        self._check_idle("weights may change")
+        if self._trained is not None:
+            for own, new in zip(self.model.parameters(), self._trained.parameters(), strict=True):
+                own.copy_(new)
+        self.policy_version = version
+
+    def release_memory(self) -> None:
+        self._check_idle("memory may be released")
+        self._cache = None
+
+    def _check_idle(self, what: str) -> None:
         if self._running or self._queue:
-            raise RuntimeError("weights may change only between rollouts")
+            raise RuntimeError(f"{what} only between rollouts")
+
+    def _sample_as(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._stops = self._ints(list(sampling.stop_token_ids))
+        self._draws_from = self._generator
+        seed = sampling.seed
+        if seed is None and self._device != self._generator.device:
+            seed = int(torch.randint(2**62, (), generator=self._generator))
+        if seed is not None:
+            self._draws_from = torch.Generator(self._device).manual_seed(seed)
 
     def _admit(self) -> None:
+        if self._cache is None:
+            self._cache = SlotCache(self.model, self.slots, self.max_tokens)
         first = len(self._running)
         admitted = [self._queue.popleft() for _ in range(min(self.slots - first, len(self._queue)))]
-        known = [len(request.token_ids) - 1 for request in admitted]  # tokens to prefill
-        for group in micro_batches(known, PREFILL_BUDGET_TOKENS):
-            if known[group[-1]] == 0:
-                continue
-            input_ids = pad_right([admitted[i].token_ids[:-1] for i in group], self._pad)  # (group, width)
-            self._cache.for_prefill(torch.tensor([first + i for i in group]), input_ids.shape[1])
-            positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        known = [len(request.token_ids) - 1 for request in admitted]  # tokens whose keys and values are needed
+        missing = list(known)
+        for index, request in enumerate(admitted):
+            parked = self._parked.pop(request.row, None)
+            if parked is not None and parked.tokens == known[index]:
+                self._cache.put(first + index, parked)
+                missing[index] = 0
+        to_prefill = [index for index, tokens in enumerate(missing) if tokens]
+        for members in micro_batches([missing[index] for index in to_prefill], PREFILL_BUDGET_TOKENS):
+            group = [to_prefill[member] for member in members]
+            rows = [admitted[index].token_ids[:-1] for index in group]
+            input_ids = pad_right(rows, self._pad).to(self._device)  # (group, width)
+            self._cache.for_prefill(self._ints([first + index for index in group]), input_ids.shape[1])
+            positions = torch.arange(input_ids.shape[1], device=self._device).expand_as(input_ids)
             hidden_states(self.model, input_ids, None, positions, self._cache)
-        self._last = torch.cat([self._last, torch.tensor([request.token_ids[-1] for request in admitted])])
-        self._position = torch.cat([self._position, torch.tensor(known)])
-        self._left = torch.cat([self._left, torch.tensor([request.budget_tokens for request in admitted])])
-        self._running += [_Slot(request, self._mark) for request in admitted]
-        lengths = [len(request.token_ids) for request in admitted]
+        self._last = torch.cat([self._last, self._ints([request.token_ids[-1] for request in admitted])])
+        self._position = torch.cat([self._position, self._ints(known)])
+        self._left = torch.cat([self._left, self._ints([request.budget_tokens for request in admitted])])
+        self._running += [_Slot(request, self._spans.end) for request in admitted]
+        # A row's last token is computed by its first decode step, and counted here.
+        lengths = [known[i] + 1 if missing[i] or not known[i] else 0 for i in range(len(admitted))]
         resumed = sum(n for n, request in zip(lengths, admitted, strict=True) if request.response_tokens)
-        self._record(
-            kind="prefill", steps=1, batch=len(admitted), context_tokens=sum(lengths),
+        self._spans.close(
+            "prefill", steps=1, batch=len(admitted), context_tokens=sum(lengths),
             attended_pairs=sum(n * (n + 1) // 2 for n in lengths),
             fresh_tokens=sum(lengths) - resumed, resumed_tokens=resumed,
         )  # fmt: skip
@@ -129,7 +188,7 @@ class TorchEngine:
             self._last = tokens
             self._position = self._position + 1
             width += 1
-            stopped = tokens == self._eos  # (running,)
+            stopped = (tokens[:, None] == self._stops).any(1)  # (running,)
             if steps == longest_left or bool(stopped.any()):
                 break
         self._left = self._left - steps
@@ -139,41 +198,35 @@ class TorchEngine:
             slot.token_ids += token_ids
             slot.log_probs += values
         ended = (stopped | (self._left == 0)).nonzero().flatten().tolist()
-        self._record(
-            kind="decode", steps=steps, batch=batch, context_tokens=context,
-            attended_pairs=steps * context + batch * steps * (steps - 1) // 2,
-        )  # fmt: skip
-        completions = [self._complete(index, bool(stopped[index])) for index in ended]
+        self._spans.close_decode(steps, batch, context)
+        completions = [self._complete(index, "stop" if bool(stopped[index]) else "budget") for index in ended]
         self._close_gaps(set(ended))
         return sorted(completions, key=lambda completion: completion.row)
 
     def _decode_step(self, width: int) -> tuple[Int[Tensor, " running"], Float[Tensor, " running"]]:
         """Feed the last tokens; sample the next ones, with their log-probabilities."""
+        assert self._cache is not None
         self._cache.for_decode(self._position, width)
         mask = (self._columns[:width] <= self._position[:, None])[:, None, None]  # (running, 1, 1, width)
-        hidden = hidden_states(  # (running, 1, hidden)
+        hidden = self._forward(  # (running, 1, hidden)
             self.model, self._last[:, None], mask, self._position[:, None], self._cache
         )
         logits = output_layer(self.model)(hidden[:, 0]).float()  # (running, vocabulary)
-        if self.temperature == 0:
-            log_probs = logits.log_softmax(-1)
-            tokens = log_probs.argmax(-1)
-        else:
-            log_probs = (logits / self.temperature).log_softmax(-1)
-            # The largest of p / Exponential(1) is a draw from p.
-            noise = torch.empty_like(log_probs).exponential_(generator=self.generator)
-            tokens = (log_probs.exp() / noise).argmax(-1)
-        return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+        return draw(logits, self._sampling, self._draws_from)
 
-    def _complete(self, index: int, stopped: bool) -> Completion:
+    def _complete(self, index: int, reason: Any) -> Completion:
         slot = self._running[index]
+        if self.keep_kv and reason != "stop":
+            assert self._cache is not None
+            self._parked[slot.request.row] = self._cache.take(index, int(self._position[index]))
         return Completion(
             slot.request.row,
             slot.token_ids,
             slot.log_probs,
-            "stop" if stopped else "budget",
+            reason,
+            self.policy_version,
             slot.t_start,
-            self._mark,
+            self._spans.end,
         )
 
     def _close_gaps(self, ended: set[int]) -> None:
@@ -183,16 +236,12 @@ class TorchEngine:
         holes = [index for index in order if index in ended]
         movers = [index for index in keep if index >= len(keep)]
         for hole, mover in zip(holes, movers, strict=True):
+            assert self._cache is not None
             self._cache.move(mover, hole, int(self._position[mover]))
             order[hole] = mover
-        index = torch.tensor(order, dtype=torch.long)
+        index = self._ints(order)
         self._running = [self._running[i] for i in order]
         self._last, self._position, self._left = self._last[index], self._position[index], self._left[index]
 
-    def _record(self, **values: Any) -> None:
-        """Close a span: it reaches back to the end of the last one, so the host's own work is inside."""
-        now = self._clock()
-        empty = {"fresh_tokens": 0, "resumed_tokens": 0, "recomputed_tokens": 0}
-        span = {"engine": 0, "t_start": self._mark, "t_end": now, "slots": self.slots, "waiting": 0}
-        self._records.append({**span, **empty, **values})
-        self._mark = now
+    def _ints(self, values: list[int]) -> Int[Tensor, " values"]:
+        return torch.tensor(values, dtype=torch.long, device=self._device)

@@ -1,5 +1,9 @@
 """Rollout schedules: pure state machines that the trainer and the simulator both drive. No torch, no clock."""
 
+from typing import Any
+
+from tppo.schedule.asynchronous import Asynchronous
+from tppo.schedule.oversample import Oversample
 from tppo.schedule.protocol import (
     Admission,
     CarriedRow,
@@ -17,9 +21,11 @@ from tppo.schedule.truncated import Truncated
 
 __all__ = [
     "Admission",
+    "Asynchronous",
     "CarriedRow",
     "Decision",
     "Demand",
+    "Oversample",
     "Reason",
     "RowEnd",
     "Schedule",
@@ -34,7 +40,7 @@ __all__ = [
 
 def from_description(settings: dict) -> Schedule:
     """The schedule that `describe` described. Raises ValueError for a kind that does not exist."""
-    kinds = {Synchronous.kind: Synchronous, Truncated.kind: Truncated}
+    kinds: dict[Any, Any] = {each.kind: each for each in (Synchronous, Truncated, Oversample, Asynchronous)}
     values = {key: value for key, value in settings.items() if key != "kind"}
     if settings.get("kind") not in kinds:
         raise ValueError(f"schedule kind {settings.get('kind')!r} is not one of {', '.join(kinds)}")

@@ -17,13 +17,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
-Reason = Literal["stop", "length", "budget"]
+Reason = Literal["stop", "length", "budget", "failed", "aborted"]
 """stop: the row ended by itself (EOS). length: it reached the maximum response length. budget: it used up its
-admission's token budget. A row ended by `stop` or `length` is finished, whatever its width."""
+admission's token budget. failed: the engine gave it up earlier. aborted: it was stopped because the step was over.
+A row ended by `stop` or `length` is finished, whatever its width; every other one continues in a later step."""
 
 Action = Literal["finish", "carry", "end_step", "update_weights"]
 """finish: grade the row, it leaves. carry: keep its tokens, it continues in a later step. end_step: the rollout is
-over. update_weights: train on the step's rows and give the engines the new policy."""
+over; rows that still run are aborted. update_weights: train on the step's rows and give the engines the newest
+policy there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,11 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
+    """What to run. The step is over when `rows_wanted` rows have finished, or when none runs any more."""
+
     step: int
     admissions: tuple[Admission, ...]
+    rows_wanted: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +86,33 @@ class StepState:
 
     step: int
     running: int
+    rows_wanted: int
+    finished: int = 0
+    ended: bool = False
 
     @classmethod
     def of(cls, plan: StepPlan) -> "StepState":
-        return cls(plan.step, len(plan.admissions))
+        return cls(plan.step, len(plan.admissions), plan.rows_wanted)
 
     def after(self, decisions: Sequence[Decision]) -> "StepState":
-        left = sum(decision.action in ("finish", "carry") for decision in decisions)
-        return StepState(self.step, self.running - left)
+        actions = [decision.action for decision in decisions]
+        finished = actions.count("finish")
+        return StepState(
+            self.step,
+            self.running - finished - actions.count("carry"),
+            self.rows_wanted,
+            self.finished + finished,
+            self.ended or "end_step" in actions,
+        )
 
 
 class Schedule(Protocol):
     kind: ClassVar[str]
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps whose rollout may begin before the training of the step at hand is done; 0: none."""
+        ...
 
     def plan_step(self, carried: Sequence[CarriedRow], demand: Demand) -> StepPlan: ...
 
@@ -109,11 +129,11 @@ def describe(schedule: Schedule) -> dict[str, Any]:
 
 
 def fill_with_fresh_rows(
-    carried: Sequence[CarriedRow], demand: Demand, max_new_tokens: int | None
+    carried: Sequence[CarriedRow], demand: Demand, rows: int, max_new_tokens: int | None
 ) -> tuple[Admission, ...]:
-    """Carried rows by id, then fresh ones up to `demand.rows`, each for at most `max_new_tokens` tokens.
+    """Carried rows by id, then fresh ones up to `rows`, each for at most `max_new_tokens` tokens.
 
-    Nothing is dropped: more carried rows than the step asks for all run.
+    Nothing is dropped: more carried rows than `rows` all run.
     """
     admissions = []
     for row in sorted(carried, key=lambda c: c.row):
@@ -122,7 +142,7 @@ def fill_with_fresh_rows(
             raise ValueError(f"row {row.row} has {row.response_tokens} tokens and cannot be carried further")
         admissions.append(Admission(row.row, row.response_tokens, _at_most(left, max_new_tokens)))
     budget = _at_most(demand.max_response_tokens, max_new_tokens)
-    for offset in range(demand.rows - len(admissions)):
+    for offset in range(rows - len(admissions)):
         admissions.append(Admission(demand.next_row + offset, 0, budget))
     return tuple(admissions)
 
@@ -132,8 +152,10 @@ def _at_most(tokens: int, limit: int | None) -> int:
 
 
 def finish_or_carry(state: StepState, event: RowEnd) -> tuple[Decision, ...]:
-    """Finished rows leave, others carry over; the last one to stop ends the step."""
-    own = Decision("carry" if event.reason == "budget" else "finish", event.row)
-    if state.running > 1:
+    """Finished rows leave, others carry over; the last row to stop, or the last one wanted, ends the step."""
+    finished = event.reason in ("stop", "length")
+    own = Decision("finish" if finished else "carry", event.row)
+    over = state.running == 1 or state.finished + finished == state.rows_wanted
+    if state.ended or not over:
         return (own,)
     return (own, Decision("end_step"), Decision("update_weights"))

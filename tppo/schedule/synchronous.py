@@ -22,9 +22,11 @@ from tppo.schedule.protocol import (
 @dataclass(frozen=True, slots=True)
 class Synchronous:
     kind: ClassVar[str] = "synchronous"
+    steps_ahead: ClassVar[int] = 0
 
     def plan_step(self, carried: Sequence[CarriedRow], demand: Demand) -> StepPlan:
-        return StepPlan(demand.step, fill_with_fresh_rows(carried, demand, max_new_tokens=None))
+        admissions = fill_with_fresh_rows(carried, demand, demand.rows, max_new_tokens=None)
+        return StepPlan(demand.step, admissions, rows_wanted=len(admissions))
 
     def on_row_end(self, state: StepState, event: RowEnd) -> tuple[Decision, ...]:
         return finish_or_carry(state, event)

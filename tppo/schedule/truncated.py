@@ -32,13 +32,15 @@ class Truncated:
     """New tokens per row and step."""
 
     kind: ClassVar[str] = "truncated"
+    steps_ahead: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if self.window < 1:
             raise ValueError(f"window = {self.window}: a step must allow at least 1 new token per row")
 
     def plan_step(self, carried: Sequence[CarriedRow], demand: Demand) -> StepPlan:
-        return StepPlan(demand.step, fill_with_fresh_rows(carried, demand, max_new_tokens=self.window))
+        admissions = fill_with_fresh_rows(carried, demand, demand.rows, max_new_tokens=self.window)
+        return StepPlan(demand.step, admissions, rows_wanted=len(admissions))
 
     def on_row_end(self, state: StepState, event: RowEnd) -> tuple[Decision, ...]:
         return finish_or_carry(state, event)

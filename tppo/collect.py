@@ -1,0 +1,188 @@
+"""The rollout side of a step: plan, generate, grade. What comes back is ready to train on."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from profiling import Profiler
+from tppo.algorithms.recipes import Recipe
+from tppo.algorithms.rewards import informative_groups
+from tppo.config import RunConfig
+from tppo.data.arithmetic import ArithmeticTask, verify
+from tppo.rollout.drive import plan_step, run_rollout
+from tppo.rollout.protocol import RolloutEngine, Sampling
+from tppo.rollout.rows import Row
+from tppo.schedule import Demand, Schedule, StepPlan, Synchronous
+from tppo.state import Ahead, TrainingState
+
+
+class StepTimes:
+    """Declares the phases of one step, and keeps their seconds."""
+
+    def __init__(self, profiler: Profiler, step: int) -> None:
+        self.step = step
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._profiler = profiler
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = self._profiler.now()
+        with self._profiler.phase(name, step=self.step):
+            yield
+        self.seconds[name] += self._profiler.now() - start
+
+
+@dataclass
+class Collected:
+    """A step's rows."""
+
+    rows: list[Row] = field(default_factory=list)
+    """Those that train or carry over."""
+    discarded: list[Row] = field(default_factory=list)
+    """Those that are dropped for good: only dynamic sampling drops any, whole prompts at a time."""
+    records: list[dict[str, Any]] = field(default_factory=list)
+    """The engine's, of their rollout."""
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What a rollout changes, as it was."""
+
+    next_row: int
+    carried: list[Row]
+    generator: torch.Tensor
+
+
+class Collector:
+    """Rolls out with `engine` as `schedule` says. All of its state is in `state`, for checkpoints, but for a rollout
+    that runs ahead in a thread: `wait` for it first."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        recipe: Recipe,
+        state: TrainingState,
+        task: ArithmeticTask,
+        schedule: Schedule,
+        engine: RolloutEngine,
+        sampling: Sampling,
+        profiler: Profiler,
+    ) -> None:
+        self.config, self.recipe, self.state, self.task = config, recipe, state, task
+        self.schedule, self.engine, self.sampling, self.profiler = schedule, engine, sampling, profiler
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
+        self._under_way: Future[Ahead] | None = None
+        self._before: _Before | None = None
+
+    def collect(self, times: StepTimes) -> Collected:
+        """Roll out and grade the step's rows, or take those that were rolled out ahead.
+
+        Under dynamic sampling, roll out again for what is missing; after `algorithm.max_sampling_rounds` the step goes
+        on with what it has.
+        """
+        state, recipe = self.state, self.recipe
+        wanted = self.config.rows_per_step // recipe.reuse
+        got = Collected()
+        self.wait(times)
+        self._remember()
+        for _ in range(self.config.algorithm.max_sampling_rounds if recipe.dynamic_sampling else 1):
+            if state.ahead is not None:
+                fresh, got.records, state.ahead = state.ahead.rows, state.ahead.records, None
+            else:
+                plan, fresh = self.admit(self.schedule, times.step, wanted - len(got.rows))
+                with times.phase("rollout"):
+                    got.records += self.generate(self.schedule, plan, fresh)
+            with times.phase("reward"):
+                self.grade(fresh)
+                keep = [True] * len(fresh)
+                if recipe.dynamic_sampling:
+                    right = torch.tensor([(row.reward or 0.0) > 0 for row in fresh])
+                    informative = informative_groups(right, torch.tensor([row.group for row in fresh])).tolist()
+                    # A row that the engine gave up is not done: it carries over.
+                    keep = [good or not row.finished for good, row in zip(informative, fresh, strict=True)]
+            got.rows += [row for row, kept in zip(fresh, keep, strict=True) if kept]
+            got.discarded += [row for row, kept in zip(fresh, keep, strict=True) if not kept]
+            if len(got.rows) >= wanted:
+                break
+        state.carried = [row for row in got.rows if not row.finished]
+        return got
+
+    def collect_for_values(self, rows: int, times: StepTimes) -> Collected:
+        """Finished rows of the policy as it is, whatever the schedule: for the value model's pre-training."""
+        schedule = Synchronous()
+        plan, fresh = self.admit(schedule, times.step, rows)
+        with times.phase("rollout"):
+            records = self.generate(schedule, plan, fresh)
+        with times.phase("reward"):
+            self.grade(fresh)
+        return Collected(fresh, [], records)
+
+    def start_ahead(self, step: int) -> None:
+        """Begin the rollout of `step`, which comes later, in a thread; `collect` takes it up."""
+        self._remember()
+        plan, fresh = self.admit(self.schedule, step, self.config.rows_per_step)
+        self._under_way = self._thread.submit(lambda: Ahead(fresh, self.generate(self.schedule, plan, fresh)))
+
+    def wait(self, times: StepTimes) -> None:
+        """For the rollout that runs ahead, if one does; the time is the step's exposed rollout time."""
+        if self._under_way is None:
+            return
+        under_way, self._under_way = self._under_way, None
+        with times.phase("rollout"):
+            self.state.ahead = under_way.result()
+
+    def undo(self) -> None:
+        """The last rollout failed: rows, numbering and random state as they were before it."""
+        if self._before is None:
+            return
+        for row in self._before.carried:
+            row.undo_window()
+        self.state.carried = self._before.carried
+        self.state.next_row = self._before.next_row
+        self.state.rollout_generator.set_state(self._before.generator)
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _remember(self) -> None:
+        state = self.state
+        self._before = _Before(state.next_row, state.carried, state.rollout_generator.get_state())
+
+    def admit(self, schedule: Schedule, step: int, rows: int) -> tuple[StepPlan, list[Row]]:
+        """The schedule's plan for `rows` rows and its rows in order: carried ones as they are, fresh ones with the
+        next problems."""
+        state = self.state
+        demand = Demand(step, rows, state.next_row, self.config.rollout.max_response_tokens)
+        plan = plan_step(schedule, state.carried, demand, self.profiler.trace, self.profiler.now)
+        known = {row.row: row for row in state.carried}
+        state.carried = []
+        admitted = [known.get(admission.row) or self.fresh_row(admission.row) for admission in plan.admissions]
+        state.next_row += sum(row.row not in known for row in admitted)
+        for row in admitted:
+            row.begin_window()
+        return plan, admitted
+
+    def fresh_row(self, number: int) -> Row:
+        group = number // self.config.rollout.samples_per_prompt
+        problem = self.task.problem(group)
+        return Row(number, group, problem, self.state.tokenizer(problem.prompt)["input_ids"])
+
+    def generate(self, schedule: Schedule, plan: StepPlan, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Run the plan. Returns the engine's records."""
+        run_rollout(
+            schedule, self.engine, plan, {row.row: row for row in rows}, self.config.rollout.max_response_tokens,
+            self.sampling, self.profiler.trace, self.profiler.now,
+        )  # fmt: skip
+        return self.engine.take_records()
+
+    def grade(self, rows: Sequence[Row]) -> None:
+        """+1 for a right final answer, -1 otherwise; unfinished rows have no reward yet."""
+        for row in rows:
+            if row.finished:
+                right = verify(row.problem, str(self.state.tokenizer.decode(row.response_ids)))
+                row.reward = 1.0 if right else -1.0

@@ -1,0 +1,131 @@
+"""Makes the rollout engine that a configuration asks for, after checking that its rows can run on this model."""
+
+import copy
+
+import psutil
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from profiling.errors import ConfigError
+from tppo.config import RunConfig
+from tppo.models.policy import input_layer
+from tppo.rollout.protocol import Clock, RolloutEngine, Sampling
+from tppo.rollout.slot_cache import SlotCache
+from tppo.rollout.torch_engine import TorchEngine
+
+GIB = 2**30
+
+
+def make_engine(
+    config: RunConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    model_path: str,
+    slots: int,
+    max_tokens: int,
+    generator: torch.Generator,
+    clock: Clock,
+) -> RolloutEngine:
+    """An engine that samples from `model`, which the caller trains.
+
+    model_path: where vLLM finds its configuration. slots: rows at once. max_tokens: prompt and response. Raises
+    ConfigError naming the setting when the engine is not installed, lacks a feature or has too little memory.
+    """
+    rollout, vllm = config.rollout, config.vllm
+    device = input_layer(model).weight.device
+    dtype = model.dtype if device.type == "cpu" else torch.bfloat16
+    if rollout.dtype != "auto":
+        dtype = getattr(torch, rollout.dtype)
+    if rollout.engine == "vllm":
+        from tppo.rollout.vllm_engine import VllmEngine
+
+        gib = vllm.kv_cache_gib or (1.0 if device.type == "cpu" else None)
+        return VllmEngine(
+            model, model_path, slots=slots, max_tokens=max_tokens, temperature=rollout.temperature,
+            dtype=str(dtype).removeprefix("torch."), generator=generator, clock=clock, keep_kv=rollout.keep_kv,
+            sleep=rollout.release_memory, tensor_parallel=vllm.tensor_parallel,
+            gpu_memory_utilization=vllm.gpu_memory_utilization,
+            kv_cache_bytes=None if gib is None else int(gib * GIB), block_size=vllm.block_size, eager=vllm.eager,
+        )  # fmt: skip
+    check_cache_fits(model, slots, max_tokens)
+    needs_a_copy = dtype != model.dtype or rollout.schedule == "asynchronous"
+    own = model
+    if needs_a_copy:
+        own = copy.deepcopy(model).requires_grad_(False)
+        for weight in own.parameters():
+            weight.data = weight.data.to(dtype)
+    return TorchEngine(
+        own, slots=slots, max_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id, generator=generator, clock=clock,
+        trained=model if needs_a_copy else None, keep_kv=rollout.keep_kv, compiled=rollout.compile,
+    )  # fmt: skip
+
+
+def evaluation_engine(
+    config: RunConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    training_engine: RolloutEngine,
+    *,
+    slots: int,
+    max_tokens: int,
+) -> RolloutEngine:
+    """What evaluates: a torch engine of its own, as wide as there are problems; the training's where it is vLLM."""
+    if config.rollout.engine == "vllm":
+        return training_engine
+    return TorchEngine(
+        model, slots=slots, max_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id, generator=torch.Generator(),
+        clock=lambda: 0.0,
+    )  # fmt: skip
+
+
+def sampling_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Sampling:
+    """How training samples."""
+    rollout = config.rollout
+    stops = (tokenizer.eos_token_id, *rollout.stop_token_ids)
+    return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, stops)
+
+
+def check_rows_fit(
+    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest_prompt: int
+) -> None:
+    """Raises ConfigError when the model has too few positions for a row, or another vocabulary than its tokenizer."""
+    rollout = config.rollout
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None:
+        if longest_prompt >= positions:
+            raise ConfigError(
+                f"data.max_steps = {config.data.max_steps}: prompts of up to {longest_prompt} tokens leave no room in "
+                f"the {positions} positions of {config.model.path}; lower it, or take another model"
+            )
+        if longest_prompt + rollout.max_response_tokens > positions:
+            raise ConfigError(
+                f"rollout.max_response_tokens = {rollout.max_response_tokens}: with prompts of up to {longest_prompt} "
+                f"tokens a row needs {longest_prompt + rollout.max_response_tokens} positions, and "
+                f"{config.model.path} has {positions}; lower it to {positions - longest_prompt}"
+            )
+        if rollout.window > positions and config.algorithm.name in ("tppo", "partial-rollout"):
+            raise ConfigError(
+                f"rollout.window = {rollout.window}: {config.model.path} has only {positions} positions; lower it"
+            )
+    rows = input_layer(model).weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"model.path = {config.model.path!r}: its tokenizer has {len(tokenizer)} tokens, its model only {rows}; "
+            "the two do not belong together"
+        )
+    beyond = [token for token in rollout.stop_token_ids if token >= rows]
+    if beyond:
+        raise ConfigError(f"rollout.stop_token_ids: {beyond[0]} is not a token of the model, which has {rows}")
+
+
+def check_cache_fits(model: PreTrainedModel, slots: int, max_tokens: int) -> None:
+    """Raises ConfigError when the torch engine's KV cache is larger than the free memory of its device."""
+    device = input_layer(model).weight.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    needed = SlotCache.bytes_for(model, slots, max_tokens)
+    if needed > free:
+        raise ConfigError(
+            f"rollout.max_rows_per_engine = {slots}: the KV cache of {slots} rows of {max_tokens} tokens takes "
+            f"{needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free; lower it, or rollout.max_response_tokens"
+        )

@@ -1,0 +1,113 @@
+"""Starts a training run, or goes on with one: checks everything before anything is written."""
+
+import json
+
+import torch
+
+from profiling import Profiler
+from profiling.errors import ConfigError
+from profiling.reader import Run
+from profiling.settings import check_settings, to_toml
+from profiling.writer import RunWriter, refuse_a_run
+from tppo.config import RunConfig
+from tppo.data.arithmetic import ArithmeticTask
+from tppo.learner.recipe import recipe_of
+from tppo.models.policy import describe_model, load_policy
+from tppo.rollout.engines import check_rows_fit, make_engine, sampling_of
+from tppo.run_records import header_of
+from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, Truncated
+from tppo.state import latest_checkpoint, new_state, read_progress, restore
+from tppo.trainer import Outcome, Trainer
+
+
+def train(config: RunConfig, *, resume: bool = False, show_progress: bool = True) -> Outcome:
+    """Train as `config` says and write the run directory `config.output`.
+
+    With `resume`, go on from the newest checkpoint in that directory; what was written after it is discarded.
+    Raises ConfigError or DataError before anything is written, RunError when the run cannot go on.
+    """
+    if config.output is None:
+        raise ConfigError('output: no run directory is given; add `output = "runs/NAME"` or --output')
+    torch.set_num_threads(config.train.threads)
+    checkpoint = latest_checkpoint(config.output) if resume else None
+    progress = read_progress(checkpoint) if checkpoint else None
+    if progress is not None:
+        check_it_can_go_on(config)
+    else:
+        refuse_a_run(config.output)
+    model_path = str(checkpoint / "policy") if checkpoint else config.model.path
+    policy, tokenizer = load_policy(model_path)
+    task, held_out_task = task_of(config), task_of(config, config.evaluation.seed)
+    held_out = [held_out_task.problem(number) for number in range(config.evaluation.problems)]
+    longest_prompt = task.max_prompt_tokens + tokenizer.num_special_tokens_to_add()
+    check_rows_fit(config, policy, tokenizer, longest_prompt)
+    state = new_state(policy, tokenizer, config)
+    if checkpoint is not None and progress is not None:
+        restore(state, checkpoint, progress)
+    schedule = schedule_of(config)
+    engine = make_engine(
+        config, policy, tokenizer, model_path=model_path, slots=slots_of(config, schedule),
+        max_tokens=longest_prompt + config.rollout.max_response_tokens, generator=state.rollout_generator,
+        clock=lambda: profiler.now(),
+    )  # fmt: skip
+    engine.update_weights(state.policy_version)
+    text = to_toml(config.model_dump(mode="json"))
+    if progress is not None:
+        writer = RunWriter.resume(config.output, offsets=progress["offsets"], last_step=state.step)
+        writer.write_text("config.toml", text)
+    else:
+        writer = RunWriter(config.output, header=header_of(schedule, config), config_toml=text)
+        writer.write_text("model.json", json.dumps(describe_model(policy), indent=1) + "\n")
+    profiler = Profiler(
+        writer=writer,
+        start_s=progress["time_s"] if progress else 0.0,
+        sampler_interval_s=config.profile.interval_s if config.profile.sampler else None,
+    )
+    with profiler:
+        sampling = sampling_of(config, tokenizer)
+        return Trainer(config, state, task, schedule, engine, sampling, held_out, writer, profiler).run(show_progress)
+
+
+def check_it_can_go_on(config: RunConfig) -> None:
+    """Before anything is changed: what the run has written can be read, and what defines its rows is as it was.
+
+    Raises DataError or ConfigError.
+    """
+    assert config.output is not None
+    run = Run(config.output)
+    _ = run.trace, run.rollouts, run.engine
+    before = check_settings(run.config, RunConfig, where=str(run.path / "config.toml"))
+    for section in ("model", "data", "rollout"):
+        if getattr(before, section) != getattr(config, section):
+            raise ConfigError(f"{section}: a resumed run keeps the settings of {run.path / 'config.toml'}")
+    if before.algorithm.name != config.algorithm.name:
+        raise ConfigError(f"algorithm.name: the run was started as {before.algorithm.name}; start another run instead")
+
+
+def task_of(config: RunConfig, seed: int | None = None) -> ArithmeticTask:
+    data = config.data
+    try:
+        return ArithmeticTask(
+            median_steps=data.median_steps,
+            sigma=data.sigma,
+            max_steps=data.max_steps,
+            seed=data.seed if seed is None else seed,
+        )
+    except ValueError as error:
+        raise ConfigError(f"data.{error}") from None
+
+
+def schedule_of(config: RunConfig) -> Schedule:
+    if config.rollout.schedule == "oversample":
+        return Oversample(config.rollout.oversample_factor)
+    if config.rollout.schedule == "asynchronous":
+        return Asynchronous(max_staleness=1)
+    return Truncated(window=config.rollout.window) if recipe_of(config).truncated else Synchronous()
+
+
+def slots_of(config: RunConfig, schedule: Schedule) -> int:
+    """Rows that the engine runs at once."""
+    rows = config.rows_per_step
+    if isinstance(schedule, Oversample):
+        rows = schedule.rows_started(rows)
+    return config.rollout.max_rows_per_engine or rows
