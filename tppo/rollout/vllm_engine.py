@@ -284,7 +284,7 @@ def import_vllm() -> Any:
     try:
         import vllm
     except (ImportError, OSError, RuntimeError) as error:
-        raise ConfigError(f'rollout.engine = "vllm": it cannot be imported: {first_line(error)}') from error
+        raise ConfigError(f'rollout.engine = "vllm": it cannot be imported: {error}') from error
     return vllm
 
 
@@ -299,24 +299,25 @@ _ENVIRONMENT = {
 
 def refusal(error: Exception) -> str:
     """What vLLM refused, in one line that names the setting to change where we know it."""
-    reason = first_line(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = next((line for line in lines if line.startswith("Value error, ")), lines[0])
+    reason = reason.removeprefix("Value error, ").partition(" [type=")[0]
+    reason = ". ".join(reason.split(". ")[:2]).rstrip(".")
     for words, setting in _SETTINGS:
-        if words in reason.lower():
+        if words in reason:
             return f"{setting}: vLLM refuses it: {reason}"
     return f'rollout.engine = "vllm": it cannot start: {reason}; set rollout.engine = "torch", or change [vllm]'
 
 
 _SETTINGS = (
-    ("kv cache", "vllm.kv_cache_gib"),
+    ("block size", "vllm.block_size"),
+    ("cache blocks", "vllm.kv_cache_gib"),
+    ("KV cache", "vllm.kv_cache_gib"),
+    ("memory for kv", "vllm.kv_cache_gib"),
     ("memory", "vllm.gpu_memory_utilization"),
     ("tensor parallel", "vllm.tensor_parallel"),
-    ("sleep mode", "rollout.release_memory"),
-    ("head size", "model.path"),
-    ("head_size", "model.path"),
+    ("Sleep mode", "rollout.release_memory"),
+    ("max_model_len", "rollout.max_response_tokens"),
     ("architectures", "model.path"),
 )
-"""Words of vLLM's messages and the setting that they are about."""
-
-
-def first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+"""Words of vLLM's messages and the setting that they are about; the first that is found."""
