@@ -38,6 +38,7 @@ def summarise(
     """Totals and rates. Seconds, tokens, rows; null for what this run cannot tell.
 
     Step 0 (value pre-training) counts in wall_seconds, gpu_seconds and the ledger, not in rows, tokens and rates.
+    rollout_seconds: not hidden behind training; generation_busy_seconds: of the engines, hidden or not, each's mean.
     Rates leave out the first `startup_steps` steps (fewer when the run is shorter: `startup_steps` in the result is
     the number left out), evaluation and checkpoints.
     drawn_mean_tokens: mean length of the rows drawn, where it is known; else it is known if all rows finished.
@@ -52,7 +53,10 @@ def summarise(
     rollout_s = float(_seconds(pieces[(pieces.name == "rollout") & (pieces.step >= 1)]))
     spans = engine[engine.step >= 1]
     span_s = (spans.t_end - spans.t_start).to_numpy()
-    engine_s = cluster.engines * rollout_s
+    busy_s = float(span_s.sum()) / cluster.engines
+    # A rollout that runs beside training lasts longer than its exposed part.
+    ends = spans.groupby("step").agg(first=("t_start", "min"), last=("t_end", "max"))
+    engine_s = cluster.engines * max(rollout_s, float((ends["last"] - ends["first"]).sum()))
     recorded = len(spans) > 0
     totals = ledger_totals(ledger)
     staleness = (rows.step - 1 - rows.policy_version).to_numpy()
@@ -65,6 +69,7 @@ def summarise(
             _seconds(pieces[(pieces.step == 0) & (pieces.name != "") & ~pieces.name.isin(NOT_TRAINING)])
         ),
         "rollout_seconds": rollout_s if recorded else None,
+        "generation_busy_seconds": busy_s if recorded else None,
         "tail_seconds": _tail_seconds(rows) if recorded else None,
         "steps": steps if recorded else None,
         "generated_tokens": int(tokens.sum()) if recorded else None,

@@ -123,7 +123,11 @@ class Collector:
         return Collected(fresh, [], records)
 
     def start_ahead(self, step: int) -> None:
-        """Begin the rollout of `step`, which comes later, in a thread; `collect` takes it up."""
+        """Begin the rollout of `step`, which comes later, in a thread; `collect` takes it up.
+
+        The step at hand still trains on its rows, so those that carry over go on as copies.
+        """
+        self.state.carried = [row.copy() for row in self.state.carried]
         self._remember()
         plan, fresh = self.admit(self.schedule, step, self.config.rows_per_step)
         self._under_way = self._thread.submit(lambda: Ahead(fresh, self.generate(self.schedule, plan, fresh)))

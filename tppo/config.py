@@ -237,6 +237,12 @@ class RunConfig(Settings):
                 f'rollout.schedule = "{self.rollout.schedule}": {self.algorithm.name} has a schedule of its own; set '
                 'rollout.schedule = "recipe", or algorithm.name = ppo, ppo-ewma or vapo'
             )
+        chosen = self.algorithm.old_log_probs is not None or self.algorithm.importance_cap is not None
+        if chosen and self.algorithm.name in ("geppo", "ppo-ewma"):
+            raise ValueError(
+                f"algorithm.old_log_probs, algorithm.importance_cap: {self.algorithm.name} has a ratio of its own; "
+                "leave them out"
+            )
         if self.algorithm.importance_cap and self.algorithm.old_log_probs == "rollout":
             raise ValueError(
                 "algorithm.importance_cap: the engine's own log-probabilities need no correction; set it to 0, or "

@@ -1,6 +1,6 @@
 """A row: one response over its whole life, possibly over several windows and policies."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tppo.data.arithmetic import Problem
 from tppo.rollout.protocol import Completion
@@ -55,6 +55,14 @@ class Row:
         self.policy_version = completion.policy_version
         self.preempted = completion.preempted
         self.t_start, self.t_end = completion.t_start, completion.t_end
+
+    def copy(self) -> "Row":
+        return replace(
+            self,
+            response_ids=list(self.response_ids),
+            log_probs=list(self.log_probs),
+            values=list(self.values),
+        )
 
     def undo_window(self) -> None:
         """Forget what was generated since `begin_window`."""
