@@ -17,10 +17,10 @@ def test_every_row_stands_in_one_group_within_the_budget(lengths, budget):
 
 
 def test_short_and_long_rows_are_kept_apart_when_padding_costs_more_than_a_launch():
-    # together: 9 x 500 + 350 = 4850; apart: 8 x 10 + 350 + 500 + 350 = 1280
+    # together: 9 x 500 + 50 = 4550; apart: 8 x 10 + 50 + 500 + 50 = 680
     lengths = [10] * 8 + [500]
     groups = micro_batches(lengths, 10_000)
-    assert cost(groups, lengths) == 1280
+    assert cost(groups, lengths) == 680
 
 
 def test_padding_stands_on_the_right():
