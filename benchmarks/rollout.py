@@ -369,8 +369,8 @@ def write_page() -> None:
     """The page and its figure, from whichever of the two environments' tables are there."""
     parts = [
         "# Rollout: speed",
-        "Written by `python -m benchmarks.rollout --record`. What is compared takes turns, on one thread; A / B is the "
-        "median of the repeats' ratios, with the least and the largest.",
+        "Written by `python -m benchmarks.rollout --record`. What is compared takes turns, on one thread; A / B is "
+        "the median of the repeats' ratios, with the least and the largest.",
     ]
     tables = []
     for name in ("rollout", "vllm"):

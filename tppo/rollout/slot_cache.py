@@ -33,19 +33,22 @@ class SlotCache(Cache):
         config = model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (slots, heads, max_tokens, head_dim)
+        # An odd stride: with a power of two, all slots' tokens at one position would share a few cache lines.
+        shape = (slots, heads, max_tokens | 1, head_dim)
         weight = input_layer(model).weight
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]
         self._rows = torch.empty(0, dtype=torch.long)
-        self._positions = torch.empty(0, dtype=torch.long)
+        self._running = 0
+        self._places = torch.empty(0, dtype=torch.long)
+        """Of the tokens that a decode step writes, in the cache as a list of tokens."""
         self._width = 0
         self._prefill = False
 
     @staticmethod
     def bytes_for(model: PreTrainedModel, slots: int, max_tokens: int) -> int:
-        return slots * max_tokens * describe_model(model)["kv_bytes_per_token"]
+        return slots * (max_tokens | 1) * describe_model(model)["kv_bytes_per_token"]
 
     def for_prefill(self, slots: Int[Tensor, " rows"], width: int) -> None:
         """Next: tokens 0..width-1 of the rows in `slots`, which hold nothing yet."""
@@ -53,8 +56,10 @@ class SlotCache(Cache):
 
     def for_decode(self, positions: Int[Tensor, " rows"], width: int) -> None:
         """Next: one token of each of the first len(positions) slots, at these positions; all below `width`."""
-        self._rows = torch.arange(len(positions), device=positions.device)
-        self._positions, self._width, self._prefill = positions, width, False
+        _, heads, tokens, _ = self.keys[0].shape
+        first = torch.arange(len(positions) * heads, device=positions.device) * tokens  # of each slot and head
+        self._places = first + positions.repeat_interleave(heads)
+        self._running, self._width, self._prefill = len(positions), width, False
 
     def update(
         self,
@@ -69,10 +74,9 @@ class SlotCache(Cache):
             keys[self._rows, :, : self._width] = key_states
             values[self._rows, :, : self._width] = value_states
             return key_states, value_states
-        keys[self._rows, :, self._positions] = key_states[:, :, 0]
-        values[self._rows, :, self._positions] = value_states[:, :, 0]
-        running = len(self._rows)
-        return keys[:running, :, : self._width], values[:running, :, : self._width]
+        for cached, new in ((keys, key_states), (values, value_states)):
+            cached.view(-1, cached.shape[-1]).index_copy_(0, self._places, new.flatten(0, 2))
+        return keys[: self._running, :, : self._width], values[: self._running, :, : self._width]
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy a row's first `tokens` tokens to another slot."""

@@ -64,7 +64,8 @@ class TorchEngine:
         self._trained = trained
         self._generator = generator
         self._pad = pad_token_id
-        self._device = input_layer(model).weight.device
+        weight = input_layer(model).weight
+        self._device, self._dtype = weight.device, weight.dtype
         self._forward = torch.compile(hidden_states, dynamic=True) if compiled else hidden_states
         self._cache: SlotCache | None = None
         self._parked: dict[int, Parked] = {}
@@ -207,9 +208,11 @@ class TorchEngine:
         """Feed the last tokens; sample the next ones, with their log-probabilities."""
         assert self._cache is not None
         self._cache.for_decode(self._position, width)
-        mask = (self._columns[:width] <= self._position[:, None])[:, None, None]  # (running, 1, 1, width)
+        ahead = self._columns[:width] > self._position[:, None]  # (running, width)
+        # Added to the scores: a boolean mask would be converted anew in every layer.
+        mask = torch.zeros(ahead.shape, dtype=self._dtype, device=self._device).masked_fill_(ahead, -torch.inf)
         hidden = self._forward(  # (running, 1, hidden)
-            self.model, self._last[:, None], mask, self._position[:, None], self._cache
+            self.model, self._last[:, None], mask[:, None, None], self._position[:, None], self._cache
         )
         logits = output_layer(self.model)(hidden[:, 0]).float()  # (running, vocabulary)
         return draw(logits, self._sampling, self._draws_from)
