@@ -43,6 +43,8 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.simulator_speed
 	$(BIN)/python -m benchmarks.advantages
+	$(BIN)/python -m benchmarks.rollout
+	$(BIN)/python -m benchmarks.training_step
 	$(BIN)/python -m benchmarks.learning
 	$(BIN)/python -m benchmarks.ablations
 	$(BIN)/python -m benchmarks.time_to_score

@@ -13,6 +13,7 @@ import importlib.util
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from analysis import style
 from benchmarks.record_results import markdown
+from profiling.reader import Run
 from tppo.batching import pad_right
 from tppo.data.tokenizer import character_tokenizer
 from tppo.models.policy import load_policy, new_qwen2, save_policy
@@ -32,6 +34,7 @@ from tppo.regimes import load_regime
 from tppo.rollout.protocol import Completion, Request, Sampling
 from tppo.rollout.spans import Spans
 from tppo.rollout.torch_engine import TorchEngine
+from tppo.start import train
 from tppo.warmstart import warm_start
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "rollout"
@@ -41,6 +44,7 @@ MODELS = {  # layers, hidden size, heads, KV heads, intermediate size
     "4 x 256": (4, 256, 8, 4, 768),
 }
 ROWS, NEW_TOKENS = 32, 128
+STALE_STEPS = 60
 GOALS = {"equal batch": 1.0, "demo workload": 1.5}
 """`generate` / torch engine."""
 
@@ -161,10 +165,10 @@ class DemoWorkload:
     """Problems of the demo, answered by its warm-started model."""
 
     def __init__(self) -> None:
-        regime = load_regime("short")
+        self.regime = regime = load_regime("short")
         task = regime.task(seed=7)
-        path = warm_start(regime.warm_start, regime.data, task, Path("runs"), lambda step, loss: None)
-        self.model, self.tokenizer = load_policy(str(path))
+        self.path = warm_start(regime.warm_start, regime.data, task, Path("runs"), lambda step, loss: None)
+        self.model, self.tokenizer = load_policy(str(self.path))
         self.longest = regime.rollout.max_response_tokens
         self.window = regime.rollout.window
         self.prompts = [self.tokenizer(task.problem(i).prompt)["input_ids"] for i in range(128)]
@@ -226,6 +230,34 @@ def kept_keys_and_values(demo: DemoWorkload, repeats: int) -> list[dict[str, obj
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
     return [line(f"second window of {4 * ROWS} demo rows", "prefilled again", "keep_kv", seconds)]
+
+
+def stale_keys_in_training(demo: DemoWorkload) -> str:
+    """T-PPO on the demo task with and without kept keys and values: rollout time, and what the staleness shows as."""
+    lines = []
+    for keep_kv in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            config = demo.regime.run_config("tppo", 100, demo.path, Path(folder) / "run")
+            rollout = config.rollout.model_copy(update={"keep_kv": keep_kv})
+            loop = config.train.model_copy(update={"steps": STALE_STEPS, "stop_at_accuracy": None})
+            profile = config.profile.model_copy(update={"sampler": False})
+            evaluation = config.evaluation.model_copy(update={"every": STALE_STEPS})
+            update = {"rollout": rollout, "train": loop, "profile": profile, "evaluation": evaluation}
+            train(config.model_copy(update=update), show_progress=False)
+            metrics = Run(Path(folder) / "run").metrics
+        steps = metrics[metrics.step >= 1]
+        lines.append(
+            {
+                "T-PPO, regime short, seed 100": "keep_kv" if keep_kv else "prefilled again",
+                "rollout (s)": steps["timing_s/gen"].sum(),
+                "mean log-prob difference": steps["rollout_corr/log_prob_diff_mean"].mean(),
+                "largest": steps["rollout_corr/log_prob_diff_max"].max(),
+                "k3 KL per token": steps["rollout_corr/k3_kl"].mean(),
+                "padding waste": steps["perf/padding_waste"].mean(),
+                f"accuracy after {STALE_STEPS} steps": metrics["val/accuracy"].dropna().iloc[-1],
+            }
+        )
+    return markdown(pd.DataFrame(lines))
 
 
 def compiled(repeats: int) -> list[dict[str, object]]:
@@ -343,7 +375,7 @@ def main() -> None:
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
     if importlib.util.find_spec("vllm") is not None:
-        name, lines, cost = "vllm", against_vllm(options.repeats), ""
+        name, lines, notes = "vllm", against_vllm(options.repeats), []
     else:
         name = "rollout"
         demo = DemoWorkload()
@@ -351,8 +383,9 @@ def main() -> None:
         lines += kept_keys_and_values(demo, options.repeats) + compiled(options.repeats)
         record_lines, cost = record_cost(demo, options.repeats)
         lines += record_lines
+        notes = [cost, stale_keys_in_training(demo)]
     table = pd.DataFrame(lines)
-    print(table.to_string(index=False))
+    print(table.to_string(index=False), *notes, sep="\n")
     machine = (
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, {torch.get_num_threads()} thread. Load average {load:.2f} before, "
@@ -361,7 +394,7 @@ def main() -> None:
     if options.record:
         RESULTS.mkdir(parents=True, exist_ok=True)
         table.to_csv(RESULTS / f"{name}.csv", index=False)
-        (RESULTS / f"{name}.txt").write_text("\n".join(part for part in (machine, cost) if part) + "\n")
+        (RESULTS / f"{name}.txt").write_text("\n\n".join([machine, *notes]) + "\n")
         write_page()
 
 

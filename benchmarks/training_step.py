@@ -17,8 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +30,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from analysis import style
 from benchmarks.record_results import ROOT, markdown
-from profiling import Profiler
-from profiling.settings import check_settings, to_toml
-from profiling.writer import RunWriter
+from profiling.settings import check_settings
 from tppo.config import RunConfig
 from tppo.data.arithmetic import Problem
 from tppo.learner.batch import Spans
@@ -43,9 +39,8 @@ from tppo.models.policy import load_policy, new_qwen2, output_layer
 from tppo.models.value import ValueModel
 from tppo.quiet import quieten_libraries
 from tppo.rollout.rows import Row
-from tppo.run_records import header_of
-from tppo.state import new_state
-from tppo.trainer import Trainer, schedule_of, task_of
+from tppo.start import task_of, trainer_for
+from tppo.trainer import Trainer
 
 RESULTS = ROOT / "docs" / "results" / "training_step"
 PEER = ROOT / ".venv-peers" / "trl"
@@ -147,18 +142,6 @@ def our_config(model: Path, output: Path, threads: int) -> RunConfig:
     return check_settings(values, RunConfig, where="benchmarks.training_step")
 
 
-@contextmanager
-def our_trainer(config: RunConfig) -> Iterator[Trainer]:
-    """The trainer as `tppo train` builds it."""
-    assert config.output is not None
-    policy, tokenizer = load_policy(config.model.path)
-    schedule = schedule_of(config)
-    writer = RunWriter(config.output, header=header_of(schedule), config_toml=to_toml(config.model_dump(mode="json")))
-    with Profiler(writer=writer, sampler_interval_s=None) as profiler:
-        state = new_state(policy, tokenizer, config)
-        yield Trainer(config, state, task_of(config), schedule, writer, profiler)
-
-
 def our_step(trainer: Trainer) -> dict[str, float]:
     """Seconds of one step and of its phases."""
     start = time.perf_counter()
@@ -197,7 +180,8 @@ def environment(directory: Path) -> Path:
 
 def peer_settings(trainer: Trainer, directory: Path, steps: int) -> dict[str, Any]:
     config = trainer.config
-    prompts = [trainer.task.problem(number).prompt for number in range(ROWS * 4)]
+    task = task_of(config)
+    prompts = [task.problem(number).prompt for number in range(ROWS * 4)]
     return {
         "model": config.model.path, "output": str(directory / "peer"), "capture": str(directory / "seen.pt"),
         "prompts": [trainer.state.tokenizer(prompt)["input_ids"] for prompt in prompts],
@@ -353,7 +337,7 @@ def main() -> None:
         directory = Path(folder)
         save_checkpoint(directory / "model")
         config = our_config(directory / "model", directory / "run", options.threads)
-        with our_trainer(config) as trainer:
+        with trainer_for(config) as trainer:
             settings = peer_settings(trainer, directory, WARM_UP_STEPS + options.pairs)
             peer = Peer(python, settings, directory)
             try:

@@ -1,6 +1,8 @@
 """Starts a training run, or goes on with one: checks everything before anything is written."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -26,6 +28,13 @@ def train(config: RunConfig, *, resume: bool = False, show_progress: bool = True
     With `resume`, go on from the newest checkpoint in that directory; what was written after it is discarded.
     Raises ConfigError or DataError before anything is written, RunError when the run cannot go on.
     """
+    with trainer_for(config, resume=resume) as trainer:
+        return trainer.run(show_progress)
+
+
+@contextmanager
+def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]:
+    """A trainer that is ready for its next step, its run directory and its profiler."""
     if config.output is None:
         raise ConfigError('output: no run directory is given; add `output = "runs/NAME"` or --output')
     torch.set_num_threads(config.train.threads)
@@ -65,7 +74,7 @@ def train(config: RunConfig, *, resume: bool = False, show_progress: bool = True
     )
     with profiler:
         sampling = sampling_of(config, tokenizer)
-        return Trainer(config, state, task, schedule, engine, sampling, held_out, writer, profiler).run(show_progress)
+        yield Trainer(config, state, task, schedule, engine, sampling, held_out, writer, profiler)
 
 
 def check_it_can_go_on(config: RunConfig) -> None:

@@ -1,10 +1,13 @@
+import numpy as np
 import pytest
 
 from tppo.schedule import (
     Admission,
+    Asynchronous,
     CarriedRow,
     Decision,
     Demand,
+    Oversample,
     RowEnd,
     StepState,
     Synchronous,
@@ -62,7 +65,91 @@ def test_a_window_below_one_is_refused(window):
 
 
 def test_a_description_makes_the_same_schedule():
-    for schedule in (Synchronous(), Truncated(window=7)):
+    for schedule in (Synchronous(), Truncated(window=7), Oversample(factor=1.25), Asynchronous(max_staleness=2)):
         assert from_description(describe(schedule)) == schedule
-    with pytest.raises(ValueError, match="'fifo' is not one of synchronous, truncated"):
+    with pytest.raises(ValueError, match="'fifo' is not one of synchronous, truncated, oversample, asynchronous"):
         from_description({"kind": "fifo"})
+
+
+def test_oversampling_starts_more_rows_and_wants_as_many_as_ever():
+    # f = 1.5, N = 4: six rows, the carried one among them, each to the maximum of 10.
+    plan = Oversample(1.5).plan_step([CarriedRow(3, 4)], Demand(2, 4, 9, 10))
+    assert [a.row for a in plan.admissions] == [3, 9, 10, 11, 12, 13]
+    assert [a.budget_tokens for a in plan.admissions] == [6, 10, 10, 10, 10, 10]
+    assert plan.rows_wanted == 4
+    assert Oversample(1.1).rows_started(10) == 11
+    assert Oversample(1.01).rows_started(10) == 11  # rounded up
+
+
+def play(schedule, plan, reasons):
+    """Decisions after each row's end, by row: reasons is a list of (row, reason)."""
+    state, made = StepState.of(plan), []
+    for row, reason in reasons:
+        decisions = schedule.on_row_end(state, RowEnd(row, 1, 1, reason))
+        made.append([decision.action for decision in decisions])
+        state = state.after(decisions)
+    return made, state
+
+
+def test_oversampling_ends_the_step_with_the_last_row_wanted_and_carries_the_rest():
+    schedule = Oversample(2.0)
+    plan = schedule.plan_step([], Demand(1, 2, 0, 10))
+    reasons = [(0, "stop"), (1, "failed"), (2, "length"), (3, "aborted")]
+    made, state = play(schedule, plan, reasons)
+    assert made == [["finish"], ["carry"], ["finish", "end_step", "update_weights"], ["carry"]]
+    assert (state.running, state.finished, state.ended) == (0, 2, True)
+
+
+def test_a_row_that_stops_in_the_instant_in_which_the_step_ends_still_finishes():
+    schedule = Oversample(2.0)
+    made, _ = play(schedule, schedule.plan_step([], Demand(1, 1, 0, 10)), [(0, "stop"), (1, "stop")])
+    assert made == [["finish", "end_step", "update_weights"], ["finish"]]
+
+
+def test_a_step_whose_rows_all_fail_ends():
+    for schedule in (Synchronous(), Truncated(window=4), Oversample(1.5), Asynchronous()):
+        plan = schedule.plan_step([], Demand(1, 2, 0, 10))
+        made, _ = play(schedule, plan, [(a.row, "failed") for a in plan.admissions])
+        assert made[-1] == ["carry", "end_step", "update_weights"]
+        assert all(actions == ["carry"] for actions in made[:-1])
+
+
+def test_only_the_asynchronous_schedule_runs_ahead():
+    assert [s.steps_ahead for s in (Synchronous(), Truncated(4), Oversample(2.0), Asynchronous(3))] == [0, 0, 0, 3]
+
+
+@pytest.mark.parametrize("factor", [0.9, 0, -1, float("inf"), float("nan")])
+def test_a_factor_below_one_is_refused(factor):
+    with pytest.raises(ValueError, match="at least 1"):
+        Oversample(factor)
+
+
+def test_a_staleness_of_zero_is_refused():
+    with pytest.raises(ValueError, match="at least 1; 0 is synchronous"):
+        Asynchronous(0)
+
+
+@pytest.mark.parametrize("factor", [1.25, 2.0])
+@pytest.mark.parametrize("sigma", [0.5, 1.0])
+def test_after_the_start_up_steps_oversampling_trains_on_lengths_as_they_are_drawn(factor, sigma):
+    """All rows that run get a token an iteration; lognormal lengths, 400 rows a step."""
+    schedule, rng = Oversample(factor), np.random.default_rng(0)
+    wanted, longest = 400, 100_000
+    lengths, carried, next_row, trained = {}, [], 0, []
+    for step in range(1, 41):
+        plan = schedule.plan_step(
+            [CarriedRow(row, done) for row, done in carried], Demand(step, wanted, next_row, longest)
+        )
+        for admission in plan.admissions:
+            if admission.row >= next_row:
+                lengths[admission.row] = int(rng.lognormal(5, sigma)) + 1
+        next_row = max(next_row, 1 + max(a.row for a in plan.admissions))
+        left = np.array([lengths[a.row] - a.response_tokens for a in plan.admissions])
+        end = np.sort(left)[wanted - 1]
+        trained.append([lengths[a.row] for a, n in zip(plan.admissions, left, strict=True) if n <= end])
+        carried = [(a.row, a.response_tokens + end) for a, n in zip(plan.admissions, left, strict=True) if n > end]
+    drawn = np.exp(5 + sigma**2 / 2)
+    before = np.mean(trained[0]) / drawn
+    late = np.mean(np.concatenate(trained[schedule.startup_steps(longest) :])) / drawn
+    assert before < 0.9
+    assert late == pytest.approx(1, abs=0.05)
