@@ -88,7 +88,6 @@ class VllmEngine:
         self._keep_kv = keep_kv
         self._sleep = sleep
         self._asleep = False
-        self._temperature = temperature
         self._rows: dict[str, _Running] = {}
         self._submissions = 0
         self._spans = Spans(clock, slots)
