@@ -362,7 +362,7 @@ def draw(table: pd.DataFrame) -> style.Figure:
     labels = [f"{row.case}: {row.A} / {row.B}" for row in table.iloc[::-1].itertuples(index=False)]
     axes.set_yticks(range(len(table)), labels, fontsize=8)
     axes.set_xlim(left=0)
-    axes.set_xlabel("time of the first / time of the second; above 1 the second is faster")
+    axes.set_xlabel("time of the first / time of the second")
     return figure
 
 
