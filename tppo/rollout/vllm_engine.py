@@ -315,6 +315,7 @@ _SETTINGS = (
     ("memory for kv", "vllm.kv_cache_gib"),
     ("memory", "vllm.gpu_memory_utilization"),
     ("tensor parallel", "vllm.tensor_parallel"),
+    ("NUMA nodes", "vllm.tensor_parallel"),  # CPU workers; VLLM_CPU_OMP_THREADS_BIND="0|1" binds two by hand
     ("Sleep mode", "rollout.release_memory"),
     ("max_model_len", "rollout.max_response_tokens"),
     ("architectures", "model.path"),
