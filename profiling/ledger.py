@@ -48,13 +48,12 @@ def build_ledger(
     unknown = engine.engine[(engine.engine < 0) | (engine.engine >= cluster.engines)]
     if len(unknown):
         raise ConservationError(f"ledger: spans of engine {unknown.iloc[0]}, but there are {cluster.engines} engines")
-    pieces = innermost_phases(phases, wall_s)
-    parts = [_split_spans(engine, rollouts, pieces)]
-    for piece in pieces.itertuples(index=False):
-        seconds = piece.t_end - piece.t_start
-        if piece.name != "rollout":
-            parts.append(_outside_rollout(cluster, piece.name, piece.step, seconds))
-    parts.append(_waits(cluster, engine, rollouts, pieces))
+    separate = cluster.trainer_gpus > 0
+    pieces = innermost_phases(phases, wall_s, rollout_first=separate)
+    parts = [_split_spans(engine, rollouts, pieces), _waits(cluster, engine, pieces)]
+    parts.append(_outside_rollout(cluster, pieces))
+    if separate:
+        parts.append(_trainer(innermost_phases(phases, wall_s)))
     per_engine = pd.concat([part for part in parts if not part.empty], ignore_index=True)
     ledger = _per_gpu(cluster, per_engine)
     _check(cluster, ledger, wall_s)
@@ -67,14 +66,17 @@ def ledger_totals(ledger: pd.DataFrame) -> dict[str, float]:
     return {cause: float(seconds.get(cause, 0.0)) for cause in CAUSES}
 
 
-def innermost_phases(phases: pd.DataFrame, wall_s: float) -> pd.DataFrame:
+def innermost_phases(phases: pd.DataFrame, wall_s: float, *, rollout_first: bool = False) -> pd.DataFrame:
     """The run as adjoining pieces (name, step, t_start, t_end), each with the phase that names it; "" for none.
 
     Where phases overlap, the one that stands first in CAUSES wins (an evaluation that rolls out is evaluation), then
-    the deeper one.
+    the deeper one. rollout_first: as the engines' GPUs see it, where the trainer has its own: a rollout beside
+    training is rollout.
     """
     known = phases[phases.name.isin(PHASES) & (phases.t_end > phases.t_start)]
-    rank = {name: place for place, name in enumerate([c for c in CAUSES if c in PHASES] + ["rollout"])}
+    training = [cause for cause in CAUSES if cause in PHASES and cause not in WHOLE_CLUSTER]
+    order_of = ["rollout", *training] if rollout_first else [*training, "rollout"]
+    rank = {name: place for place, name in enumerate([*WHOLE_CLUSTER, *order_of])}
     if known.empty:
         return pd.DataFrame([("", OUTSIDE, 0.0, wall_s)], columns=["name", "step", "t_start", "t_end"])
     edges = np.unique(np.concatenate([[0.0, wall_s], known.t_start.clip(0, wall_s), known.t_end.clip(0, wall_s)]))
@@ -100,15 +102,21 @@ def innermost_phases(phases: pd.DataFrame, wall_s: float) -> pd.DataFrame:
     )
 
 
-def _outside_rollout(cluster: Cluster, name: str, step: int, seconds: float) -> pd.DataFrame:
-    """A piece in which no engine rolls out. engine = -1 stands for the trainer's GPUs."""
-    rollout_cause = trainer_cause = name or "wait_other"
-    if cluster.trainer_gpus and name and name not in WHOLE_CLUSTER:
-        rollout_cause = "wait_train"
-    rows = [(step, e, rollout_cause, seconds) for e in range(cluster.engines)]
+def _outside_rollout(cluster: Cluster, pieces: pd.DataFrame) -> pd.DataFrame:
+    """What the engines' GPUs do outside rollouts: the phase itself, or wait for a trainer that has its own."""
+    outside = pieces[pieces.name != "rollout"]
+    cause = outside.name.where(outside.name != "", "wait_other")
     if cluster.trainer_gpus:
-        rows.append((step, -1, trainer_cause, seconds))
-    return _frame(rows)
+        cause = cause.where(cause.isin([*WHOLE_CLUSTER, "wait_other"]), "wait_train")
+    seconds = outside.t_end - outside.t_start
+    one = pd.DataFrame({"step": outside.step, "engine": 0, "cause": cause, "seconds": seconds})
+    return pd.concat([one.assign(engine=number) for number in range(cluster.engines)], ignore_index=True)
+
+
+def _trainer(pieces: pd.DataFrame) -> pd.DataFrame:
+    """What the trainer's own GPUs do (engine = -1)."""
+    cause = pieces.name.replace({"rollout": "wait_rollout", "": "wait_other"})
+    return pd.DataFrame({"step": pieces.step, "engine": -1, "cause": cause, "seconds": pieces.t_end - pieces.t_start})
 
 
 def _split_spans(engine: pd.DataFrame, rollouts: pd.DataFrame, pieces: pd.DataFrame) -> pd.DataFrame:
@@ -171,11 +179,11 @@ def _clip_to_rollouts(engine: pd.DataFrame, pieces: pd.DataFrame) -> pd.DataFram
     return engine.assign(seconds=np.maximum(seconds, 0.0))
 
 
-def _waits(cluster: Cluster, engine: pd.DataFrame, rollouts: pd.DataFrame, pieces: pd.DataFrame) -> pd.DataFrame:
+def _waits(cluster: Cluster, engine: pd.DataFrame, pieces: pd.DataFrame) -> pd.DataFrame:
     """What is left of a rollout when its spans are taken off.
 
     wait_tail: after the engine's last span, while another engine still runs. wait_other: gaps. unresolved: a
-    program that writes no engine records. wait_rollout: the trainer's own GPUs meanwhile.
+    program that writes no engine records.
     """
     rollout = pieces[pieces.name == "rollout"]
     phase_s = (rollout.t_end - rollout.t_start).groupby(rollout.step).sum()
@@ -187,8 +195,6 @@ def _waits(cluster: Cluster, engine: pd.DataFrame, rollouts: pd.DataFrame, piece
     phase_end = rollout.groupby("step").t_end.max()
     recorded = set(spans.step.unique())
     for step, seconds in phase_s.items():
-        if cluster.trainer_gpus:
-            rows.append((step, -1, "wait_rollout", seconds))
         for e in range(cluster.engines):
             if step not in recorded:
                 rows.append((step, e, "unresolved", seconds))

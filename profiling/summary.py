@@ -34,6 +34,7 @@ def summarise(
     wall_s: float,
     startup_steps: int,
     drawn_mean_tokens: float | None = None,
+    trains_whole_responses: bool = False,
 ) -> dict[str, Any]:
     """Totals and rates. Seconds, tokens, rows; null for what this run cannot tell.
 
@@ -42,10 +43,12 @@ def summarise(
     Rates leave out the first `startup_steps` steps (fewer when the run is shorter: `startup_steps` in the result is
     the number left out), evaluation and checkpoints.
     drawn_mean_tokens: mean length of the rows drawn, where it is known; else it is known if all rows finished.
+    trains_whole_responses: only rows that finished in a step are processed in it, else all of its rows.
     """
     rows = rollouts[rollouts.step >= 1]
     steps = int(rows.step.nunique())
     tokens = rows.tokens.to_numpy()
+    processed = rows[rows.finished] if trains_whole_responses else rows
     trained = rows.trained_tokens.to_numpy()
     finished = rows[rows.finished]
     rows_in = int(rows.row.nunique())
@@ -59,7 +62,7 @@ def summarise(
     engine_s = cluster.engines * max(rollout_s, float((ends["last"] - ends["first"]).sum()))
     recorded = len(spans) > 0
     totals = ledger_totals(ledger)
-    staleness = (rows.step - 1 - rows.policy_version).to_numpy()
+    ages, age_weights = _staleness(rows)
     skipped = min(startup_steps, max(steps - 1, 0))
     late = rows.step > skipped
     step_s = _step_seconds(pieces, skipped)
@@ -73,7 +76,7 @@ def summarise(
         "tail_seconds": _tail_seconds(rows) if recorded else None,
         "steps": steps if recorded else None,
         "generated_tokens": int(tokens.sum()) if recorded else None,
-        "processed_tokens": int(rows.context_before.sum() + tokens.sum()) if recorded else None,
+        "processed_tokens": int((processed.context_before + processed.tokens).sum()) if recorded else None,
         "trained_tokens": int(trained.sum()) if recorded else None,
         "rows_in": rows_in if recorded else None,
         "rows_finished": len(finished) if recorded else None,
@@ -81,8 +84,8 @@ def summarise(
         "preemptions": int(rows.preempted.sum()) if recorded else None,
         "engine_idle_fraction": 1 - float(span_s.sum()) / engine_s if engine_s and recorded else None,
         "mean_running_rows": float((spans.batch * span_s).sum()) / engine_s if engine_s and recorded else None,
-        "staleness_mean": float(np.average(staleness, weights=trained)) if trained.sum() else None,
-        "staleness_max": int(staleness.max()) if len(staleness) else None,
+        "staleness_mean": float(np.average(ages, weights=age_weights)) if age_weights.sum() else None,
+        "staleness_max": int(ages[age_weights > 0].max()) if age_weights.sum() else None,
         "length_bias": _length_bias(rows, finished, rows_in, drawn_mean_tokens),
         "startup_steps": skipped,
         "seconds_per_step": _ratio(step_s, steps - skipped),
@@ -113,6 +116,22 @@ def _tail_seconds(rows: pd.DataFrame) -> float:
         ordered = np.sort(ends.to_numpy())
         total += float(ordered[-1] - ordered[math.ceil(0.9 * len(ordered)) - 1])
     return total
+
+
+def _staleness(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """(versions behind, trained tokens): how many updates lie between sampling tokens and training on them.
+
+    Step s trains the policy of version s - 1. A record that trains more tokens than it generated trains the whole
+    response, whose earlier tokens are as old as the visits that generated them.
+    """
+    whole = rows.trained_tokens > rows.tokens
+    own = rows[~whole]
+    visits = rows[["row", "step", "tokens", "policy_version"]].merge(
+        rows.loc[whole, ["row", "step"]].rename(columns={"step": "trained_at"}), on="row"
+    )
+    visits = visits[visits.step <= visits.trained_at]
+    ages = np.concatenate([own.step - 1 - own.policy_version, visits.trained_at - 1 - visits.policy_version])
+    return ages, np.concatenate([own.trained_tokens, visits.tokens])
 
 
 def _length_bias(

@@ -1,64 +1,21 @@
-"""The training loop on a virtual clock: a SimPy process that rolls out, trains and starts again.
+"""The training loop on a virtual clock: two SimPy processes, one that rolls out and one that trains.
 
-The schedule is the trainer's own object; it is told of every row that ends, in time order, and decides.
+The schedule is the trainer's own object; it is told of every row that ends, in time order, and decides. A step's
+rollout begins when the training of the step `1 + schedule.steps_ahead` before it is done. Where steps run ahead
+(asynchronous), engines take the newest weights between two rollouts; the trainer gets the rows of the rollout before
+once they have, so that with one step ahead rollout and training keep step, as in our trainer.
 """
 
-import heapq
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import simpy
 
 from profiling.errors import ConservationError
-from simulator.costs import engine_costs, phase_s, resolve, reward_s
-from simulator.engine import Engine, Job, Span
+from simulator.costs import phase_s, resolve, reward_s
 from simulator.experiment import Experiment
+from simulator.rollout import Log, Process, Rollout, RowRecord, RowState
 from simulator.workload import RowSource
-from tppo.schedule import CarriedRow, Decision, Demand, Reason, RowEnd, StepPlan, StepState
-
-ONE_INSTANT_S = 1e-12
-"""Times that agree to this are one instant; its events go by (engine, row), so rounding never flips a dispatch."""
-
-Process = Generator[simpy.Event, None, None]
-
-
-@dataclass(slots=True)
-class RowState:
-    """A row over its whole life."""
-
-    row: int
-    prompt_tokens: int
-    length: int
-    """Tokens of its whole response."""
-    response_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class RowRecord:
-    step: int
-    row: int
-    engine: int
-    policy_version: int
-    prompt_tokens: int
-    context_before: int
-    tokens: int
-    finished: bool
-    preempted: int
-    t_start: float
-    t_end: float
-
-
-@dataclass
-class Log:
-    """Everything that happened, in order."""
-
-    phases: list[tuple[str, int, float, float]] = field(default_factory=list)
-    spans: list[tuple[int, int, float, float, Span]] = field(default_factory=list)
-    """(step, engine, t_start, t_end, span)"""
-    rows: list[RowRecord] = field(default_factory=list)
-    plans: list[tuple[float, tuple[CarriedRow, ...], Demand, StepPlan]] = field(default_factory=list)
-    decisions: list[tuple[float, StepState, RowEnd, tuple[Decision, ...]]] = field(default_factory=list)
+from tppo.schedule import CarriedRow, Demand, StepPlan
 
 
 class TrainingRun:
@@ -77,26 +34,67 @@ class TrainingRun:
         self.drawn_tokens = 0
         self.next_row = 0
         self.finished = 0
+        self.trained = 0
+        """Steps that have been trained on, which is the version of the newest policy."""
         self.version = 0
+        """Of the policy that the engines have."""
+        steps = range(experiment.workload.steps + 1)
+        self._handed_over: list[simpy.Event] = [self.env.event() for _ in steps]
+        """By step: its rows have been given to the trainer."""
+        self._trained_on: list[simpy.Event] = [self.env.event() for _ in steps]
 
     def run(self) -> None:
+        self.env.process(self.roll_out())
         self.env.process(self.train())
         self.env.run()
+        self.check_rows()
 
     @property
     def wall_s(self) -> float:
         return float(self.env.now)
 
-    def train(self) -> Process:
-        """Step after step: plan, roll out, train, hand out the new weights."""
-        for step in range(1, self.experiment.workload.steps + 1):
+    def roll_out(self) -> Process:
+        """Rollout after rollout, as far ahead of training as the schedule allows."""
+        ahead = self.schedule.steps_ahead
+        steps = self.experiment.workload.steps
+        for step in range(1, steps + 1):
+            if step - 1 - ahead >= 1:
+                yield self._trained_on[step - 1 - ahead]
+            if ahead and step > 1:
+                yield from self.take_newest_weights()
+                self._handed_over[step - 1].succeed()
             plan = self.plan(step)
-            yield from self.roll_out(plan)
-            records = self.log.rows[-len(plan.admissions) :]
-            yield from self.learn(step, records)
+            rollout = Rollout(self.env, self.experiment, self.costs, self.schedule, self.log, self.rows, self.version)
+            yield from rollout.run(plan)
+            self.after_rollout(step)
+            if not ahead:
+                self._handed_over[step].succeed()
+        if ahead:
+            if steps - ahead >= 1:
+                yield self._trained_on[steps - ahead]
+            yield from self.take_newest_weights()
+            self._handed_over[steps].succeed()
+
+    def train(self) -> Process:
+        """Step after step: wait for its rows, train, let the rollout that waited for it begin."""
+        for step in range(1, self.experiment.workload.steps + 1):
+            yield self._handed_over[step]
+            yield from self.spend(step, self.phases_of(step))
+            if not self.schedule.steps_ahead:
+                yield from self.spend(step, self.between_steps(step))
             yield self.env.timeout(self.costs.step_other_s)
-            self.version += 1
-        self.check_rows()
+            self.trained = step
+            if not self.schedule.steps_ahead:
+                self.version = step
+            self._trained_on[step].succeed()
+
+    def take_newest_weights(self) -> Process:
+        """Between two rollouts that run ahead: what a step ends with otherwise, for the last step trained on."""
+        step = self.trained
+        if step == self.version:
+            return
+        yield from self.spend(step, self.between_steps(step))
+        self.version = step
 
     def plan(self, step: int) -> StepPlan:
         workload = self.experiment.workload
@@ -113,106 +111,30 @@ class TrainingRun:
         self.next_row += len(fresh)
         return plan
 
-    def roll_out(self, plan: StepPlan) -> Process:
-        """Every engine runs from event to event until the schedule ends the step."""
-        start = self.wall_s
-        engines = self.dispatch(plan)
-        state, ended_step = StepState.of(plan), False
-        pending: list[tuple[float, int, Span]] = []  # heap of (end, engine, span)
-        for number, engine in enumerate(engines):
-            self.go_on(number, engine, pending)
-        while pending:
-            instant = pending[0][0]
-            yield self.env.timeout(max(0.0, instant - self.wall_s))
-            due = []
-            while pending and pending[0][0] <= instant + ONE_INSTANT_S:
-                due.append(heapq.heappop(pending))
-            due.sort(key=lambda entry: entry[1])
-            for end, number, span in due:
-                self.log.spans.append((plan.step, number, end - span.seconds, end, span))
-                for job in engines[number].finish_span(span):
-                    event = self.row_ends(plan.step, number, job, end)
-                    decisions = self.schedule.on_row_end(state, event)
-                    self.log.decisions.append((end, state, event, decisions))
-                    self.apply(decisions)
-                    ended_step = ended_step or any(d.action == "end_step" for d in decisions)
-                    state = state.after(decisions)
-            for _, number, _ in due:
-                self.go_on(number, engines[number], pending)
-        for engine in engines:
-            engine.check_empty()
-        if not ended_step:
-            raise ConservationError(f"step {plan.step}: every engine is empty and the schedule has not ended the step")
-        yield self.env.timeout(self.costs.rollout_other_s)
-        self.log.phases.append(("rollout", plan.step, start, self.wall_s))
-
-    def dispatch(self, plan: StepPlan) -> list[Engine]:
-        """Fresh engines, their caches empty, with the step's rows in their queues."""
-        settings = self.experiment.cluster
-        shared: deque[Job] = deque()
-        engines = [
-            Engine(engine_costs(self.costs), settings.max_rows_per_engine, settings.kv_tokens_per_engine, shared)
-            for _ in range(settings.engines)
-        ]
-        capacity = settings.max_rows_per_engine
-        for place, admission in enumerate(plan.admissions):
-            row = self.rows[admission.row]
-            tokens = min(admission.budget_tokens, row.length - row.response_tokens)
-            job = Job(row.row, row.prompt_tokens + row.response_tokens, tokens, resumed=row.response_tokens > 0)
-            # A shared queue deals one row after the other to the engines until their slots are taken; the rest wait.
-            shares = settings.dispatch == "shared_queue"
-            if shares and capacity is not None and place >= capacity * settings.engines:
-                shared.append(job)
-            else:
-                engines[place % settings.engines].submit(job)
-        return engines
-
-    def go_on(self, number: int, engine: Engine, pending: list[tuple[float, int, Span]]) -> None:
-        span = engine.next_span(self.wall_s)
-        if span is not None:
-            heapq.heappush(pending, (self.wall_s + span.seconds, number, span))
-
-    def row_ends(self, step: int, engine: int, job: Job, end: float) -> RowEnd:
-        row = self.rows[job.row]
-        before = row.response_tokens
-        row.response_tokens = job.context - row.prompt_tokens
-        tokens = row.response_tokens - before
-        finished = row.response_tokens >= row.length
-        longest = self.experiment.workload.max_response_tokens
-        reason: Reason = "budget" if not finished else "length" if row.length >= longest else "stop"
-        assert job.t_start is not None
-        record = RowRecord(
-            step, row.row, engine, self.version, row.prompt_tokens, row.prompt_tokens + before, tokens, finished,
-            job.preempted, job.t_start, end,
-        )  # fmt: skip
-        self.log.rows.append(record)
-        return RowEnd(row.row, tokens, row.response_tokens, reason)
-
-    def apply(self, decisions: Sequence[Decision]) -> None:
-        for decision in decisions:
-            if decision.row is None:
-                continue
-            if decision.action == "finish":
-                del self.rows[decision.row]
+    def after_rollout(self, step: int) -> None:
+        """Finished rows leave, the others carry over."""
+        records = self.log.rows_of(step)
+        for record in records:
+            if record.finished:
+                del self.rows[record.row]
                 self.finished += 1
+        carried = (CarriedRow(r.row, self.rows[r.row].response_tokens) for r in records if not r.finished)
+        self.carried = sorted(carried, key=lambda row: row.row)
 
-    def learn(self, step: int, records: Sequence[RowRecord]) -> Process:
-        """The phases after the rollout, one after the other, in the order of the trainer's loop."""
-        for name, seconds in self.phases_of(step, records):
+    def spend(self, step: int, phases: Iterator[tuple[str, float]]) -> Process:
+        for name, seconds in phases:
             if seconds > 0:
                 start = self.wall_s
                 yield self.env.timeout(seconds)
                 self.log.phases.append((name, step, start, self.wall_s))
-        self.carried = sorted(
-            (CarriedRow(r.row, self.rows[r.row].response_tokens) for r in records if not r.finished),
-            key=lambda row: row.row,
-        )
 
-    def phases_of(self, step: int, records: Sequence[RowRecord]) -> Iterator[tuple[str, float]]:
+    def phases_of(self, step: int) -> Iterator[tuple[str, float]]:
+        """The phases after a rollout, one after the other, in the order of the trainer's loop."""
         costs, trainer = self.costs, self.experiment.cluster.trainer
-        processed = sum(record.context_before + record.tokens for record in records)
+        records = self.log.rows_of(step)
         finished = [record for record in records if record.finished]
-        of_finished = sum(record.context_before + record.tokens for record in finished)
+        of_finished = _tokens(finished)
+        processed = of_finished if self.experiment.trains_whole_responses else _tokens(records)
         if trainer == "colocated":
             yield "switch", costs.switch_s
         yield "reward", reward_s(costs, len(finished))
@@ -221,6 +143,11 @@ class TrainingRun:
                 yield phase, phase_s(costs, phase, processed)
             yield "update_value", phase_s(costs, "update_value", of_finished)
             yield "update_policy", phase_s(costs, "update_policy", processed)
+
+    def between_steps(self, step: int) -> Iterator[tuple[str, float]]:
+        """What the engines take part in, between the training of `step` and a rollout."""
+        costs, trainer = self.costs, self.experiment.cluster.trainer
+        if trainer != "none":
             yield "weight_sync", costs.weight_sync_s
         if trainer == "colocated":
             yield "switch", costs.switch_s
@@ -230,15 +157,24 @@ class TrainingRun:
             yield "checkpoint", costs.checkpoint_s
 
     def check_rows(self) -> None:
-        """Rows in = finished + carried; every finished row has its whole length."""
+        """Every step was trained on. Rows in = finished + carried; every finished row has its whole length."""
+        if self.trained != self.experiment.workload.steps:
+            raise ConservationError(
+                f"the run stalled after step {self.trained} of {self.experiment.workload.steps}: "
+                f"{len(self.carried)} rows wait for a rollout that never begins"
+            )
         if self.next_row != self.finished + len(self.carried):
             raise ConservationError(
                 f"rows: {self.next_row} in, {self.finished} finished and {len(self.carried)} carried: "
                 f"{self.next_row - self.finished - len(self.carried)} are missing"
             )
-        carried = {row.row: row.response_tokens for row in self.carried}
         left = sum(state.length for state in self.rows.values())
         generated = sum(record.tokens for record in self.log.rows)
-        expected = self.drawn_tokens - left + sum(carried.values())
+        expected = self.drawn_tokens - left + sum(row.response_tokens for row in self.carried)
         if generated != expected:
             raise ConservationError(f"tokens: {generated} generated, {expected} accounted for by rows")
+
+
+def _tokens(records: Sequence[RowRecord]) -> int:
+    """Processed tokens: context before and tokens of the step."""
+    return sum(record.context_before + record.tokens for record in records)

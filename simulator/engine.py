@@ -11,11 +11,14 @@ Between two events the decode steps of a constant batch are one span, summed in 
 
 import heapq
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from profiling.errors import ConfigError, ConservationError
 from simulator.costs import EngineCosts, decoded_pairs, prefilled_pairs
 from simulator.kv import BLOCK_TOKENS, KvBlocks, blocks_for
+
+ONE_INSTANT_S = 1e-12
+"""Times that agree to this are one instant; its events go by (engine, row), so rounding never flips a dispatch."""
 
 
 @dataclass(slots=True)
@@ -106,6 +109,31 @@ class Engine:
             self._leave(job)
             ended.append(job)
         return ended
+
+    def cut(self, span: Span, elapsed_s: float) -> Span:
+        """The part of a span under way that is done when the iteration at hand ends, `elapsed_s` after its start: a
+        prefill whole, a decode up to the first step that ends then or later."""
+        if span.kind == "prefill":
+            return span
+
+        def seconds(steps: int) -> float:
+            return self.costs.decode_s(batch=span.batch, context_tokens=span.context_tokens, steps=steps)
+
+        low, high = 1, span.steps
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if seconds(middle) >= elapsed_s - ONE_INSTANT_S else (middle + 1, high)
+        pairs = decoded_pairs(span.batch, span.context_tokens, low)
+        return replace(span, steps=low, seconds=seconds(low), attended_pairs=pairs)
+
+    def abort(self) -> list[Job]:
+        """Take out every row, running or waiting, with what it has."""
+        stopped = list(self._running.values())
+        for job in stopped:
+            self._leave(job)
+        stopped += self.queue
+        self.queue.clear()
+        return stopped
 
     def check_empty(self) -> None:
         """At the end of a step nothing may be left behind."""

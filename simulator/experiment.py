@@ -8,9 +8,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from profiling.errors import ConfigError
 from profiling.settings import Settings, check_settings, read_toml, with_overrides
-from tppo.schedule import Schedule, Synchronous, Truncated
+from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, Truncated
 
-LATER_SCHEDULES = ("oversample", "asynchronous", "tail_batching")
+LATER_SCHEDULES = ("tail_batching",)
 
 
 class FixedLengths(Settings):
@@ -85,6 +85,21 @@ class TruncatedSchedule(Settings):
     """New tokens per row and step."""
     trailing_tokens: NonNegativeInt = 0
     """Last tokens of a truncated row that do not train; counted, nothing else."""
+
+
+class OversampleSchedule(Settings):
+    kind: Literal["oversample"]
+    factor: float = Field(1.5, ge=1, le=1000)
+    """Rows started per row that a step trains on."""
+
+
+class AsynchronousSchedule(Settings):
+    kind: Literal["asynchronous"]
+    max_staleness: PositiveInt = 1
+    """Updates between sampling a row and training on it; our trainer runs 1."""
+
+
+ScheduleSettings = SynchronousSchedule | TruncatedSchedule | OversampleSchedule | AsynchronousSchedule
 
 
 class ClusterSettings(Settings):
@@ -173,14 +188,33 @@ class CalibratedCostSettings(Settings):
 
 class Experiment(Settings):
     workload: Workload
-    schedule: Annotated[SynchronousSchedule | TruncatedSchedule, Field(discriminator="kind")]
+    schedule: Annotated[ScheduleSettings, Field(discriminator="kind")]
     cluster: ClusterSettings = ClusterSettings()
     cost: Annotated[AffineCostSettings | CalibratedCostSettings, Field(discriminator="kind")] = AffineCostSettings()
 
+    @model_validator(mode="after")
+    def check_there_is_hardware_to_overlap_on(self) -> "Experiment":
+        if self.schedule.kind == "asynchronous" and self.cluster.trainer == "colocated":
+            raise ValueError(
+                "schedule.kind = 'asynchronous': rollout and training overlap only on GPUs of their own; set "
+                "cluster.trainer = 'separate' and cluster.trainer_gpus, or cluster.trainer = 'none'"
+            )
+        return self
+
     def make_schedule(self) -> Schedule:
-        if isinstance(self.schedule, TruncatedSchedule):
-            return Truncated(window=self.schedule.window)
+        settings = self.schedule
+        if isinstance(settings, TruncatedSchedule):
+            return Truncated(window=settings.window)
+        if isinstance(settings, OversampleSchedule):
+            return Oversample(factor=settings.factor)
+        if isinstance(settings, AsynchronousSchedule):
+            return Asynchronous(max_staleness=settings.max_staleness)
         return Synchronous()
+
+    @property
+    def trains_whole_responses(self) -> bool:
+        """Rows train when they finish, all their tokens at once; else a step trains the tokens it generated."""
+        return self.schedule.kind == "oversample"
 
     @property
     def trailing_tokens(self) -> int:
@@ -227,12 +261,14 @@ def _refuse_what_is_not_there_yet(values: Mapping[str, Any], where: str) -> None
     schedule = section("schedule").get("kind")
     if schedule in LATER_SCHEDULES:
         raise ConfigError(
-            f"{where}: schedule.kind = '{schedule}' is not available yet; choose synchronous or truncated"
+            f"{where}: schedule.kind = '{schedule}' is not available yet; choose synchronous, truncated, "
+            "oversample or asynchronous"
         )
     if section("cost").get("kind") == "analytic":
         raise ConfigError(f"{where}: cost.kind = 'analytic' is not available yet; choose affine or calibrated")
-    for name, key in (("cluster", "prefill"), ("cluster", "chunk_tokens"), ("cluster", "overlap_reward"),
-                      ("cost", "mtbf_hours"), ("cost", "restart_s")):  # fmt: skip
+    for dotted in ("schedule.in_flight_update", "cluster.prefill", "cluster.chunk_tokens", "cluster.overlap_reward",
+                   "cost.mtbf_hours", "cost.restart_s"):  # fmt: skip
+        name, key = dotted.split(".")
         if key in section(name):
             raise ConfigError(f"{where}: {name}.{key} is not available yet; remove it")
 

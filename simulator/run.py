@@ -14,6 +14,7 @@ from profiling.summary import summarise
 from profiling.writer import RunWriter
 from simulator.cluster import TrainingRun
 from simulator.experiment import Experiment
+from simulator.rollout import RowRecord
 from tppo.schedule import describe
 from tppo.schedule.log import plan_record, row_end_record
 
@@ -55,13 +56,18 @@ class Result:
         ]  # fmt: skip
         return pd.DataFrame(rows, columns=ENGINE.names)
 
+    def trained_tokens(self, record: RowRecord) -> int:
+        """Tokens of this row that train the policy in the record's step."""
+        if self.experiment.trains_whole_responses:
+            return record.context_before + record.tokens - record.prompt_tokens if record.finished else 0
+        return record.tokens if record.finished else max(record.tokens - self.experiment.trailing_tokens, 0)
+
     @cached_property
     def rollouts(self) -> pd.DataFrame:
-        samples, trailing = self.experiment.workload.samples_per_prompt, self.experiment.trailing_tokens
+        samples = self.experiment.workload.samples_per_prompt
         rows = [
             (r.step, r.row, r.row // samples, r.engine, r.policy_version, r.prompt_tokens, r.context_before, r.tokens,
-             r.tokens if r.finished else max(r.tokens - trailing, 0), r.finished, False, r.preempted, None,
-             r.t_start, r.t_end)
+             self.trained_tokens(r), r.finished, False, r.preempted, None, r.t_start, r.t_end)
             for r in self.run.log.rows
         ]  # fmt: skip
         return pd.DataFrame(rows, columns=ROLLOUTS.names).astype({"reward": float})
@@ -80,6 +86,7 @@ class Result:
             cluster=self.cluster, phases=self.phases, engine=self.engine, rollouts=self.rollouts, ledger=self.ledger,
             wall_s=run.wall_s, startup_steps=run.schedule.startup_steps(workload.max_response_tokens),
             drawn_mean_tokens=run.drawn_tokens / run.next_row,
+            trains_whole_responses=self.experiment.trains_whole_responses,
         )  # fmt: skip
         events = len(run.log.spans) + len(run.log.phases)
         return {**totals, "events": events, "simulator_seconds": self.simulator_seconds}

@@ -13,6 +13,7 @@ from profiling.summary import summarise
 from profiling.writer import RunWriter
 from tppo.collect import Collected
 from tppo.config import RunConfig
+from tppo.learner.recipe import recipe_of
 from tppo.schedule import Schedule, describe
 
 
@@ -80,6 +81,7 @@ def finish_run(writer: RunWriter, schedule: Schedule, config: RunConfig, wall_s:
     summary = summarise(
         cluster=cluster, phases=run.phases, engine=run.engine, rollouts=run.rollouts, ledger=ledger, wall_s=wall_s,
         startup_steps=schedule.startup_steps(config.rollout.max_response_tokens),
+        trains_whole_responses=recipe_of(config).policy_tokens == "finished_rows",
     )  # fmt: skip
     writer.ledger({name: ledger[name] for name in ledger.columns})
     writer.summary(summary)

@@ -76,6 +76,22 @@ def test_the_summary_of_a_small_truncated_run():
     assert got["seconds_per_trained_token"] == pytest.approx(4 / 9)
 
 
+def test_staleness_counts_updates_between_sampling_and_training_token_by_token():
+    # Row 0: 4 tokens under version 0 in step 1, 2 more under version 2 in step 3, where all six train: four are
+    # 2 versions behind, two are not. Row 1: 6 tokens of version 1 train in step 3: 1 behind. (8 + 6) / 12.
+    rows = rollouts_of(
+        {"step": 1, "row": 0, "tokens": 4, "policy_version": 0, "finished": False},
+        {"step": 3, "row": 0, "tokens": 2, "policy_version": 2, "trained_tokens": 6, "finished": True},
+        {"step": 3, "row": 1, "tokens": 6, "policy_version": 1, "trained_tokens": 6, "finished": True},
+    )
+    phases = phases_of(("rollout", 1, 0, 4, 0))
+    engine = spans_of(span(1, 0, "decode", 0, 4))
+    ledger = build_ledger(cluster=ONE, phases=phases, engine=engine, rollouts=rows, wall_s=4)
+    got = summarise(cluster=ONE, phases=phases, engine=engine, rollouts=rows, ledger=ledger, wall_s=4, startup_steps=0)
+    assert got["staleness_mean"] == pytest.approx(14 / 12)
+    assert got["staleness_max"] == 2
+
+
 def test_what_a_run_without_records_cannot_know_is_null_not_zero():
     phases = phases_of(("rollout", 1, 0, 3, 0))
     ledger = build_ledger(cluster=ONE, phases=phases, engine=spans_of(), rollouts=NO_ROWS, wall_s=3)

@@ -12,19 +12,63 @@ class SlowRow:
     row: int
     context: int
     left: int
-    preempted: int = 0
-    t_end: float = 0.0
 
 
 def blocks(context):
     return math.ceil((context + 1) / 16)
 
 
-def roll_out(rows, *, engines, max_rows, kv_tokens, costs, shared_queue):
+@dataclass
+class Iteration:
+    """What one engine did in one go."""
+
+    engine: int
+    start: float
+    end: float
+    admitted: list
+    decoded: list
+    ended: list
+    preempted: list
+
+
+@dataclass
+class Outcome:
+    seconds: float
+    ends: dict
+    preemptions: dict
+    tokens: dict
+
+
+def roll_out(rows, *, wanted=None, **settings):
     """Run one rollout. rows: (row, context, tokens to generate) in the step's order.
 
-    Returns (seconds of the slowest engine, {row: end}, {row: preemptions}).
+    wanted: the step is over when so many rows have ended; every engine then ends the iteration it is in. Iterations
+    after that never happened: they are left out of the history of a rollout to the end.
     """
+    history = whole_history(rows, **settings)
+    ends = sorted(iteration.end for iteration in history for _ in iteration.ended)
+    over = ends[wanted - 1] if wanted is not None and wanted <= len(ends) else math.inf
+    history = [iteration for iteration in history if iteration.start < over - 1e-12]
+    stopped = dict.fromkeys(range(settings["engines"]), 0.0)
+    tokens, preemptions = ({row: 0 for row, _, _ in rows} for _ in range(2))
+    end_of, engine_of = {}, {}
+    for iteration in history:
+        stopped[iteration.engine] = max(stopped[iteration.engine], iteration.end)
+        for row in iteration.decoded:
+            tokens[row] += 1
+        for row in iteration.ended:
+            end_of[row] = iteration.end
+        for row in iteration.admitted:
+            engine_of[row] = iteration.engine
+        for row in iteration.preempted:
+            preemptions[row] += 1
+    for row, _, _ in rows:
+        if row not in end_of:  # stopped with its engine; one that never ran, with the last of them
+            end_of[row] = stopped[engine_of[row]] if row in engine_of else max(stopped.values())
+    return Outcome(max(stopped.values()), end_of, preemptions, tokens)
+
+
+def whole_history(rows, *, engines, max_rows, kv_tokens, costs, shared_queue):
     capacity = math.inf if kv_tokens is None else kv_tokens // 16
     slots = math.inf if max_rows is None else max_rows
     queues = [[] for _ in range(engines)]
@@ -37,27 +81,25 @@ def roll_out(rows, *, engines, max_rows, kv_tokens, costs, shared_queue):
             queues[place % engines].append(item)
     running = [[] for _ in range(engines)]
     clock = [0.0] * engines
-    done = []
+    history = []
     active = set(range(engines))
     while active:
         earliest = min(clock[e] for e in active)
         e = min(e for e in active if clock[e] <= earliest + 1e-12)
-        if not iterate(e, queues, shared, running, clock, slots, capacity, costs, done):
+        if not iterate(e, queues, shared, running, clock, slots, capacity, costs, history):
             active.remove(e)
-    ends = {item.row: item.t_end for item in done}
-    return max(ends.values()), ends, {item.row: item.preempted for item in done}
+    return history
 
 
-def iterate(e, queues, shared, running, clock, slots, capacity, costs, done):
+def iterate(e, queues, shared, running, clock, slots, capacity, costs, history):
     """One engine iteration; False when there was nothing to do."""
-    now_preempted = False
+    start, preempted = clock[e], []
     while sum(blocks(item.context) for item in running[e]) > capacity:
         victim = running[e].pop()
-        victim.preempted += 1
+        preempted.append(victim.row)
         queues[e].insert(0, victim)
-        now_preempted = True
     admitted = []
-    if not now_preempted:
+    if not preempted:
         while len(running[e]) < slots and (queues[e] or shared):
             source = queues[e] or shared
             used = sum(blocks(item.context) for item in running[e])
@@ -75,20 +117,25 @@ def iterate(e, queues, shared, running, clock, slots, capacity, costs, done):
             + costs["prefill_per_token_context_s"] * pairs
         )
         if costs["prefill_base_s"]:
+            history.append(Iteration(e, start, clock[e], [item.row for item in admitted], [], [], preempted))
             return True  # other engines may come first; decode in the next call
     if not running[e]:
-        return bool(admitted) or now_preempted
+        if preempted:
+            history.append(Iteration(e, start, clock[e], [item.row for item in admitted], [], [], preempted))
+        return bool(admitted) or bool(preempted)
     context = sum(item.context for item in running[e])
     clock[e] += (
         costs["decode_base_s"]
         + costs["decode_per_row_s"] * len(running[e])
         + costs["decode_per_context_token_s"] * context
     )
+    ended = []
     for item in running[e]:
         item.context += 1
         item.left -= 1
         if item.left == 0:
-            item.t_end = clock[e]
-            done.append(item)
+            ended.append(item.row)
+    decoded = [item.row for item in running[e]]
+    history.append(Iteration(e, start, clock[e], [item.row for item in admitted], decoded, ended, preempted))
     running[e] = [item for item in running[e] if item.left > 0]
     return True

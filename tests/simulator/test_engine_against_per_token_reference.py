@@ -1,3 +1,4 @@
+import math
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ COSTS = {
 }
 
 
-def experiment(lengths, tmp_path, *, engines, max_rows, kv_tokens, shared, window, steps, prompt, longest):
+def experiment(lengths, tmp_path, *, engines, max_rows, kv_tokens, shared, window, factor, steps, prompt, longest):
     table = tmp_path / "lengths.csv"
     table.write_text("n\n" + "\n".join(map(str, lengths)))
     cluster = {"engines": engines, "trainer": "none", "dispatch": "shared_queue" if shared else "round_robin"}
@@ -29,6 +30,8 @@ def experiment(lengths, tmp_path, *, engines, max_rows, kv_tokens, shared, windo
     if kv_tokens is not None:
         cluster["kv_tokens_per_engine"] = kv_tokens
     schedule = {"kind": "synchronous"} if window is None else {"kind": "truncated", "window": window}
+    if factor is not None:
+        schedule = {"kind": "oversample", "factor": factor}
     return load_experiment(
         {
             "workload": {
@@ -45,12 +48,14 @@ def experiment(lengths, tmp_path, *, engines, max_rows, kv_tokens, shared, windo
     )
 
 
-def replay_slowly(lengths, *, engines, max_rows, kv_tokens, shared, window, steps, prompt, longest):
-    """The step loop by hand: carried rows by id, then fresh ones, window by window."""
+def replay_slowly(lengths, *, engines, max_rows, kv_tokens, shared, window, factor, steps, prompt, longest):
+    """The step loop by hand: carried rows by id, then fresh ones, step by step."""
     length_of, done_of, next_row, wall, ends, preemptions = {}, {}, 0, 0.0, [], 0
+    wanted = len(lengths)
+    started = wanted if factor is None else math.ceil(factor * wanted)
     for _ in range(steps):
         carried = sorted(row for row in done_of if done_of[row] < length_of[row])
-        fresh = range(next_row, next_row + len(lengths) - len(carried))
+        fresh = range(next_row, next_row + max(started - len(carried), 0))
         for row in fresh:
             length_of[row], done_of[row] = min(lengths[row % len(lengths)], longest), 0
         next_row += len(fresh)
@@ -58,21 +63,24 @@ def replay_slowly(lengths, *, engines, max_rows, kv_tokens, shared, window, step
         for row in [*carried, *fresh]:
             left = length_of[row] - done_of[row]
             rows.append((row, prompt + done_of[row], left if window is None else min(left, window)))
-        seconds, row_ends, row_preemptions = roll_out(
-            rows, engines=engines, max_rows=max_rows, kv_tokens=kv_tokens, costs=COSTS, shared_queue=shared
-        )
-        for row, _, tokens in rows:
-            done_of[row] += tokens
-        ends += [wall + row_ends[row] for row, _, _ in rows]
-        preemptions += sum(row_preemptions.values())
-        wall += seconds
-    return wall, sorted(ends), preemptions
+        outcome = roll_out(
+            rows, engines=engines, max_rows=max_rows, kv_tokens=kv_tokens, costs=COSTS, shared_queue=shared,
+            wanted=None if factor is None else wanted,
+        )  # fmt: skip
+        for row, _, _ in rows:
+            done_of[row] += outcome.tokens[row]
+        ends += [wall + outcome.ends[row] for row, _, _ in rows]
+        preemptions += sum(outcome.preemptions.values())
+        wall += outcome.seconds
+    finished = sum(done_of[row] == length_of[row] for row in done_of)
+    return wall, sorted(ends), preemptions, (finished, sum(done_of.values()))
 
 
 @st.composite
 def cases(draw):
     longest = draw(st.integers(1, 90))
     prompt = draw(st.integers(0, 40))
+    kind = draw(st.sampled_from(["synchronous", "truncated", "oversample"]))
     fits_one = 16 * (-(-(prompt + longest + 1) // 16))
     return {
         "lengths": draw(st.lists(st.integers(1, 100), min_size=1, max_size=24)),
@@ -80,7 +88,8 @@ def cases(draw):
         "max_rows": draw(st.none() | st.integers(1, 8)),
         "kv_tokens": draw(st.none() | st.integers(fits_one, 6 * fits_one)),
         "shared": draw(st.booleans()),
-        "window": draw(st.none() | st.integers(1, 100)),
+        "window": draw(st.integers(1, 100)) if kind == "truncated" else None,
+        "factor": draw(st.sampled_from([1.0, 1.25, 1.5, 2.0])) if kind == "oversample" else None,
         "steps": draw(st.integers(1, 4)),
         "prompt": prompt,
         "longest": longest,
@@ -88,10 +97,11 @@ def cases(draw):
 
 
 @given(case=cases())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_closed_form_jumps_equal_single_tokens(case, tmp_path_factory):
     result = simulate(experiment(tmp_path=tmp_path_factory.mktemp("w"), **case))
-    wall, ends, preemptions = replay_slowly(**case)
+    wall, ends, preemptions, (finished, tokens) = replay_slowly(**case)
+    assert (result.summary()["rows_finished"], result.summary()["generated_tokens"]) == (finished, tokens)
     assert result.run.wall_s == pytest.approx(wall, rel=1e-9)
     assert sorted(result.rollouts.t_end) == pytest.approx(ends, rel=1e-9)
     assert result.summary()["preemptions"] == preemptions
@@ -101,10 +111,10 @@ def test_heavy_kv_pressure_equals_single_tokens(tmp_path):
     case = {
         "lengths": [60 + 7 * (i % 11) for i in range(40)],
         "engines": 2, "max_rows": None, "kv_tokens": 600, "shared": False,
-        "window": 50, "steps": 3, "prompt": 20, "longest": 140,
+        "window": 50, "factor": None, "steps": 3, "prompt": 20, "longest": 140,
     }  # fmt: skip
     result = simulate(experiment(tmp_path=tmp_path, **case))
-    wall, ends, preemptions = replay_slowly(**case)
+    wall, ends, preemptions, _ = replay_slowly(**case)
     assert preemptions > 20
     assert result.summary()["preemptions"] == preemptions
     assert sorted(result.rollouts.t_end) == pytest.approx(ends, rel=1e-9)
