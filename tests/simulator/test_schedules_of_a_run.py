@@ -1,0 +1,147 @@
+"""Whole runs under the schedules that run ahead or leave rows for later, against arithmetic done by hand."""
+
+import pytest
+
+from profiling.reader import Run
+from simulator import load_experiment, simulate
+from tppo.schedule import from_description
+from tppo.schedule.log import decide_again
+
+LENGTHS = [3, 9, 4, 6, 5, 8, 2, 7]
+
+
+def experiment(tmp_path, schedule, *, steps=4, lengths=LENGTHS, rows=2, engines=1, trainer=None, **cost):
+    """Rows of prompt 0, one token a second whatever the batch; lengths in the order given."""
+    table = tmp_path / "lengths.csv"
+    table.write_text("n\n" + "\n".join(map(str, lengths)))
+    cluster = {"engines": engines, **(trainer or {"trainer": "separate", "trainer_gpus": 2})}
+    return load_experiment(
+        {
+            "workload": {
+                "steps": steps, "prompts_per_step": rows, "max_response_tokens": 1000,
+                "response_tokens": {"kind": "empirical", "file": str(table), "column": "n"},
+            },
+            "schedule": schedule, "cluster": cluster, "cost": {"decode_base_s": 1.0, **cost},
+        }
+    )  # fmt: skip
+
+
+def phases(result, name):
+    return [(step, start, end) for kind, step, start, end in result.run.log.phases if kind == name]
+
+
+def checked(result, tmp_path):
+    """The run directory reads back, its decisions can be made again, its ledger sums to GPUs x wall time."""
+    result.write(tmp_path / "run")
+    run = Run(tmp_path / "run")
+    assert all(fresh == logged for logged, fresh in decide_again(from_description(run.header["schedule"]), run.trace))
+    summary = result.summary()
+    assert sum(summary["ledger"].values()) == pytest.approx(summary["gpu_seconds"], rel=1e-9)
+    assert summary["rows_in"] == summary["rows_finished"] + summary["rows_carried"]
+    return summary
+
+
+def test_one_step_off_overlaps_rollout_with_training(tmp_path):
+    # Rollouts of 9, 6, 8, 7 s (the longer of two rows); training 5 s a step; sync 1 s.
+    # 0-9 rollout 1. 9: nothing newer to take; training 1 from 9 to 14 beside rollout 2 from 9 to 15.
+    # 15-16 sync to version 1; training 2 16-21, rollout 3 16-24. 24-25 sync; training 3 25-30, rollout 4 25-32.
+    # 32-33 sync; training 4 33-38.
+    result = simulate(experiment(tmp_path, {"kind": "asynchronous"}, policy_update_base_s=5.0, weight_sync_s=1.0))
+    assert [(s, e) for _, s, e in phases(result, "rollout")] == [(0, 9), (9, 15), (16, 24), (25, 32)]
+    assert [(s, e) for _, s, e in phases(result, "update_policy")] == [(9, 14), (16, 21), (25, 30), (33, 38)]
+    assert [(s, e) for _, s, e in phases(result, "weight_sync")] == [(15, 16), (24, 25), (32, 33)]
+    summary = checked(result, tmp_path)
+    assert summary["wall_seconds"] == 38
+    assert [record.policy_version for record in result.run.log.rows] == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert (summary["staleness_max"], summary["generation_busy_seconds"]) == (1, 30)
+    assert summary["staleness_mean"] == pytest.approx((10 + 13 + 9) / 44)  # step 1's 12 tokens are fresh
+    assert summary["rollout_seconds"] == 9 + 1 + 3 + 2  # what training does not hide
+    ledger = summary["ledger"]  # one engine GPU, two of the trainer
+    assert ledger["weight_sync"] == 3 * 3
+    assert ledger["update_policy"] == 2 * 20
+    assert ledger["wait_train"] == 5  # the engine, while step 4 trains
+    assert ledger["wait_rollout"] == 2 * (9 + 1 + 3 + 2)
+    assert ledger["decode_useful"] + ledger["decode_underfilled"] == 30
+
+
+def test_more_staleness_hides_training_that_varies_with_the_rollouts(tmp_path):
+    # Training 12 s a step against rollouts of 9, 6, 8, 7 s. With two steps ahead, rollout k + 2 waits for training
+    # k - 1 only: rollouts 0-9, 9-15, 15-23, then rollout 4 for training 1 (9-21): at 23. Training 21-33, 33-45, 45-57.
+    result = simulate(experiment(tmp_path, {"kind": "asynchronous", "max_staleness": 2}, policy_update_base_s=12.0))
+    assert [(s, e) for _, s, e in phases(result, "rollout")] == [(0, 9), (9, 15), (15, 23), (23, 30)]
+    assert [(s, e) for _, s, e in phases(result, "update_policy")] == [(9, 21), (21, 33), (33, 45), (45, 57)]
+    assert [record.policy_version for record in result.run.log.rows] == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert checked(result, tmp_path)["staleness_max"] == 2
+
+
+@pytest.mark.parametrize("eta", [1, 2, 3])
+def test_staleness_never_exceeds_its_bound(tmp_path, eta):
+    result = simulate(
+        experiment(tmp_path, {"kind": "asynchronous", "max_staleness": eta}, steps=9, policy_update_base_s=20.0)
+    )
+    assert checked(result, tmp_path)["staleness_max"] == eta
+    assert [step for step, _, _ in phases(result, "update_policy")] == list(range(1, 10))
+
+
+def test_evaluations_and_checkpoints_stop_a_run_that_runs_ahead(tmp_path):
+    """They take place between two rollouts, when the trainer is done with the step they belong to."""
+    result = simulate(
+        experiment(tmp_path, {"kind": "asynchronous"}, policy_update_base_s=5.0, evaluation_s=2.0, evaluation_every=2)
+    )
+    assert phases(result, "evaluation") == [(2, 23, 25)]  # rollout 3 ends at 23
+    assert checked(result, tmp_path)["ledger"]["evaluation"] == 2 * 3
+
+
+def test_oversampling_waits_for_no_tail_and_continues_what_is_left(tmp_path):
+    # Two of four rows, one token a second. Step 1: lengths 3, 9, 4, 6: over at 4 with rows 0 and 2 (4 s).
+    # Rows 1 and 3 have 4 tokens each. Step 2: rows 1 (5 left), 3 (2 left), 4 (5), 5 (8): row 3 after 2 s; rows 1 and 4
+    # end together after 5 s, both finish. Step 3: row 5 has 5 of 8, fresh 6 (2), 7 (7), 0's length again (3).
+    # Rows 6 after 2, 5 and 8 after 3: over after 3 s.
+    schedule = {"kind": "oversample", "factor": 2.0}
+    own = {"trainer": "colocated"}
+    result = simulate(experiment(tmp_path, schedule, steps=3, trainer=own, policy_update_per_token_s=1.0))
+    assert [round(end - start, 9) for _, start, end in phases(result, "rollout")] == [4, 5, 3]
+    by_step = [[(r.row, r.tokens, r.finished) for r in result.run.log.rows_of(step)] for step in (1, 2, 3)]
+    assert by_step[0] == [(0, 3, True), (2, 4, True), (1, 4, False), (3, 4, False)]
+    assert by_step[1] == [(3, 2, True), (1, 5, True), (4, 5, True), (5, 5, False)]
+    assert by_step[2] == [(6, 2, True), (5, 3, True), (8, 3, True), (7, 3, False)]
+    # Only responses that finished are processed and trained, all their tokens: 3 + 4; 6 + 9 + 5; 2 + 8 + 3.
+    assert [end - start for _, start, end in phases(result, "update_policy")] == [7, 20, 13]
+    summary = checked(result, tmp_path)
+    assert summary["processed_tokens"] == summary["trained_tokens"] == 40
+    # One version behind: rows 3 and 1's first 4 tokens, trained in step 2; row 5's first 5, in step 3.
+    assert summary["staleness_mean"] == pytest.approx((4 + 4 + 5) / 40)
+    assert summary["staleness_max"] == 1
+
+
+def test_other_engines_end_the_iteration_at_hand_when_the_step_is_over(tmp_path):
+    """Engine 0 decodes rows of 2 and 9 at 1.5 s a token (a row costs half a second), engine 1 one row at 1 s. The step
+    wants one row; row 0 ends at 1.5 + 1.5 = 3 s... engine 1 is just at a boundary at 3 s and stops there."""
+    schedule = {"kind": "oversample", "factor": 3.0}
+    result = simulate(
+        experiment(tmp_path, schedule, steps=1, rows=1, engines=2, lengths=[2, 9, 9], decode_per_row_s=0.25,
+                   trainer={"trainer": "none"})
+    )  # fmt: skip
+    # Round robin: rows 0 and 2 on engine 0 (1.5 s a step), row 1 on engine 1 (1.25 s). Over at 3; engine 1 stands at
+    # 2.5 and ends its third step at 3.75.
+    records = {r.row: (r.engine, r.tokens, r.t_end) for r in result.run.log.rows}
+    assert records == {0: (0, 2, 3.0), 2: (0, 2, 3.0), 1: (1, 3, 3.75)}
+    assert checked(result, tmp_path)["wall_seconds"] == 3.75
+
+
+def test_oversampling_by_nothing_is_synchronous(tmp_path):
+    own = {"trainer": {"trainer": "colocated"}, "policy_update_base_s": 1.0}
+    plain = simulate(experiment(tmp_path, {"kind": "synchronous"}, **own)).summary()
+    over = simulate(experiment(tmp_path, {"kind": "oversample", "factor": 1.0}, **own)).summary()
+    for summary in (plain, over):
+        summary.pop("simulator_seconds")
+    assert over == plain
+
+
+def test_one_step_off_is_never_slower_than_in_turns_on_the_same_gpus(tmp_path):
+    for update_s in (0.5, 6.0, 20.0):
+        seconds = [
+            simulate(experiment(tmp_path, {"kind": kind}, steps=8, policy_update_base_s=update_s)).run.wall_s
+            for kind in ("synchronous", "asynchronous")
+        ]
+        assert seconds[1] <= seconds[0]
