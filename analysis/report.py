@@ -60,7 +60,7 @@ def write_report(
         .render(
             headline=_headline(runs, target, predictions),
             provenance=provenance(runs),
-            simulated=[run.name for run in runs if run.simulated],
+            simulated=[f"{run.name} ({run.kind})" for run in runs if run.simulated],
             tables=tables,
             figures=sections,
             runs=[_run_facts(run) for run in runs],
@@ -167,7 +167,7 @@ def _run_facts(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "arm": style.arm_name(arm_of(run)),
-        "kind": "simulated" if run.simulated else "measured",
+        "kind": run.kind,
         "host": header["host"] or "–",
         "started": datetime.fromtimestamp(started, UTC).strftime("%Y-%m-%d %H:%M UTC") if started else "–",
         "status": run.trailer["status"] if run.trailer else "live or killed",

@@ -34,8 +34,8 @@ def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def provenance(runs: Sequence[Run]) -> str:
-    """measured, simulated, or both."""
-    kinds = {"simulated" if run.simulated else "measured" for run in runs}
+    """measured, simulated, simulated only, or several of them."""
+    kinds = {run.kind for run in runs}
     return " and ".join(sorted(kinds))
 
 

@@ -61,6 +61,13 @@ class Run:
         return bool(self.header["simulated"])
 
     @property
+    def kind(self) -> str:
+        """measured, simulated, or simulated only: no trainer of ours runs its schedule."""
+        if not self.simulated:
+            return "measured"
+        return "simulated only" if self.header.get("simulated_only") else "simulated"
+
+    @property
     def trailer(self) -> dict[str, Any] | None:
         """How the run ended, or None for one that is live or was killed."""
         return self.trace[-1] if self.trace[-1]["type"] == "trailer" else None

@@ -193,7 +193,13 @@ class Experiment(Settings):
     cost: Annotated[AffineCostSettings | CalibratedCostSettings, Field(discriminator="kind")] = AffineCostSettings()
 
     @model_validator(mode="after")
-    def check_there_is_hardware_to_overlap_on(self) -> "Experiment":
+    def check_what_runs_ahead(self) -> "Experiment":
+        every = getattr(self.cost, "evaluation_every", 0) or getattr(self.cost, "checkpoint_every", 0)
+        if isinstance(self.schedule, AsynchronousSchedule) and self.schedule.max_staleness > 1 and every:
+            raise ValueError(
+                "schedule.max_staleness: evaluations and checkpoints stop every GPU, which more than one step ahead "
+                "cannot wait for; set cost.evaluation_every = 0 and cost.checkpoint_every = 0"
+            )
         if self.schedule.kind == "asynchronous" and self.cluster.trainer == "colocated":
             raise ValueError(
                 "schedule.kind = 'asynchronous': rollout and training overlap only on GPUs of their own; set "

@@ -119,6 +119,7 @@ class Result:
             "gpus_per_engine": self.cluster.gpus_per_engine,
             "trainer_gpus": self.cluster.trainer_gpus,
             "schedule": describe(self.run.schedule),
+            "simulated_only": self.run.schedule.simulated_only,
         }
 
     def _trace(self) -> list[dict[str, Any]]:

@@ -44,8 +44,8 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     for name in names:
         if left[name] < 0.999:
             axes.barh(name, 1 - left[name], left=left[name], fill=False, hatch="//", linewidth=0.5)
-    simulated = {run.name for run in runs if run.simulated}
-    axes.set_yticks(range(len(names)), [f"{n} (simulated)" if n in simulated else n for n in names])
+    labels = [f"{run.name} ({run.kind})" if run.simulated else run.name for run in runs]
+    axes.set_yticks(range(len(names)), labels)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set(xlabel="share of GPU time", xlim=(0, 1))

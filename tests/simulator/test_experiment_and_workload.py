@@ -172,6 +172,8 @@ def test_lengths_of_a_run_come_back_row_by_row(tmp_path):
         ({"schedule": {"kind": "tail_batching", "threshold": 9}}, "'tail_batching' is not available yet; choose sync"),
         ({"schedule": {"kind": "oversample", "factor": 0.5}}, "schedule.factor = 0.5"),
         ({"schedule": {"kind": "asynchronous"}}, "overlap only on GPUs of their own; set cluster.trainer"),
+        ({"schedule": {"kind": "asynchronous", "max_staleness": 2}, "cluster": {"trainer": "none"},
+          "cost": {"kind": "affine", "evaluation_s": 1.0, "evaluation_every": 2}}, "set cost.evaluation_every = 0"),
         ({"schedule": {"kind": "asynchronous", "in_flight_update": True}}, "in_flight_update is not available yet"),
         ({"cost": {"kind": "analytic"}}, "'analytic' is not available yet"),
         ({"cluster": {"prefill": "chunked"}}, "cluster.prefill is not available yet"),

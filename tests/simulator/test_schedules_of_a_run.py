@@ -72,6 +72,7 @@ def test_more_staleness_hides_training_that_varies_with_the_rollouts(tmp_path):
     assert [(s, e) for _, s, e in phases(result, "update_policy")] == [(9, 21), (21, 33), (33, 45), (45, 57)]
     assert [record.policy_version for record in result.run.log.rows] == [0, 0, 0, 0, 0, 0, 1, 1]
     assert checked(result, tmp_path)["staleness_max"] == 2
+    assert Run(tmp_path / "run").kind == "simulated only"  # our trainer runs one step ahead
 
 
 @pytest.mark.parametrize("eta", [1, 2, 3])

@@ -115,7 +115,9 @@ def test_a_step_whose_rows_all_fail_ends():
 
 
 def test_only_the_asynchronous_schedule_runs_ahead():
-    assert [s.steps_ahead for s in (Synchronous(), Truncated(4), Oversample(2.0), Asynchronous(3))] == [0, 0, 0, 3]
+    schedules = (Synchronous(), Truncated(4), Oversample(2.0), Asynchronous(1), Asynchronous(3))
+    assert [s.steps_ahead for s in schedules] == [0, 0, 0, 1, 3]
+    assert [s.simulated_only for s in schedules] == [False, False, False, False, True]
 
 
 @pytest.mark.parametrize("factor", [0.9, 0, -1, float("inf"), float("nan")])

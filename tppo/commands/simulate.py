@@ -23,7 +23,9 @@ def run_simulation(path: Path, words: Sequence[str], *, output: Path | None, as_
     if as_json:
         print(json.dumps(summary, indent=1, allow_nan=False))
         return
-    table = Table(title=f"{path.name} (simulated)", title_justify="left")
+    only = result.run.schedule.simulated_only
+    kind = "simulated only: the trainer does not run this schedule" if only else "simulated"
+    table = Table(title=f"{path.name} ({kind})", title_justify="left")
     table.add_column("")
     table.add_column("value", justify="right")
     for key, value in summary.items():

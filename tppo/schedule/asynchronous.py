@@ -37,6 +37,10 @@ class Asynchronous:
             raise ValueError(f"max_staleness = {self.max_staleness}: must be at least 1; 0 is synchronous")
 
     @property
+    def simulated_only(self) -> bool:
+        return self.max_staleness > 1
+
+    @property
     def steps_ahead(self) -> int:
         return self.max_staleness
 

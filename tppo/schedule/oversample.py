@@ -37,6 +37,7 @@ class Oversample:
 
     kind: ClassVar[str] = "oversample"
     steps_ahead: ClassVar[int] = 0
+    simulated_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.factor < math.inf:

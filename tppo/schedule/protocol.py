@@ -110,6 +110,11 @@ class Schedule(Protocol):
     kind: ClassVar[str]
 
     @property
+    def simulated_only(self) -> bool:
+        """Our trainer does not run it; its numbers say so wherever they appear."""
+        ...
+
+    @property
     def steps_ahead(self) -> int:
         """Steps whose rollout may begin before the training of the step at hand is done; 0: none."""
         ...

@@ -23,6 +23,7 @@ from tppo.schedule.protocol import (
 class Synchronous:
     kind: ClassVar[str] = "synchronous"
     steps_ahead: ClassVar[int] = 0
+    simulated_only: ClassVar[bool] = False
 
     def plan_step(self, carried: Sequence[CarriedRow], demand: Demand) -> StepPlan:
         admissions = fill_with_fresh_rows(carried, demand, demand.rows, max_new_tokens=None)

@@ -33,6 +33,7 @@ class Truncated:
 
     kind: ClassVar[str] = "truncated"
     steps_ahead: ClassVar[int] = 0
+    simulated_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.window < 1:
