@@ -4,54 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from profiling.errors import ConfigError
 from profiling.settings import Settings, check_settings, read_toml, with_overrides
+from simulator.lengths import EmpiricalLengths, Lengths, PromptLengths
 from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, Truncated
 
 LATER_SCHEDULES = ("tail_batching",)
-
-
-class FixedLengths(Settings):
-    kind: Literal["fixed"]
-    value: PositiveFloat
-    """Tokens of every response."""
-
-
-class LognormalLengths(Settings):
-    kind: Literal["lognormal"]
-    mean: PositiveFloat | None = None
-    """Mean before the cap, in tokens."""
-    mean_capped: float | None = Field(None, ge=1)
-    """Mean after the cap, as papers report it."""
-    sigma: float = Field(ge=0, le=20)
-    """Standard deviation of the logarithm."""
-
-    @model_validator(mode="after")
-    def check_there_is_one_mean(self) -> "LognormalLengths":
-        if (self.mean is None) == (self.mean_capped is None):
-            raise ValueError("give either mean (before the cap) or mean_capped (after it)")
-        return self
-
-
-class EmpiricalLengths(Settings):
-    kind: Literal["empirical"]
-    file: Path
-    """CSV or Parquet, relative to the experiment file."""
-    column: str
-    """Column with the response lengths, in tokens."""
-    order: Literal["given", "sampled"] = "given"
-    """given: the values in their order, repeating. sampled: drawn with replacement."""
-
-
-class RunLengths(Settings):
-    kind: Literal["run"]
-    path: Path
-    """Run directory whose rows give response lengths and prompts, in the order of their ids, repeating."""
-
-
-Lengths = Annotated[FixedLengths | LognormalLengths | EmpiricalLengths | RunLengths, Field(discriminator="kind")]
 
 
 class Workload(Settings):
@@ -69,10 +29,28 @@ class Workload(Settings):
     """Seed of the per-row random streams."""
     response_tokens: Lengths
     """How long responses are."""
+    prompt_lengths: PromptLengths | None = None
+    """How long prompts are, instead of `prompt_tokens`; the same for all samples of a prompt."""
+    group_correlation: float = Field(0.0, ge=0, le=1)
+    """Correlation of the normal scores behind the lengths of one prompt's responses; 1: all as long as each other."""
+    length_growth_per_step: float = Field(0.0, gt=-1, le=10)
+    """Drift over training: the rows of each step's worth of ids are longer by this share than those before."""
 
     @property
     def rows_per_step(self) -> int:
         return self.prompts_per_step * self.samples_per_prompt
+
+    @model_validator(mode="after")
+    def check_lengths_are_drawn(self) -> "Workload":
+        given = self.response_tokens.kind in ("run", "fixed") or (
+            isinstance(self.response_tokens, EmpiricalLengths) and self.response_tokens.order == "given"
+        )
+        if given and self.group_correlation:
+            raise ValueError(
+                f"workload.group_correlation: lengths of kind '{self.response_tokens.kind}' are not drawn; set it "
+                "to 0, or response_tokens.order = 'sampled'"
+            )
+        return self
 
 
 class SynchronousSchedule(Settings):
@@ -280,7 +258,12 @@ def _refuse_what_is_not_there_yet(values: Mapping[str, Any], where: str) -> None
 
 
 def _with_absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    for dotted in ("workload.response_tokens.file", "workload.response_tokens.path", "cost.file"):
+    for dotted in (
+        "workload.response_tokens.file",
+        "workload.response_tokens.path",
+        "workload.prompt_lengths.file",
+        "cost.file",
+    ):
         table: Any = values
         *sections, key = dotted.split(".")
         for name in sections:
