@@ -6,16 +6,20 @@ rollout begins when the training of the step `1 + schedule.steps_ahead` before i
 once they have, so that with one step ahead rollout and training keep step, as in our trainer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator
 
+import numpy as np
 import simpy
 
 from profiling.errors import ConservationError
 from simulator.costs import phase_s, resolve, reward_s
 from simulator.experiment import Experiment
-from simulator.rollout import Log, Process, Rollout, RowRecord, RowState
+from simulator.log import Log, StepLog
+from simulator.rollout import Rollout, RowState
 from simulator.workload import RowSource
 from tppo.schedule import CarriedRow, Demand, StepPlan
+
+Process = Generator[simpy.Event, None, None]
 
 
 class TrainingRun:
@@ -64,8 +68,11 @@ class TrainingRun:
                 yield from self.take_newest_weights()
                 self._handed_over[step - 1].succeed()
             plan = self.plan(step)
-            rollout = Rollout(self.env, self.experiment, self.costs, self.schedule, self.log, self.rows, self.version)
-            yield from rollout.run(plan)
+            start = self.wall_s
+            rollout = Rollout(self.experiment, self.costs, self.schedule, self.rows, self.version, start)
+            self.log.steps[step].rows, self.log.steps[step].spans = rollout.run(plan)
+            yield self.env.timeout(rollout.now - start + self.costs.rollout_other_s)
+            self.log.phases.append(("rollout", step, start, self.wall_s))
             self.after_rollout(step)
             if not ahead:
                 self._handed_over[step].succeed()
@@ -100,7 +107,8 @@ class TrainingRun:
         workload = self.experiment.workload
         demand = Demand(step, workload.rows_per_step, self.next_row, workload.max_response_tokens)
         plan = self.schedule.plan_step(self.carried, demand)
-        self.log.plans.append((self.wall_s, tuple(self.carried), demand, plan))
+        waiting = np.array(self.carried, dtype=np.int64).reshape(len(self.carried), 2)
+        self.log.steps[step] = StepLog(step, self.wall_s, waiting, demand)
         fresh = [admission.row for admission in plan.admissions if admission.row not in self.rows]
         drawn = self.source.rows(self.next_row, len(fresh))
         for row, prompt, length in zip(
@@ -113,13 +121,13 @@ class TrainingRun:
 
     def after_rollout(self, step: int) -> None:
         """Finished rows leave, the others carry over."""
-        records = self.log.rows_of(step)
-        for record in records:
-            if record.finished:
-                del self.rows[record.row]
-                self.finished += 1
-        carried = (CarriedRow(r.row, self.rows[r.row].response_tokens) for r in records if not r.finished)
-        self.carried = sorted(carried, key=lambda row: row.row)
+        rows = self.log.steps[step].rows
+        done = rows["finished"].astype(bool)
+        for row in rows["row"][done].tolist():
+            del self.rows[row]
+        self.finished += int(done.sum())
+        left = np.sort(rows["row"][~done]).tolist()
+        self.carried = [CarriedRow(row, self.rows[row].response_tokens) for row in left]
 
     def spend(self, step: int, phases: Iterator[tuple[str, float]]) -> Process:
         for name, seconds in phases:
@@ -131,13 +139,14 @@ class TrainingRun:
     def phases_of(self, step: int) -> Iterator[tuple[str, float]]:
         """The phases after a rollout, one after the other, in the order of the trainer's loop."""
         costs, trainer = self.costs, self.experiment.cluster.trainer
-        records = self.log.rows_of(step)
-        finished = [record for record in records if record.finished]
-        of_finished = _tokens(finished)
-        processed = of_finished if self.experiment.trains_whole_responses else _tokens(records)
+        rows = self.log.steps[step].rows
+        done = rows["finished"].astype(bool)
+        context = rows["context_before"] + rows["tokens"]  # processed tokens of each row
+        of_finished = int(context[done].sum())
+        processed = of_finished if self.experiment.trains_whole_responses else int(context.sum())
         if trainer == "colocated":
             yield "switch", costs.switch_s
-        yield "reward", reward_s(costs, len(finished))
+        yield "reward", reward_s(costs, int(done.sum()))
         if trainer != "none":
             for phase in ("logprob_forward", "reference_forward", "value_forward"):
                 yield phase, phase_s(costs, phase, processed)
@@ -169,12 +178,7 @@ class TrainingRun:
                 f"{self.next_row - self.finished - len(self.carried)} are missing"
             )
         left = sum(state.length for state in self.rows.values())
-        generated = sum(record.tokens for record in self.log.rows)
+        generated = sum(int(log.rows["tokens"].sum()) for log in self.log.steps.values())
         expected = self.drawn_tokens - left + sum(row.response_tokens for row in self.carried)
         if generated != expected:
             raise ConservationError(f"tokens: {generated} generated, {expected} accounted for by rows")
-
-
-def _tokens(records: Sequence[RowRecord]) -> int:
-    """Processed tokens: context before and tokens of the step."""
-    return sum(record.context_before + record.tokens for record in records)

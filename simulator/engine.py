@@ -11,7 +11,8 @@ Between two events the decode steps of a constant batch are one span, summed in 
 
 import heapq
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from profiling.errors import ConfigError, ConservationError
 from simulator.costs import EngineCosts, decoded_pairs, prefilled_pairs
@@ -39,8 +40,7 @@ class Job:
     t_start: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """What the engine does next, without interruption, and how long it takes."""
 
     kind: str
@@ -79,7 +79,7 @@ class Engine:
 
     @property
     def has_a_free_slot(self) -> bool:
-        return self.max_rows is None or self.running < self.max_rows
+        return self.max_rows is None or len(self._running) < self.max_rows
 
     def submit(self, job: Job) -> None:
         self.queue.append(job)
@@ -124,7 +124,7 @@ class Engine:
             middle = (low + high) // 2
             low, high = (low, middle) if seconds(middle) >= elapsed_s - ONE_INSTANT_S else (middle + 1, high)
         pairs = decoded_pairs(span.batch, span.context_tokens, low)
-        return replace(span, steps=low, seconds=seconds(low), attended_pairs=pairs)
+        return span._replace(steps=low, seconds=seconds(low), attended_pairs=pairs)
 
     def abort(self) -> list[Job]:
         """Take out every row, running or waiting, with what it has."""

@@ -2,18 +2,14 @@
 
 import heapq
 from collections import deque
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
-
-import simpy
+from dataclasses import dataclass
 
 from profiling.errors import ConservationError
 from simulator.costs import engine_costs
 from simulator.engine import ONE_INSTANT_S, Engine, Job, Span
 from simulator.experiment import AffineCostSettings, Experiment
-from tppo.schedule import CarriedRow, Decision, Demand, Reason, RowEnd, Schedule, StepPlan, StepState
-
-Process = Generator[simpy.Event, None, None]
+from simulator.log import KINDS, REASONS, Columns, RowRecord, SpanRecord, columns_of
+from tppo.schedule import Reason, RowEnd, Schedule, StepPlan, StepState
 
 
 @dataclass(slots=True)
@@ -27,82 +23,54 @@ class RowState:
     response_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class RowRecord:
-    step: int
-    row: int
-    engine: int
-    policy_version: int
-    prompt_tokens: int
-    context_before: int
-    tokens: int
-    finished: bool
-    preempted: int
-    t_start: float
-    t_end: float
-
-
-@dataclass
-class Log:
-    """Everything that happened, in order."""
-
-    phases: list[tuple[str, int, float, float]] = field(default_factory=list)
-    spans: list[tuple[int, int, float, float, Span]] = field(default_factory=list)
-    """(step, engine, t_start, t_end, span)"""
-    rows: list[RowRecord] = field(default_factory=list)
-    plans: list[tuple[float, tuple[CarriedRow, ...], Demand, StepPlan]] = field(default_factory=list)
-    decisions: list[tuple[float, StepState, RowEnd, tuple[Decision, ...]]] = field(default_factory=list)
-    _first: dict[int, tuple[int, int]] = field(default_factory=dict)
-
-    def begin(self, step: int, rows: int) -> None:
-        """The next `rows` records are those of `step`."""
-        self._first[step] = (len(self.rows), len(self.rows) + rows)
-
-    def rows_of(self, step: int) -> Sequence[RowRecord]:
-        first, end = self._first[step]
-        return self.rows[first:end]
-
-
 class Rollout:
-    """The rollout of one step. `run` plays it into the log; `rows` are brought up to date."""
+    """The rollout of one step. `run` plays it and brings `rows` up to date; nothing outside can change its course, so
+    it keeps a clock of its own."""
 
     def __init__(
         self,
-        env: simpy.Environment,
         experiment: Experiment,
         costs: AffineCostSettings,
         schedule: Schedule,
-        log: Log,
         rows: dict[int, RowState],
         policy_version: int,
+        now_s: float,
     ) -> None:
-        self.env, self.log, self.rows = env, log, rows
-        self.settings, self.costs, self.schedule = experiment.cluster, costs, schedule
+        self.rows, self.settings, self.costs, self.schedule = rows, experiment.cluster, costs, schedule
         self.longest = experiment.workload.max_response_tokens
         self.version = policy_version
+        self.now = now_s
         self._shared: deque[Job] = deque()
         self._engines: list[Engine] = []
         self._stopped_at: list[float] = []
         """When each engine's last span ended."""
+        self._records: list[RowRecord] = []
+        self._spans: list[SpanRecord] = []
 
-    def run(self, plan: StepPlan) -> Process:
-        start = self.env.now
-        self.log.begin(plan.step, len(plan.admissions))
+    def run(self, plan: StepPlan) -> tuple[Columns, Columns]:
+        """Rows and spans of the step; afterwards `now` is its end."""
         self.dispatch(plan)
-        self._stopped_at = [start] * len(self._engines)
+        self._stopped_at = [self.now] * len(self._engines)
         self._state = StepState.of(plan)
         pending: list[tuple[float, int, float, Span]] = []  # heap of (end, engine, start, span)
         for number in range(len(self._engines)):
             self.go_on(number, pending)
         while pending:
             instant = pending[0][0]
-            yield self.env.timeout(max(0.0, instant - self.env.now))
-            due = []
+            self.now = max(self.now, instant)
+            due = [heapq.heappop(pending)]
             while pending and pending[0][0] <= instant + ONE_INSTANT_S:
                 due.append(heapq.heappop(pending))
+            due.sort(key=_engine_of)
             was_over = self._state.ended
-            for end, number, began, span in sorted(due, key=lambda entry: entry[1]):
-                self.log.spans.append((plan.step, number, began, end, span))
+            for end, number, began, span in due:
+                self._spans.append(
+                    SpanRecord(
+                        number, KINDS.index(span.kind), span.steps, span.batch, span.context_tokens,
+                        span.attended_pairs, span.fresh_tokens, span.resumed_tokens, span.recomputed_tokens,
+                        span.waiting, began, end,
+                    )
+                )  # fmt: skip
                 self._stopped_at[number] = end
                 for job in self._engines[number].finish_span(span):
                     self.row_ends(number, job, end)
@@ -116,8 +84,7 @@ class Rollout:
             engine.check_empty()
         if not self._state.ended:
             raise ConservationError(f"step {plan.step}: every engine is empty and the schedule has not ended the step")
-        yield self.env.timeout(self.costs.rollout_other_s)
-        self.log.phases.append(("rollout", plan.step, start, self.env.now))
+        return columns_of(self._records, RowRecord._fields), columns_of(self._spans, SpanRecord._fields)
 
     def dispatch(self, plan: StepPlan) -> None:
         """Fresh engines, their caches empty, with the step's rows in their queues."""
@@ -139,7 +106,7 @@ class Rollout:
                 self._engines[place % settings.engines].submit(job)
 
     def go_on(self, number: int, pending: list[tuple[float, int, float, Span]]) -> None:
-        now = self.env.now
+        now = self.now
         span = self._engines[number].next_span(now)
         if span is not None:
             heapq.heappush(pending, (now + span.seconds, number, now, span))
@@ -165,7 +132,7 @@ class Rollout:
 
     def row_ends(self, engine: int, job: Job, end: float, *, aborted: bool = False) -> None:
         """Record what the row did, and let the schedule decide."""
-        row, step = self.rows[job.row], self._state.step
+        row = self.rows[job.row]
         before = row.response_tokens
         row.response_tokens = job.context - row.prompt_tokens
         tokens = row.response_tokens - before
@@ -176,14 +143,17 @@ class Rollout:
         elif aborted:
             reason = "aborted"
         if job.t_start is None:  # it never ran
-            end = self.env.now
+            end = self.now
         start = end if job.t_start is None else job.t_start
-        record = RowRecord(
-            step, row.row, engine, self.version, row.prompt_tokens, row.prompt_tokens + before, tokens, finished,
-            job.preempted, start, end,
+        self._records.append(
+            RowRecord(
+                row.row, engine, self.version, row.prompt_tokens, row.prompt_tokens + before, tokens, finished,
+                job.preempted, REASONS.index(reason), start, end, self.now,
+            )
         )  # fmt: skip
-        self.log.rows.append(record)
         event = RowEnd(row.row, tokens, row.response_tokens, reason)
-        decisions = self.schedule.on_row_end(self._state, event)
-        self.log.decisions.append((self.env.now, self._state, event, decisions))
-        self._state = self._state.after(decisions)
+        self._state = self._state.after(self.schedule.on_row_end(self._state, event))
+
+
+def _engine_of(entry: tuple[float, int, float, Span]) -> int:
+    return entry[1]

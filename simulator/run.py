@@ -1,10 +1,14 @@
 """`simulate(experiment)`: a result in memory, or a run directory like a measured one."""
 
+import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from profiling.ledger import Cluster, build_ledger
@@ -14,7 +18,7 @@ from profiling.summary import summarise
 from profiling.writer import RunWriter
 from simulator.cluster import TrainingRun
 from simulator.experiment import Experiment
-from simulator.rollout import RowRecord
+from simulator.log import KINDS
 from tppo.schedule import describe
 from tppo.schedule.log import plan_record, row_end_record
 
@@ -23,12 +27,25 @@ def simulate(experiment: Experiment) -> "Result":
     """Play the experiment on a virtual clock. Raises ConfigError when a row cannot fit the KV memory, and
     ConservationError when rows, tokens, KV blocks or GPU-seconds do not add up (a fault of ours)."""
     start = time.perf_counter()
-    run = TrainingRun(experiment)
-    run.run()
-    result = Result(run)
-    _ = result.ledger
+    with no_garbage_collection():
+        run = TrainingRun(experiment)
+        run.run()
+        result = Result(run)
+        _ = result.ledger
     result.simulator_seconds = time.perf_counter() - start
     return result
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """A run makes millions of small objects and no cycles: looking for some takes a third of its time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class Result:
@@ -48,29 +65,25 @@ class Result:
 
     @cached_property
     def engine(self) -> pd.DataFrame:
+        spans = self.run.log.spans()
+        kind = np.array(KINDS, dtype=object)[spans.pop("kind")]
         slots = self.experiment.cluster.max_rows_per_engine or 0
-        rows = [
-            (step, number, span.kind, start, end, span.steps, span.batch, span.context_tokens, span.attended_pairs,
-             span.fresh_tokens, span.resumed_tokens, span.recomputed_tokens, slots, span.waiting)
-            for step, number, start, end, span in self.run.log.spans
-        ]  # fmt: skip
-        return pd.DataFrame(rows, columns=ENGINE.names)
-
-    def trained_tokens(self, record: RowRecord) -> int:
-        """Tokens of this row that train the policy in the record's step."""
-        if self.experiment.trains_whole_responses:
-            return record.context_before + record.tokens - record.prompt_tokens if record.finished else 0
-        return record.tokens if record.finished else max(record.tokens - self.experiment.trailing_tokens, 0)
+        return pd.DataFrame({**spans, "kind": kind, "slots": slots})[ENGINE.names]
 
     @cached_property
     def rollouts(self) -> pd.DataFrame:
-        samples = self.experiment.workload.samples_per_prompt
-        rows = [
-            (r.step, r.row, r.row // samples, r.engine, r.policy_version, r.prompt_tokens, r.context_before, r.tokens,
-             self.trained_tokens(r), r.finished, False, r.preempted, None, r.t_start, r.t_end)
-            for r in self.run.log.rows
-        ]  # fmt: skip
-        return pd.DataFrame(rows, columns=ROLLOUTS.names).astype({"reward": float})
+        rows = self.run.log.rows()
+        finished = rows["finished"].astype(bool)
+        if self.experiment.trains_whole_responses:
+            trained = np.where(finished, rows["context_before"] + rows["tokens"] - rows["prompt_tokens"], 0)
+        else:
+            kept = np.maximum(rows["tokens"] - self.experiment.trailing_tokens, 0)
+            trained = np.where(finished, rows["tokens"], kept)
+        derived = {
+            "group": rows["row"] // self.experiment.workload.samples_per_prompt, "trained_tokens": trained,
+            "finished": finished, "discarded": False, "reward": np.nan,
+        }  # fmt: skip
+        return pd.DataFrame({**rows, **derived})[ROLLOUTS.names]
 
     @cached_property
     def ledger(self) -> pd.DataFrame:
@@ -88,7 +101,7 @@ class Result:
             drawn_mean_tokens=run.drawn_tokens / run.next_row,
             trains_whole_responses=self.experiment.trains_whole_responses,
         )  # fmt: skip
-        events = len(run.log.spans) + len(run.log.phases)
+        events = len(self.engine) + len(run.log.phases)
         return {**totals, "events": events, "simulator_seconds": self.simulator_seconds}
 
     def write(self, directory: Path | str) -> None:
@@ -126,10 +139,12 @@ class Result:
         """Plans, decisions and phases, in the order of their times."""
         log = self.run.log
         records: list[tuple[float, int, dict[str, Any]]] = []
-        for t, carried, demand, plan in log.plans:
-            records.append((t, 1, plan_record(t, carried, demand, plan)))
-        for t, state, event, decisions in log.decisions:
-            records.append((t, 2, row_end_record(t, state, event, decisions)))
+        schedule = self.run.schedule
+        for entry in log.steps.values():
+            carried, plan = entry.plan(schedule)
+            records.append((entry.t_planned, 1, plan_record(entry.t_planned, carried, entry.demand, plan)))
+            for t, state, event, decisions in entry.decisions(schedule):
+                records.append((t, 2, row_end_record(t, state, event, decisions)))
         for name, step, start, end in log.phases:
             phase = {"type": "phase", "name": name, "step": step, "t_start": start, "t_end": end, "depth": 0}
             records.append((end, 0 if name != "rollout" else 3, phase))

@@ -26,6 +26,10 @@ def experiment(tmp_path, schedule, *, steps=4, lengths=LENGTHS, rows=2, engines=
     )  # fmt: skip
 
 
+def records(result):
+    return [record for log in result.run.log.steps.values() for record in log.records()]
+
+
 def phases(result, name):
     return [(step, start, end) for kind, step, start, end in result.run.log.phases if kind == name]
 
@@ -52,7 +56,7 @@ def test_one_step_off_overlaps_rollout_with_training(tmp_path):
     assert [(s, e) for _, s, e in phases(result, "weight_sync")] == [(15, 16), (24, 25), (32, 33)]
     summary = checked(result, tmp_path)
     assert summary["wall_seconds"] == 38
-    assert [record.policy_version for record in result.run.log.rows] == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert [record.policy_version for record in records(result)] == [0, 0, 0, 0, 1, 1, 2, 2]
     assert (summary["staleness_max"], summary["generation_busy_seconds"]) == (1, 30)
     assert summary["staleness_mean"] == pytest.approx((10 + 13 + 9) / 44)  # step 1's 12 tokens are fresh
     assert summary["rollout_seconds"] == 9 + 1 + 3 + 2  # what training does not hide
@@ -70,7 +74,7 @@ def test_more_staleness_hides_training_that_varies_with_the_rollouts(tmp_path):
     result = simulate(experiment(tmp_path, {"kind": "asynchronous", "max_staleness": 2}, policy_update_base_s=12.0))
     assert [(s, e) for _, s, e in phases(result, "rollout")] == [(0, 9), (9, 15), (15, 23), (23, 30)]
     assert [(s, e) for _, s, e in phases(result, "update_policy")] == [(9, 21), (21, 33), (33, 45), (45, 57)]
-    assert [record.policy_version for record in result.run.log.rows] == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert [record.policy_version for record in records(result)] == [0, 0, 0, 0, 0, 0, 1, 1]
     assert checked(result, tmp_path)["staleness_max"] == 2
     assert Run(tmp_path / "run").kind == "simulated only"  # our trainer runs one step ahead
 
@@ -102,7 +106,7 @@ def test_oversampling_waits_for_no_tail_and_continues_what_is_left(tmp_path):
     own = {"trainer": "colocated"}
     result = simulate(experiment(tmp_path, schedule, steps=3, trainer=own, policy_update_per_token_s=1.0))
     assert [round(end - start, 9) for _, start, end in phases(result, "rollout")] == [4, 5, 3]
-    by_step = [[(r.row, r.tokens, r.finished) for r in result.run.log.rows_of(step)] for step in (1, 2, 3)]
+    by_step = [[(r.row, r.tokens, r.finished) for r in result.run.log.steps[step].records()] for step in (1, 2, 3)]
     assert by_step[0] == [(0, 3, True), (2, 4, True), (1, 4, False), (3, 4, False)]
     assert by_step[1] == [(3, 2, True), (1, 5, True), (4, 5, True), (5, 5, False)]
     assert by_step[2] == [(6, 2, True), (5, 3, True), (8, 3, True), (7, 3, False)]
@@ -125,8 +129,8 @@ def test_other_engines_end_the_iteration_at_hand_when_the_step_is_over(tmp_path)
     )  # fmt: skip
     # Round robin: rows 0 and 2 on engine 0 (1.5 s a step), row 1 on engine 1 (1.25 s). Over at 3; engine 1 stands at
     # 2.5 and ends its third step at 3.75.
-    records = {r.row: (r.engine, r.tokens, r.t_end) for r in result.run.log.rows}
-    assert records == {0: (0, 2, 3.0), 2: (0, 2, 3.0), 1: (1, 3, 3.75)}
+    ends = {r.row: (r.engine, r.tokens, r.t_end) for r in records(result)}
+    assert ends == {0: (0, 2, 3.0), 2: (0, 2, 3.0), 1: (1, 3, 3.75)}
     assert checked(result, tmp_path)["wall_seconds"] == 3.75
 
 

@@ -2,7 +2,6 @@
 made again from it."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from tppo.schedule.protocol import CarriedRow, Decision, Demand, RowEnd, Schedule, StepPlan, StepState
@@ -14,9 +13,9 @@ def plan_record(t: float, carried: Sequence[CarriedRow], demand: Demand, plan: S
         "type": "plan_step",
         "step": plan.step,
         "t": t,
-        "carried": [asdict(row) for row in carried],
-        "demand": asdict(demand),
-        "admissions": [asdict(admission) for admission in plan.admissions],
+        "carried": [row._asdict() for row in carried],
+        "demand": demand._asdict(),
+        "admissions": [admission._asdict() for admission in plan.admissions],
         "rows_wanted": plan.rows_wanted,
     }
 
@@ -25,10 +24,10 @@ def row_end_record(t: float, state: StepState, event: RowEnd, decisions: Sequenc
     """A trace record of a row that stopped, the state before it, and what the schedule decided."""
     return {
         "type": "row_end",
-        **asdict(state),
+        **state._asdict(),
         "t": t,
-        "event": asdict(event),
-        "decisions": [asdict(decision) for decision in decisions],
+        "event": event._asdict(),
+        "decisions": [decision._asdict() for decision in decisions],
     }
 
 
@@ -43,7 +42,7 @@ def decide_again(
             demand = Demand(**record["demand"])
             pairs.append((record, plan_record(record["t"], carried, demand, schedule.plan_step(carried, demand))))
         elif record["type"] == "row_end":
-            state = StepState(**{name: record[name] for name in StepState.__slots__})
+            state = StepState(**{name: record[name] for name in StepState._fields})
             event = RowEnd(**record["event"])
             pairs.append((record, row_end_record(record["t"], state, event, schedule.on_row_end(state, event))))
     return pairs

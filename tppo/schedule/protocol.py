@@ -14,8 +14,8 @@ A row is one response over its whole life; its id never changes.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 Reason = Literal["stop", "length", "budget", "failed", "aborted"]
 """stop: the row ended by itself (EOS). length: it reached the maximum response length. budget: it used up its
@@ -28,16 +28,14 @@ over; rows that still run are aborted. update_weights: train on the step's rows 
 policy there is."""
 
 
-@dataclass(frozen=True, slots=True)
-class CarriedRow:
+class CarriedRow(NamedTuple):
     """An unfinished row of an earlier step. `response_tokens`: generated so far, over all steps."""
 
     row: int
     response_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(NamedTuple):
     """What a step asks for: `rows` rows in all; fresh ones are numbered from `next_row`."""
 
     step: int
@@ -46,8 +44,7 @@ class Demand:
     max_response_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
+class Admission(NamedTuple):
     """Run `row`, which has `response_tokens` so far, for at most `budget_tokens` new ones."""
 
     row: int
@@ -55,8 +52,7 @@ class Admission:
     budget_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """What to run. The step is over when `rows_wanted` rows have finished, or when none runs any more."""
 
     step: int
@@ -64,8 +60,7 @@ class StepPlan:
     rows_wanted: int
 
 
-@dataclass(frozen=True, slots=True)
-class RowEnd:
+class RowEnd(NamedTuple):
     """A row stopped running. `tokens`: generated in this step; `response_tokens`: in all."""
 
     row: int
@@ -74,14 +69,12 @@ class RowEnd:
     reason: Reason
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     action: Action
     row: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StepState:
+class StepState(NamedTuple):
     """What a schedule may know of a step under way: counts only, so a step of any size costs the same."""
 
     step: int
@@ -95,15 +88,15 @@ class StepState:
         return cls(plan.step, len(plan.admissions), plan.rows_wanted)
 
     def after(self, decisions: Sequence[Decision]) -> "StepState":
-        actions = [decision.action for decision in decisions]
-        finished = actions.count("finish")
-        return StepState(
-            self.step,
-            self.running - finished - actions.count("carry"),
-            self.rows_wanted,
-            self.finished + finished,
-            self.ended or "end_step" in actions,
-        )
+        running, finished, ended = self.running, self.finished, self.ended
+        for action, _ in decisions:
+            if action == "finish":
+                running, finished = running - 1, finished + 1
+            elif action == "carry":
+                running -= 1
+            elif action == "end_step":
+                ended = True
+        return StepState(self.step, running, self.rows_wanted, finished, ended)
 
 
 class Schedule(Protocol):
