@@ -4,7 +4,10 @@ import heapq
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
+
 from profiling.errors import ConservationError
+from simulator.closed_form import engine_columns, in_order_of_events
 from simulator.costs import engine_costs
 from simulator.engine import ONE_INSTANT_S, Engine, Job, Span
 from simulator.experiment import AffineCostSettings, Experiment
@@ -50,8 +53,14 @@ class Rollout:
     def run(self, plan: StepPlan) -> tuple[Columns, Columns]:
         """Rows and spans of the step; afterwards `now` is its end."""
         self.dispatch(plan)
-        self._stopped_at = [self.now] * len(self._engines)
         self._state = StepState.of(plan)
+        columns = self.run_in_closed_form() if self.nothing_waits(plan) else self.run_from_event_to_event()
+        if not self._state.ended:
+            raise ConservationError(f"step {plan.step}: every engine is empty and the schedule has not ended the step")
+        return columns
+
+    def run_from_event_to_event(self) -> tuple[Columns, Columns]:
+        self._stopped_at = [self.now] * len(self._engines)
         pending: list[tuple[float, int, float, Span]] = []  # heap of (end, engine, start, span)
         for number in range(len(self._engines)):
             self.go_on(number, pending)
@@ -82,9 +91,44 @@ class Rollout:
         self.abort_what_is_left()
         for engine in self._engines:
             engine.check_empty()
-        if not self._state.ended:
-            raise ConservationError(f"step {plan.step}: every engine is empty and the schedule has not ended the step")
         return columns_of(self._records, RowRecord._fields), columns_of(self._spans, SpanRecord._fields)
+
+    def nothing_waits(self, plan: StepPlan) -> bool:
+        """Every engine has a slot and memory for all of its rows, and all of them run to their ends."""
+        limit = self.settings.max_rows_per_engine
+        return (
+            self.settings.kv_tokens_per_engine is None
+            and not self._shared
+            and (limit is None or all(len(engine.queue) <= limit for engine in self._engines))
+            and plan.rows_wanted == len(plan.admissions)
+        )
+
+    def run_in_closed_form(self) -> tuple[Columns, Columns]:
+        """The same without a loop over events; the schedule is told of every row all the same."""
+        jobs: list[Job] = []
+        engines, ends, spans = [], [], []
+        for number, engine in enumerate(self._engines):
+            if engine.queue:
+                own = list(engine.queue)
+                rows, its_spans = engine_columns(number, own, engine.costs, self.now)
+                jobs += [own[place] for place in rows["place"].tolist()]
+                ends.append(rows["t_end"])
+                engines.append(np.full(len(own), number))
+                spans.append(its_spans)
+        engine_of, t_end = np.concatenate(engines), np.concatenate(ends)
+        order, instants = in_order_of_events(t_end, engine_of, np.array([job.row for job in jobs]))
+        start = self.now
+        for place, end, number, instant in zip(
+            order.tolist(), t_end[order].tolist(), engine_of[order].tolist(), instants.tolist(), strict=True
+        ):
+            job = jobs[place]
+            job.t_start, job.context, job.left, self.now = start, job.context + job.left, 0, instant
+            self.row_ends(number, job, end)
+        together = {name: np.concatenate([part[name] for part in spans]) for name in spans[0]}
+        by_end, _ = in_order_of_events(together["t_end"], together["engine"], np.arange(len(together["t_end"])))
+        self.now = float(together["t_end"].max())
+        ordered = {name: column[by_end] for name, column in together.items()}
+        return columns_of(self._records, RowRecord._fields), ordered
 
     def dispatch(self, plan: StepPlan) -> None:
         """Fresh engines, their caches empty, with the step's rows in their queues."""
