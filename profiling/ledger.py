@@ -145,12 +145,11 @@ def _split_spans(engine: pd.DataFrame, rollouts: pd.DataFrame, pieces: pd.DataFr
         "kv_stall": decode * stalled * (1 - full),
         "decode_underfilled": decode * ~stalled * (1 - full),
     }
-    parts = [
-        pd.DataFrame({"step": spans.step, "engine": spans.engine, "cause": cause, "seconds": seconds * part})
-        for cause, part in by_cause.items()
-    ]
-    together = pd.concat(parts, ignore_index=True)
-    return together.groupby(["step", "engine", "cause"], as_index=False).seconds.sum()
+    together = pd.DataFrame({"step": spans.step, "engine": spans.engine}).assign(
+        **{cause: seconds * part for cause, part in by_cause.items()}
+    )
+    totals = together.groupby(["step", "engine"]).sum()
+    return totals.melt(var_name="cause", value_name="seconds", ignore_index=False).reset_index()
 
 
 def _discarded_share(rollouts: pd.DataFrame, spans: pd.DataFrame) -> np.ndarray:
@@ -210,15 +209,17 @@ def _waits(cluster: Cluster, engine: pd.DataFrame, pieces: pd.DataFrame) -> pd.D
 
 def _per_gpu(cluster: Cluster, per_engine: pd.DataFrame) -> pd.DataFrame:
     """One row per step, GPU and cause: an engine's GPUs share its fate, the trainer's come last."""
-    merged = per_engine.groupby(["step", "engine", "cause"], as_index=False).seconds.sum()
+    merged = per_engine.groupby(["step", "engine", "cause"], as_index=False).seconds.sum()  # in this order
     merged = merged[merged.seconds != 0.0]
-    first_trainer = cluster.engines * cluster.gpus_per_engine
-    copies = []
-    for gpu in range(cluster.gpus):
-        owner = gpu // cluster.gpus_per_engine if gpu < first_trainer else -1
-        copies.append(merged[merged.engine == owner].assign(gpu=gpu))
-    ledger = pd.concat(copies, ignore_index=True)[["step", "gpu", "cause", "seconds"]]
-    return ledger.sort_values(["step", "gpu", "cause"], ignore_index=True)
+    engine = merged.engine.to_numpy()
+    copies = np.where(engine >= 0, cluster.gpus_per_engine, cluster.trainer_gpus)
+    source = np.repeat(np.arange(len(merged)), copies)
+    copy_number = np.arange(len(source)) - np.repeat(np.cumsum(copies) - copies, copies)
+    first = np.where(engine >= 0, engine * cluster.gpus_per_engine, cluster.engines * cluster.gpus_per_engine)
+    gpu = first[source] + copy_number
+    order = np.lexsort((gpu, merged.step.to_numpy()[source]))  # stable: causes keep their order
+    ledger = merged.iloc[source[order]].assign(gpu=gpu[order])
+    return ledger[["step", "gpu", "cause", "seconds"]].reset_index(drop=True)
 
 
 def _check(cluster: Cluster, ledger: pd.DataFrame, wall_s: float) -> None:

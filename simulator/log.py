@@ -55,15 +55,23 @@ class SpanRecord(NamedTuple):
 
 
 FLOATS = ("t_start", "t_end", "t_decided")
+SUMS = ("context_tokens", "attended_pairs", "fresh_tokens", "resumed_tokens", "recomputed_tokens")
+"""Over the rows of an engine: may pass 2 ** 31, which nothing of a single row does."""
+
+
+def compact(columns: Columns) -> Columns:
+    """Times as floats, sums over rows in 64 bits, the rest in 32."""
+
+    def kind(name: str) -> type:
+        return float if name in FLOATS else np.int64 if name in SUMS else np.int32
+
+    return {name: column.astype(kind(name)) for name, column in columns.items()}
 
 
 def columns_of(records: Sequence[RowRecord] | Sequence[SpanRecord], names: Sequence[str]) -> Columns:
-    """Records side by side: times as floats, the rest as integers (which are exact in a float below 2 ** 53)."""
+    """Records side by side (integers are exact in a float below 2 ** 53)."""
     table = np.array(records, dtype=float).reshape(len(records), len(names))
-    return {
-        name: table[:, place].copy() if name in FLOATS else table[:, place].astype(np.int64)
-        for place, name in enumerate(names)
-    }
+    return compact({name: table[:, place] for place, name in enumerate(names)})
 
 
 @dataclass
@@ -111,4 +119,4 @@ def _together(by_step: dict[int, Columns]) -> Columns:
     parts = list(by_step.values())
     counts = [len(next(iter(part.values()))) for part in parts]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return {"step": np.repeat(np.array(list(by_step), dtype=np.int64), counts), **joined}
+    return {"step": np.repeat(np.array(list(by_step), dtype=np.int32), counts), **joined}

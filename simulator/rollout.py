@@ -11,7 +11,7 @@ from simulator.closed_form import engine_columns, in_order_of_events
 from simulator.costs import engine_costs
 from simulator.engine import ONE_INSTANT_S, Engine, Job, Span
 from simulator.experiment import AffineCostSettings, Experiment
-from simulator.log import KINDS, REASONS, Columns, RowRecord, SpanRecord, columns_of
+from simulator.log import KINDS, REASONS, Columns, RowRecord, SpanRecord, columns_of, compact
 from tppo.schedule import Reason, RowEnd, Schedule, StepPlan, StepState
 
 
@@ -117,18 +117,37 @@ class Rollout:
                 spans.append(its_spans)
         engine_of, t_end = np.concatenate(engines), np.concatenate(ends)
         order, instants = in_order_of_events(t_end, engine_of, np.array([job.row for job in jobs]))
-        start = self.now
-        for place, end, number, instant in zip(
-            order.tolist(), t_end[order].tolist(), engine_of[order].tolist(), instants.tolist(), strict=True
-        ):
-            job = jobs[place]
-            job.t_start, job.context, job.left, self.now = start, job.context + job.left, 0, instant
-            self.row_ends(number, job, end)
+        rows = self.record_ends([jobs[place] for place in order.tolist()], engine_of[order], t_end[order], instants)
         together = {name: np.concatenate([part[name] for part in spans]) for name in spans[0]}
         by_end, _ = in_order_of_events(together["t_end"], together["engine"], np.arange(len(together["t_end"])))
         self.now = float(together["t_end"].max())
-        ordered = {name: column[by_end] for name, column in together.items()}
-        return columns_of(self._records, RowRecord._fields), ordered
+        ordered = compact({name: column[by_end] for name, column in together.items()})
+        return rows, ordered
+
+    def record_ends(self, jobs: list[Job], engine: np.ndarray, t_end: np.ndarray, instants: np.ndarray) -> Columns:
+        """As `row_ends`, for rows that all run from the start of the rollout to their budget, in the order of their
+        ends."""
+        states = [self.rows[job.row] for job in jobs]
+        tokens = np.array([job.left for job in jobs])
+        prompt = np.array([state.prompt_tokens for state in states])
+        length = np.array([state.length for state in states])
+        response = np.array([state.response_tokens for state in states]) + tokens
+        finished = response >= length
+        ended = np.where(length >= self.longest, REASONS.index("length"), REASONS.index("stop"))
+        reason = np.where(finished, ended, REASONS.index("budget"))
+        state, told = self._state, self.schedule.on_row_end
+        for row, new, whole, why in zip(states, tokens.tolist(), response.tolist(), reason.tolist(), strict=True):
+            row.response_tokens = whole
+            state = state.after(told(state, RowEnd(row.row, new, whole, REASONS[why])))
+        self._state = state
+        nothing = np.zeros(len(jobs))
+        columns = {
+            "row": np.array([job.row for job in jobs]), "engine": engine, "policy_version": nothing + self.version,
+            "prompt_tokens": prompt, "context_before": prompt + response - tokens, "tokens": tokens,
+            "finished": finished, "preempted": nothing, "reason": reason, "t_start": nothing + self.now,
+            "t_end": t_end, "t_decided": instants,
+        }  # fmt: skip
+        return compact(columns)
 
     def dispatch(self, plan: StepPlan) -> None:
         """Fresh engines, their caches empty, with the step's rows in their queues."""
