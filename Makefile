@@ -41,7 +41,7 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.simulator_speed
+	$(BIN)/python -m benchmarks.simulator
 	$(BIN)/python -m benchmarks.advantages
 	$(BIN)/python -m benchmarks.rollout
 	$(BIN)/python -m benchmarks.training_step
