@@ -155,8 +155,8 @@ def main() -> None:
         parts += [
             "## Beside other simulators",
             "Measured once, on two shared cores, with their own drivers and on requests drawn like the ones above "
-            "(prompt 512, lognormal, cap 24,576). They simulate serving, one token at a time, with cost models of their own. "
-            "This command does not measure them anew.",
+            "(prompt 512, lognormal, cap 24,576). They simulate serving, one token at a time, with cost models of "
+            "their own. This command does not measure them anew.",
             markdown(pd.read_csv(others)),
         ]
     page = "\n\n".join(parts) + "\n"

@@ -93,6 +93,16 @@ def build_parser() -> argparse.ArgumentParser:
     simulate.add_argument("--output", type=Path, help="write a run directory")
     simulate.add_argument("--json", action="store_true", help="print the summary as JSON")
 
+    sweep = add("sweep", _sweep, "simulate every combination of some fields' values, in parallel", overrides=True)
+    sweep.add_argument("experiment", type=Path, help="TOML file")
+    sweep.add_argument(
+        "--vary", action="append", default=[], metavar="SECTION.KEY=VALUE,VALUE", help="a field and its values; repeat"
+    )
+    sweep.add_argument("--output", type=Path, default=Path("runs/sweep"), help="directory; goes on with what is there")
+    sweep.add_argument("--jobs", type=int, help="processes on this machine (default: its cores)")
+    sweep.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster instead; auto: the one on this machine")
+    sweep.add_argument("--json", action="store_true", help="print the table as JSON")
+
     plot = add("plot", _plot, "draw a figure of one or more runs")
     plot.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     plot.add_argument("--figure", required=True, help="name of the figure")
@@ -155,6 +165,15 @@ def _simulate(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     run_simulation(options.experiment, rest, output=options.output, as_json=options.json)
     return 0
+
+
+def _sweep(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from tppo.commands.sweep import run_sweep
+
+    return run_sweep(
+        options.experiment, rest, options.vary, output=options.output, jobs=options.jobs, ray=options.ray,
+        as_json=options.json,
+    )  # fmt: skip
 
 
 def _plot(options: argparse.Namespace, rest: Sequence[str]) -> int:
