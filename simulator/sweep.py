@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -155,9 +156,12 @@ def _on_ray(waiting: Mapping[str, str], address: str) -> Iterator[tuple[str, Val
         import ray
     except ImportError:
         raise ConfigError("--ray: Ray is not installed; install the extra `ray`, or leave --ray out") from None
+    host, colon, port = address.removeprefix("ray://").partition(":")
     try:
+        if colon:  # Ray itself tries for two minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(f"--ray {address}: no Ray cluster answers there: {reason}") from None
     try:

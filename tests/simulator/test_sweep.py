@@ -135,3 +135,10 @@ def test_ray_that_is_not_there_is_one_line(experiment, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="--ray: Ray is not installed"):
         swept(experiment, tmp_path / "s", ["schedule.window=5"], ray="auto")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:port"])
+def test_a_ray_address_where_nobody_answers_is_one_line(experiment, tmp_path, address):
+    pytest.importorskip("ray", reason="needs the extra ray")
+    with pytest.raises(ConfigError, match=rf"--ray {address}: no Ray cluster answers there"):
+        swept(experiment, tmp_path / "s", ["schedule.window=5"], ray=address)
