@@ -109,6 +109,11 @@ def build_parser() -> argparse.ArgumentParser:
     plot.add_argument("--format", default="png", help="png, pdf, svg; several with commas")
     plot.add_argument("--output", type=Path, default=Path("figures"), help="directory")
 
+    export = add("export", _export, "write a run as a Chrome trace, for Perfetto or chrome://tracing")
+    export.add_argument("run_directory", type=Path, metavar="RUN")
+    export.add_argument("--steps", default="0:", metavar="FIRST:LAST", help="only these steps (default: all)")
+    export.add_argument("--output", type=Path, default=Path("trace.json"), help="file")
+
     report = add("report", _report, "write one self-contained report.html about one or more runs")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     report.add_argument("--output", type=Path, default=Path("report.html"))
@@ -183,6 +188,25 @@ def _plot(options: argparse.Namespace, rest: Sequence[str]) -> int:
     formats = [name.strip() for name in options.format.split(",")]
     for path in plot([Run(path) for path in options.runs], options.figure, formats, options.output):
         print(path)
+    return 0
+
+
+def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    import json
+    import re
+
+    from profiling.exports import chrome_trace
+    from profiling.reader import Run
+    from profiling.writer import write_atomically
+
+    found = re.fullmatch(r"(\d+)(:(\d+)?)?", options.steps)
+    if not found or (found[3] and int(found[3]) < int(found[1])):
+        raise InputError(f"--steps {options.steps}: write FIRST:LAST, FIRST: or one step")
+    first = int(found[1])
+    last = int(found[3]) if found[3] else None if found[2] else first
+    trace = chrome_trace(Run(options.run_directory), first, last)
+    write_atomically(options.output, json.dumps(trace).encode())
+    print(options.output)
     return 0
 
 

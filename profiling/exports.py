@@ -1,0 +1,79 @@
+"""A run for other programs: Chrome's trace format, which Perfetto and chrome://tracing draw."""
+
+import heapq
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from profiling.errors import DataError
+from profiling.reader import Run
+
+PHASES_PID = 0
+ENGINE_PIDS = 1
+"""Engine e is process ENGINE_PIDS + e: thread 0 shows what it does, thread 1 + s the rows in slot s."""
+
+
+def chrome_trace(run: Run, first_step: int = 0, last_step: int | None = None) -> dict[str, Any]:
+    """Phases, engine spans and rows of steps first_step..last_step as complete events; times in microseconds.
+
+    Format: "Trace Event Format" (Google, 2016), phases `X` and `M`. Raises DataError when no step is in the range.
+    """
+
+    def chosen(frame: pd.DataFrame) -> pd.DataFrame:
+        end = frame.step.max() if last_step is None else last_step
+        return frame[(frame.step >= first_step) & (frame.step <= end)]
+
+    phases, spans, rows = chosen(run.phases), chosen(run.engine), chosen(run.rollouts)
+    if phases.empty:
+        last = "the last" if last_step is None else last_step
+        raise DataError(f"{run.path}: has no phases in steps {first_step} to {last}")
+    events = [_name("process_name", PHASES_PID, 0, f"{run.name}: phases ({run.kind})")]
+    for phase in phases.itertuples(index=False):
+        events.append(_event(phase.name, phase, PHASES_PID, int(phase.depth), {"step": int(phase.step)}))
+    engines = sorted({*spans.engine.unique().tolist(), *rows.engine.unique().tolist()})
+    for engine in engines:
+        events += _engine(engine, spans[spans.engine == engine], rows[rows.engine == engine])
+    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"run": run.name, "kind": run.kind}}
+
+
+def _engine(engine: int, spans: pd.DataFrame, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    pid = ENGINE_PIDS + engine
+    yield _name("process_name", pid, 0, f"engine {engine}")
+    yield _name("thread_name", pid, 0, "engine")
+    for span in spans.itertuples(index=False):
+        names = ("steps", "batch", "context_tokens", "waiting")
+        yield _event(span.kind, span, pid, 0, {name: int(getattr(span, name)) for name in names})
+    ran = rows[rows.t_end > rows.t_start].sort_values(["t_start", "row"], kind="stable")
+    slots = slots_of(ran.t_start.tolist(), ran.t_end.tolist())
+    for slot in sorted(set(slots)):
+        yield _name("thread_name", pid, 1 + slot, f"slot {slot}")
+    for row, slot in zip(ran.itertuples(index=False), slots, strict=True):
+        facts = {"tokens": int(row.tokens), "context before": int(row.context_before), "finished": bool(row.finished)}
+        yield _event(f"row {row.row}", row, pid, 1 + slot, facts)
+
+
+def slots_of(starts: list[float], ends: list[float]) -> list[int]:
+    """The lowest slot that is free at each start; starts ascend. A slot that is left is free at that instant."""
+    free: list[int] = []
+    busy: list[tuple[float, int]] = []  # heap of (end, slot)
+    slots, opened = [], 0
+    for start, end in zip(starts, ends, strict=True):
+        while busy and busy[0][0] <= start:
+            heapq.heappush(free, heapq.heappop(busy)[1])
+        if not free:
+            heapq.heappush(free, opened)
+            opened += 1
+        slot = heapq.heappop(free)
+        slots.append(slot)
+        heapq.heappush(busy, (end, slot))
+    return slots
+
+
+def _event(name: str, timed: Any, pid: int, tid: int, facts: dict[str, Any]) -> dict[str, Any]:
+    start, end = 1e6 * float(timed.t_start), 1e6 * float(timed.t_end)
+    return {"name": name, "ph": "X", "ts": start, "dur": end - start, "pid": pid, "tid": tid, "args": facts}
+
+
+def _name(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:
+    return {"name": kind, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}

@@ -1,0 +1,70 @@
+import json
+from itertools import pairwise
+
+import pytest
+
+from profiling.errors import DataError
+from profiling.exports import chrome_trace, slots_of
+from profiling.reader import Run
+from simulator import load_experiment, simulate
+from tppo.cli import main
+
+
+@pytest.fixture
+def run(tmp_path):
+    experiment = load_experiment(
+        {
+            "workload": {
+                "steps": 3, "prompts_per_step": 7, "max_response_tokens": 30, "prompt_tokens": 5,
+                "response_tokens": {"kind": "lognormal", "mean": 12.0, "sigma": 0.8},
+            },
+            "schedule": {"kind": "truncated", "window": 10},
+            "cluster": {"engines": 2, "max_rows_per_engine": 2},
+            "cost": {"decode_base_s": 0.5, "prefill_base_s": 0.25, "policy_update_base_s": 2.0},
+        }
+    )  # fmt: skip
+    simulate(experiment).write(tmp_path / "run")
+    return Run(tmp_path / "run")
+
+
+def test_rows_take_the_lowest_free_slot():
+    # a 0-4, b 0-2, c 1-3 need three slots; d starts when b leaves slot 1; e at 4: slots 0 and 2 are free
+    assert slots_of([0, 0, 1, 2, 4], [4, 2, 3, 6, 5]) == [0, 1, 2, 1, 0]
+    assert slots_of([], []) == []
+
+
+def test_every_phase_span_and_row_is_an_event_of_its_length(run):
+    trace = chrome_trace(run)
+    timed = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert len(timed) == len(run.phases) + len(run.engine) + len(run.rollouts)
+    engines = [event for event in timed if event["pid"] >= 1 and event["tid"] == 0]
+    assert sum(e["dur"] for e in engines) == pytest.approx(1e6 * (run.engine.t_end - run.engine.t_start).sum())
+    names = {e["args"]["name"] for e in trace["traceEvents"] if e["ph"] == "M"}
+    assert names == {"run: phases (simulated)", "engine", "engine 0", "engine 1", "slot 0", "slot 1"}
+    json.dumps(trace, allow_nan=False)
+
+
+def test_rows_of_one_slot_never_overlap(run):
+    by_slot = {}
+    for event in chrome_trace(run)["traceEvents"]:
+        if event["ph"] == "X" and event["tid"] >= 1:
+            by_slot.setdefault((event["pid"], event["tid"]), []).append((event["ts"], event["ts"] + event["dur"]))
+    assert len(by_slot) == 4
+    for times in by_slot.values():
+        times.sort()
+        assert all(end <= start + 1e-3 for (_, end), (start, _) in pairwise(times))
+
+
+def test_a_range_of_steps_can_be_chosen(run, tmp_path, capsys):
+    assert main(["export", str(run.path), "--steps", "2:3", "--output", str(tmp_path / "t.json")]) == 0
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert {event["args"]["step"] for event in events if event["pid"] == 0 and event["ph"] == "X"} == {2, 3}
+    assert capsys.readouterr().out.strip() == str(tmp_path / "t.json")
+    with pytest.raises(DataError, match="has no phases in steps 9 to the last"):
+        chrome_trace(run, first_step=9)
+
+
+@pytest.mark.parametrize("steps", ["x", "3:1", "1:2:3", "-1"])
+def test_a_range_that_is_none_is_one_line(run, tmp_path, capsys, steps):
+    assert main(["export", str(run.path), f"--steps={steps}", "--output", str(tmp_path / "t.json")]) == 2
+    assert "--steps" in capsys.readouterr().err
