@@ -12,7 +12,7 @@ import numpy as np
 import simpy
 
 from profiling.errors import ConservationError
-from simulator.costs import phase_s, resolve, reward_s
+from simulator.costs import graded_at, phase_s, resolve, reward_s
 from simulator.experiment import Experiment
 from simulator.log import Log, StepLog
 from simulator.rollout import Rollout, RowState
@@ -126,7 +126,9 @@ class TrainingRun:
         for row in rows["row"][done].tolist():
             del self.rows[row]
         self.finished += int(done.sum())
-        left = np.sort(rows["row"][~done]).tolist()
+        left = rows["row"][~done].tolist()
+        ran = set(rows["row"].tolist())
+        left = sorted([*left, *(row.row for row in self.carried if row.row not in ran)])
         self.carried = [CarriedRow(row, self.rows[row].response_tokens) for row in left]
 
     def spend(self, step: int, phases: Iterator[tuple[str, float]]) -> Process:
@@ -146,7 +148,11 @@ class TrainingRun:
         processed = of_finished if self.experiment.trains_whole_responses else int(context.sum())
         if trainer == "colocated":
             yield "switch", costs.switch_s
-        yield "reward", reward_s(costs, int(done.sum()))
+        if self.experiment.cluster.overlap_reward:
+            graded = graded_at(costs, np.sort(rows["t_end"][done]).tolist())
+            yield "reward", max(0.0, graded - self.wall_s)
+        else:
+            yield "reward", reward_s(costs, int(done.sum()))
         if trainer != "none":
             for phase in ("logprob_forward", "reference_forward", "value_forward"):
                 yield phase, phase_s(costs, phase, processed)

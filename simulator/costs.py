@@ -1,5 +1,6 @@
 """What work costs, in seconds: affine in rows, tokens and attended pairs. Pure functions."""
 
+import heapq
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -63,6 +64,17 @@ def reward_s(settings: AffineCostSettings, rows: int) -> float:
     """Seconds to grade `rows` rows, `reward_workers` at a time."""
     rounds = -(-rows // settings.reward_workers)
     return settings.reward_base_s + rounds * settings.reward_per_row_s if rows else 0.0
+
+
+def graded_at(settings: AffineCostSettings, finished_at: list[float]) -> float:
+    """When the last row is graded, where rows are graded as they finish (ascending times), each by the worker that is
+    free first; `reward_base_s` comes at the end. 0 without rows."""
+    free = [0.0] * settings.reward_workers  # a heap
+    end = 0.0
+    for t in finished_at:
+        end = max(heapq.heappop(free), t) + settings.reward_per_row_s
+        heapq.heappush(free, end)
+    return max(free) + settings.reward_base_s if finished_at else 0.0
 
 
 def engine_costs(settings: AffineCostSettings) -> EngineCosts:

@@ -9,9 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 from profiling.errors import ConfigError
 from profiling.settings import Settings, check_settings, read_toml, with_overrides
 from simulator.lengths import EmpiricalLengths, Lengths, PromptLengths
-from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, Truncated
-
-LATER_SCHEDULES = ("tail_batching",)
+from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, TailBatching, Truncated
 
 
 class Workload(Settings):
@@ -77,7 +75,15 @@ class AsynchronousSchedule(Settings):
     """Updates between sampling a row and training on it; our trainer runs 1."""
 
 
-ScheduleSettings = SynchronousSchedule | TruncatedSchedule | OversampleSchedule | AsynchronousSchedule
+class TailBatchingSchedule(Settings):
+    kind: Literal["tail_batching"]
+    threshold: PositiveInt
+    """New tokens per row in a short round; a row that is not done then waits for a long round."""
+
+
+ScheduleSettings = (
+    SynchronousSchedule | TruncatedSchedule | OversampleSchedule | AsynchronousSchedule | TailBatchingSchedule
+)
 
 
 class ClusterSettings(Settings):
@@ -91,6 +97,8 @@ class ClusterSettings(Settings):
     """Tokens that an engine's KV cache holds; left out: unlimited."""
     dispatch: Literal["round_robin", "shared_queue"] = "round_robin"
     """round_robin: row i of a step goes to engine i mod engines. shared_queue: to the engine that frees a slot."""
+    overlap_reward: bool = False
+    """Rows are graded as they finish, while others still run; else after the rollout."""
     trainer: Literal["colocated", "separate", "none"] = "colocated"
     """colocated: training runs on the engines' GPUs. none: no training phases."""
     trainer_gpus: NonNegativeInt = 0
@@ -193,12 +201,14 @@ class Experiment(Settings):
             return Oversample(factor=settings.factor)
         if isinstance(settings, AsynchronousSchedule):
             return Asynchronous(max_staleness=settings.max_staleness)
+        if isinstance(settings, TailBatchingSchedule):
+            return TailBatching(threshold=settings.threshold)
         return Synchronous()
 
     @property
     def trains_whole_responses(self) -> bool:
         """Rows train when they finish, all their tokens at once; else a step trains the tokens it generated."""
-        return self.schedule.kind == "oversample"
+        return self.schedule.kind in ("oversample", "tail_batching")
 
     @property
     def trailing_tokens(self) -> int:
@@ -242,15 +252,9 @@ def _refuse_what_is_not_there_yet(values: Mapping[str, Any], where: str) -> None
         found = values.get(name)
         return found if isinstance(found, Mapping) else {}
 
-    schedule = section("schedule").get("kind")
-    if schedule in LATER_SCHEDULES:
-        raise ConfigError(
-            f"{where}: schedule.kind = '{schedule}' is not available yet; choose synchronous, truncated, "
-            "oversample or asynchronous"
-        )
     if section("cost").get("kind") == "analytic":
         raise ConfigError(f"{where}: cost.kind = 'analytic' is not available yet; choose affine or calibrated")
-    for dotted in ("schedule.in_flight_update", "cluster.prefill", "cluster.chunk_tokens", "cluster.overlap_reward",
+    for dotted in ("schedule.in_flight_update", "cluster.prefill", "cluster.chunk_tokens",
                    "cost.mtbf_hours", "cost.restart_s"):  # fmt: skip
         name, key = dotted.split(".")
         if key in section(name):

@@ -109,7 +109,7 @@ class Collector:
             got.discarded += [row for row, kept in zip(fresh, keep, strict=True) if not kept]
             if len(got.rows) >= wanted:
                 break
-        state.carried = [row for row in got.rows if not row.finished]
+        state.carried += [row for row in got.rows if not row.finished]
         return got
 
     def collect_for_values(self, rows: int, times: StepTimes) -> Collected:
@@ -164,7 +164,8 @@ class Collector:
         demand = Demand(step, rows, state.next_row, self.config.rollout.max_response_tokens)
         plan = plan_step(schedule, state.carried, demand, self.profiler.trace, self.profiler.now)
         known = {row.row: row for row in state.carried}
-        state.carried = []
+        planned = {admission.row for admission in plan.admissions}
+        state.carried = [row for row in state.carried if row.row not in planned]
         admitted = [known.get(admission.row) or self.fresh_row(admission.row) for admission in plan.admissions]
         state.next_row += sum(row.row not in known for row in admitted)
         for row in admitted:

@@ -21,7 +21,9 @@ COSTS = {
 }
 
 
-def experiment(lengths, tmp_path, *, engines, max_rows, kv_tokens, shared, window, factor, steps, prompt, longest):
+def experiment(
+    lengths, tmp_path, *, engines, max_rows, kv_tokens, shared, window, factor, threshold, steps, prompt, longest
+):
     table = tmp_path / "lengths.csv"
     table.write_text("n\n" + "\n".join(map(str, lengths)))
     cluster = {"engines": engines, "trainer": "none", "dispatch": "shared_queue" if shared else "round_robin"}
@@ -32,6 +34,8 @@ def experiment(lengths, tmp_path, *, engines, max_rows, kv_tokens, shared, windo
     schedule = {"kind": "synchronous"} if window is None else {"kind": "truncated", "window": window}
     if factor is not None:
         schedule = {"kind": "oversample", "factor": factor}
+    if threshold is not None:
+        schedule = {"kind": "tail_batching", "threshold": threshold}
     return load_experiment(
         {
             "workload": {
@@ -48,13 +52,18 @@ def experiment(lengths, tmp_path, *, engines, max_rows, kv_tokens, shared, windo
     )
 
 
-def replay_slowly(lengths, *, engines, max_rows, kv_tokens, shared, window, factor, steps, prompt, longest):
+def replay_slowly(lengths, *, engines, max_rows, kv_tokens, shared, window, factor, threshold, steps, prompt, longest):
     """The step loop by hand: carried rows by id, then fresh ones, step by step."""
     length_of, done_of, next_row, wall, ends, preemptions = {}, {}, 0, 0.0, [], 0
     wanted = len(lengths)
     started = wanted if factor is None else math.ceil(factor * wanted)
     for _ in range(steps):
         carried = sorted(row for row in done_of if done_of[row] < length_of[row])
+        limit = window
+        if threshold is not None:  # a long round of deferred rows alone, or a short one of fresh rows alone
+            long_round = len(carried) >= wanted
+            carried = carried[:wanted] if long_round else []
+            limit = None if long_round else threshold
         fresh = range(next_row, next_row + max(started - len(carried), 0))
         for row in fresh:
             length_of[row], done_of[row] = min(lengths[row % len(lengths)], longest), 0
@@ -62,7 +71,7 @@ def replay_slowly(lengths, *, engines, max_rows, kv_tokens, shared, window, fact
         rows = []
         for row in [*carried, *fresh]:
             left = length_of[row] - done_of[row]
-            rows.append((row, prompt + done_of[row], left if window is None else min(left, window)))
+            rows.append((row, prompt + done_of[row], left if limit is None else min(left, limit)))
         outcome = roll_out(
             rows, engines=engines, max_rows=max_rows, kv_tokens=kv_tokens, costs=COSTS, shared_queue=shared,
             wanted=None if factor is None else wanted,
@@ -80,7 +89,7 @@ def replay_slowly(lengths, *, engines, max_rows, kv_tokens, shared, window, fact
 def cases(draw):
     longest = draw(st.integers(1, 90))
     prompt = draw(st.integers(0, 40))
-    kind = draw(st.sampled_from(["synchronous", "truncated", "oversample"]))
+    kind = draw(st.sampled_from(["synchronous", "truncated", "oversample", "tail_batching"]))
     fits_one = 16 * (-(-(prompt + longest + 1) // 16))
     return {
         "lengths": draw(st.lists(st.integers(1, 100), min_size=1, max_size=24)),
@@ -90,7 +99,8 @@ def cases(draw):
         "shared": draw(st.booleans()),
         "window": draw(st.integers(1, 100)) if kind == "truncated" else None,
         "factor": draw(st.sampled_from([1.0, 1.25, 1.5, 2.0])) if kind == "oversample" else None,
-        "steps": draw(st.integers(1, 4)),
+        "threshold": draw(st.integers(1, 60)) if kind == "tail_batching" else None,
+        "steps": draw(st.integers(1, 6)),
         "prompt": prompt,
         "longest": longest,
     }
@@ -111,7 +121,7 @@ def test_heavy_kv_pressure_equals_single_tokens(tmp_path):
     case = {
         "lengths": [60 + 7 * (i % 11) for i in range(40)],
         "engines": 2, "max_rows": None, "kv_tokens": 600, "shared": False,
-        "window": 50, "factor": None, "steps": 3, "prompt": 20, "longest": 140,
+        "window": 50, "factor": None, "threshold": None, "steps": 3, "prompt": 20, "longest": 140,
     }  # fmt: skip
     result = simulate(experiment(tmp_path=tmp_path, **case))
     wall, ends, preemptions, _ = replay_slowly(**case)

@@ -171,7 +171,7 @@ def test_lengths_of_a_run_come_back_row_by_row(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schedule": {"kind": "tail_batching", "threshold": 9}}, "'tail_batching' is not available yet; choose sync"),
+        ({"schedule": {"kind": "tail_batching", "threshold": 0}}, "schedule.threshold = 0"),
         ({"schedule": {"kind": "oversample", "factor": 0.5}}, "schedule.factor = 0.5"),
         ({"schedule": {"kind": "asynchronous"}}, "overlap only on GPUs of their own; set cluster.trainer"),
         ({"schedule": {"kind": "asynchronous", "max_staleness": 2}, "cluster": {"trainer": "none"},

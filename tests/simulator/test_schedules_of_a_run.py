@@ -150,3 +150,56 @@ def test_one_step_off_is_never_slower_than_in_turns_on_the_same_gpus(tmp_path):
             for kind in ("synchronous", "asynchronous")
         ]
         assert seconds[1] <= seconds[0]
+
+
+def test_tail_batching_defers_long_rows_to_rounds_of_their_own(tmp_path):
+    # Two rows a step, threshold 5: lengths 3, 9, 4, 6, 5, 8, 2, 7. Short rounds: row 0 ends, row 1 is deferred after 5;
+    # row 2 ends, row 3 is deferred. Then a long round of rows 1 and 3: 4 and 1 tokens left. Then rows 4 and 5: row 4
+    # ends at the threshold, row 5 is deferred; rows 6 and 7: 6 ends, 7 is deferred; a long round of 5 (3) and 7 (2).
+    own = {"trainer": "colocated"}
+    result = simulate(experiment(tmp_path, {"kind": "tail_batching", "threshold": 5}, steps=6, trainer=own))
+    by_step = [[(r.row, r.tokens, r.finished) for r in result.run.log.steps[step].records()] for step in range(1, 7)]
+    assert by_step == [
+        [(0, 3, True), (1, 5, False)], [(2, 4, True), (3, 5, False)], [(3, 1, True), (1, 4, True)],
+        [(4, 5, True), (5, 5, False)], [(6, 2, True), (7, 5, False)], [(7, 2, True), (5, 3, True)],
+    ]  # fmt: skip
+    summary = checked(result, tmp_path)
+    assert [end - start for _, start, end in phases(result, "rollout")] == [5, 5, 4, 5, 5, 3]
+    assert summary["length_bias"] == 1.0
+    # Row 1's first 5 tokens are two versions behind when step 3 trains them, row 3's one; the same for 5 and 7.
+    assert summary["staleness_mean"] == pytest.approx((5 * 2 + 5 * 1) * 2 / 44)
+    assert Run(tmp_path / "run").kind == "simulated only"
+
+
+def test_a_threshold_at_the_maximum_is_synchronous(tmp_path):
+    own = {"trainer": {"trainer": "colocated"}, "policy_update_base_s": 1.0}
+    plain = simulate(experiment(tmp_path, {"kind": "synchronous"}, **own)).summary()
+    tail = simulate(experiment(tmp_path, {"kind": "tail_batching", "threshold": 1000}, **own)).summary()
+    for summary in (plain, tail):
+        summary.pop("simulator_seconds")
+    assert tail == plain
+
+
+def test_rewards_that_overlap_the_rollout_leave_only_what_is_late(tmp_path):
+    # One step of rows of 3, 9, 4, 6 tokens, one a second; a reward takes 2 s, one worker: 3-5, 5-7 (row 2, done at 4),
+    # 7-9 (row 3, done at 6), 9-11. The rollout ends at 9: 2 s are left, and the base of 0.5 s. In turns: 8.5 s.
+    def reward_of(**cluster):
+        trainer = {"trainer": "none", **cluster}
+        result = simulate(
+            experiment(tmp_path, {"kind": "synchronous"}, steps=1, rows=4, trainer=trainer, reward_per_row_s=2.0,
+                       reward_base_s=0.5)
+        )  # fmt: skip
+        return [(start, end) for _, start, end in phases(result, "reward")]
+
+    assert reward_of() == [(9, 17.5)]
+    assert reward_of(overlap_reward=True) == [(9, 11.5)]
+
+
+def test_two_workers_grade_two_rows_at_a_time(tmp_path):
+    # Rewards of 4 s for rows done at 3, 4, 6, 9 by two workers: 3-7, 4-8, 7-11 (waits for the first), 9-13.
+    trainer = {"trainer": "none", "overlap_reward": True}
+    result = simulate(
+        experiment(tmp_path, {"kind": "synchronous"}, steps=1, rows=4, trainer=trainer, reward_per_row_s=4.0,
+                   reward_workers=2)
+    )  # fmt: skip
+    assert [(start, end) for _, start, end in phases(result, "reward")] == [(9, 13)]

@@ -11,6 +11,7 @@ from tppo.schedule import (
     RowEnd,
     StepState,
     Synchronous,
+    TailBatching,
     Truncated,
     describe,
     from_description,
@@ -65,9 +66,17 @@ def test_a_window_below_one_is_refused(window):
 
 
 def test_a_description_makes_the_same_schedule():
-    for schedule in (Synchronous(), Truncated(window=7), Oversample(factor=1.25), Asynchronous(max_staleness=2)):
+    for schedule in (
+        Synchronous(),
+        Truncated(window=7),
+        Oversample(factor=1.25),
+        Asynchronous(max_staleness=2),
+        TailBatching(9),
+    ):
         assert from_description(describe(schedule)) == schedule
-    with pytest.raises(ValueError, match="'fifo' is not one of synchronous, truncated, oversample, asynchronous"):
+    with pytest.raises(
+        ValueError, match="'fifo' is not one of synchronous, truncated, oversample, asynchronous, tail_batching"
+    ):
         from_description({"kind": "fifo"})
 
 
@@ -107,7 +116,7 @@ def test_a_row_that_stops_in_the_instant_in_which_the_step_ends_still_finishes()
 
 
 def test_a_step_whose_rows_all_fail_ends():
-    for schedule in (Synchronous(), Truncated(window=4), Oversample(1.5), Asynchronous()):
+    for schedule in (Synchronous(), Truncated(window=4), Oversample(1.5), Asynchronous(), TailBatching(3)):
         plan = schedule.plan_step([], Demand(1, 2, 0, 10))
         made, _ = play(schedule, plan, [(a.row, "failed") for a in plan.admissions])
         assert made[-1] == ["carry", "end_step", "update_weights"]

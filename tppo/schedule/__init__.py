@@ -17,6 +17,7 @@ from tppo.schedule.protocol import (
     describe,
 )
 from tppo.schedule.synchronous import Synchronous
+from tppo.schedule.tail_batching import TailBatching
 from tppo.schedule.truncated import Truncated
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "StepPlan",
     "StepState",
     "Synchronous",
+    "TailBatching",
     "Truncated",
     "describe",
     "from_description",
@@ -40,7 +42,9 @@ __all__ = [
 
 def from_description(settings: dict) -> Schedule:
     """The schedule that `describe` described. Raises ValueError for a kind that does not exist."""
-    kinds: dict[Any, Any] = {each.kind: each for each in (Synchronous, Truncated, Oversample, Asynchronous)}
+    kinds: dict[Any, Any] = {
+        each.kind: each for each in (Synchronous, Truncated, Oversample, Asynchronous, TailBatching)
+    }
     values = {key: value for key, value in settings.items() if key != "kind"}
     if settings.get("kind") not in kinds:
         raise ValueError(f"schedule kind {settings.get('kind')!r} is not one of {', '.join(kinds)}")
