@@ -153,7 +153,7 @@ def test_one_step_off_is_never_slower_than_in_turns_on_the_same_gpus(tmp_path):
 
 
 def test_tail_batching_defers_long_rows_to_rounds_of_their_own(tmp_path):
-    # Two rows a step, threshold 5: lengths 3, 9, 4, 6, 5, 8, 2, 7. Short rounds: row 0 ends, row 1 is deferred after 5;
+    # Two rows a step, threshold 5: lengths 3, 9, 4, 6, 5, 8, 2, 7. Short rounds: row 0 ends, row 1 is deferred at 5;
     # row 2 ends, row 3 is deferred. Then a long round of rows 1 and 3: 4 and 1 tokens left. Then rows 4 and 5: row 4
     # ends at the threshold, row 5 is deferred; rows 6 and 7: 6 ends, 7 is deferred; a long round of 5 (3) and 7 (2).
     own = {"trainer": "colocated"}
