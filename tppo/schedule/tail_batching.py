@@ -2,7 +2,7 @@
 
 Symbols: N = rows asked for, h = threshold, L = maximum response length.
 Policy: in a short round N fresh rows run for at most h new tokens; those that have not finished then are deferred,
-with what they have. As soon as N rows are deferred, a long round runs the N oldest of them to their ends, with no other.
+with what they have. As soon as N rows are deferred, a long round runs the N oldest of them to their ends, alone.
 RollPacker itself starts deferred prompts anew in their long round, which keeps every token of one policy and generates
 h tokens a row twice; it also starts more rows than needed in short rounds, as `Oversample` does.
 Cost: a short round lasts at most h decode steps, and few long rounds have a tail; a short round trains on fewer rows
