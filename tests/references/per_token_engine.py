@@ -4,7 +4,7 @@ Written from the rules alone ("What happens, exactly"); shares no code with the 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -12,6 +12,7 @@ class SlowRow:
     row: int
     context: int
     left: int
+    preempted: bool = False
 
 
 def blocks(context):
@@ -29,6 +30,12 @@ class Iteration:
     decoded: list
     ended: list
     preempted: list
+    prefill_s: float = 0.0
+    again: list = field(default_factory=list)
+    """(row, tokens) prefilled after a preemption"""
+    prefilled: list = field(default_factory=list)
+    """(row, tokens)"""
+    waits_for_kv: bool = False
 
 
 @dataclass
@@ -37,6 +44,8 @@ class Outcome:
     ends: dict
     preemptions: dict
     tokens: dict
+    history: list
+    stopped: dict
 
 
 def roll_out(rows, *, wanted=None, **settings):
@@ -65,7 +74,33 @@ def roll_out(rows, *, wanted=None, **settings):
     for row, _, _ in rows:
         if row not in end_of:  # stopped with its engine; one that never ran, with the last of them
             end_of[row] = stopped[engine_of[row]] if row in engine_of else max(stopped.values())
-    return Outcome(max(stopped.values()), end_of, preemptions, tokens)
+    return Outcome(max(stopped.values()), end_of, preemptions, tokens, history, stopped)
+
+
+def ledger_of(outcome, *, slots, resumed):
+    """Seconds by cause of the engines' GPUs (one each) over one rollout. slots: rows an engine runs at once, None: its
+    peak in this rollout; resumed: rows with tokens from an earlier step."""
+    booked = dict.fromkeys(
+        ("prefill", "re_prefill", "preempt_recompute", "decode_useful", "decode_underfilled", "kv_stall", "wait_tail"),
+        0.0,
+    )
+    peak = {}
+    for iteration in outcome.history:
+        peak[iteration.engine] = max(peak.get(iteration.engine, 0), len(iteration.decoded))
+    for iteration in outcome.history:
+        tokens = sum(n for _, n in iteration.prefilled)
+        for row, n in iteration.prefilled:
+            share = iteration.prefill_s * n / tokens if tokens else iteration.prefill_s / len(iteration.prefilled)
+            cause = "re_prefill" if row in resumed else "prefill"
+            if tokens and (row, n) in iteration.again:
+                cause = "preempt_recompute"
+            booked[cause if tokens else "prefill"] += share
+        decode_s = iteration.end - iteration.start - iteration.prefill_s
+        full = min(len(iteration.decoded) / (slots or peak[iteration.engine] or 1), 1.0)
+        booked["decode_useful"] += decode_s * full
+        booked["kv_stall" if iteration.waits_for_kv else "decode_underfilled"] += decode_s * (1 - full)
+    booked["wait_tail"] = sum(outcome.seconds - end for end in outcome.stopped.values())
+    return booked
 
 
 def whole_history(rows, *, engines, max_rows, kv_tokens, costs, shared_queue):
@@ -97,6 +132,7 @@ def iterate(e, queues, shared, running, clock, slots, capacity, costs, history):
     while sum(blocks(item.context) for item in running[e]) > capacity:
         victim = running[e].pop()
         preempted.append(victim.row)
+        victim.preempted = True
         queues[e].insert(0, victim)
     admitted = []
     if not preempted:
@@ -108,16 +144,22 @@ def iterate(e, queues, shared, running, clock, slots, capacity, costs, history):
             item = source.pop(0)
             running[e].append(item)
             admitted.append(item)
+    prefill_s, waits = 0.0, bool(queues[e] or shared) and len(running[e]) < slots
+    prefilled = [(item.row, item.context) for item in admitted]
+    again = [(item.row, item.context) for item in admitted if item.preempted]
+    facts = {"prefilled": prefilled, "again": again, "waits_for_kv": waits}
     if admitted:
         tokens = sum(item.context for item in admitted)
         pairs = sum(item.context * (item.context + 1) // 2 for item in admitted)
-        clock[e] += (
+        prefill_s = (
             costs["prefill_base_s"]
             + costs["prefill_per_token_s"] * tokens
             + costs["prefill_per_token_context_s"] * pairs
         )
+        clock[e] += prefill_s
         if costs["prefill_base_s"]:
-            history.append(Iteration(e, start, clock[e], [item.row for item in admitted], [], [], preempted))
+            rows = [item.row for item in admitted]
+            history.append(Iteration(e, start, clock[e], rows, [], [], preempted, prefill_s, **facts))
             return True  # other engines may come first; decode in the next call
     if not running[e]:
         if preempted:
@@ -136,6 +178,7 @@ def iterate(e, queues, shared, running, clock, slots, capacity, costs, history):
         if item.left == 0:
             ended.append(item.row)
     decoded = [item.row for item in running[e]]
-    history.append(Iteration(e, start, clock[e], [item.row for item in admitted], decoded, ended, preempted))
+    rows = [item.row for item in admitted]
+    history.append(Iteration(e, start, clock[e], rows, decoded, ended, preempted, prefill_s, **facts))
     running[e] = [item for item in running[e] if item.left > 0]
     return True

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from simulator import load_experiment, simulate
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "references"))
-from per_token_engine import roll_out
+from per_token_engine import ledger_of, roll_out
 
 COSTS = {
     "decode_base_s": 0.0101,
@@ -54,10 +54,11 @@ def experiment(
 
 def replay_slowly(lengths, *, engines, max_rows, kv_tokens, shared, window, factor, threshold, steps, prompt, longest):
     """The step loop by hand: carried rows by id, then fresh ones, step by step."""
-    length_of, done_of, next_row, wall, ends, preemptions = {}, {}, 0, 0.0, [], 0
+    length_of, done_of, next_row, wall, ends, preemptions = {}, {}, 0, 0.0, {}, 0
+    ledger = {}
     wanted = len(lengths)
     started = wanted if factor is None else math.ceil(factor * wanted)
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         carried = sorted(row for row in done_of if done_of[row] < length_of[row])
         limit = window
         if threshold is not None:  # a long round of deferred rows alone, or a short one of fresh rows alone
@@ -78,11 +79,14 @@ def replay_slowly(lengths, *, engines, max_rows, kv_tokens, shared, window, fact
         )  # fmt: skip
         for row, _, _ in rows:
             done_of[row] += outcome.tokens[row]
-        ends += [wall + outcome.ends[row] for row, _, _ in rows]
+        ends |= {(step, row): wall + outcome.ends[row] for row, _, _ in rows}
+        resumed = {row for row, context, _ in rows if context > prompt}
+        for cause, seconds in ledger_of(outcome, slots=max_rows, resumed=resumed).items():
+            ledger[cause] = ledger.get(cause, 0.0) + seconds
         preemptions += sum(outcome.preemptions.values())
         wall += outcome.seconds
     finished = sum(done_of[row] == length_of[row] for row in done_of)
-    return wall, sorted(ends), preemptions, (finished, sum(done_of.values()))
+    return wall, ends, preemptions, (finished, sum(done_of.values())), ledger
 
 
 @st.composite
@@ -110,11 +114,16 @@ def cases(draw):
 @settings(max_examples=300, deadline=None)
 def test_closed_form_jumps_equal_single_tokens(case, tmp_path_factory):
     result = simulate(experiment(tmp_path=tmp_path_factory.mktemp("w"), **case))
-    wall, ends, preemptions, (finished, tokens) = replay_slowly(**case)
+    wall, ends, preemptions, (finished, tokens), ledger = replay_slowly(**case)
     assert (result.summary()["rows_finished"], result.summary()["generated_tokens"]) == (finished, tokens)
     assert result.run.wall_s == pytest.approx(wall, rel=1e-9)
-    assert sorted(result.rollouts.t_end) == pytest.approx(ends, rel=1e-9)
+    rows = result.rollouts
+    assert dict(zip(zip(rows.step, rows.row, strict=True), rows.t_end, strict=True)) == pytest.approx(ends, rel=1e-9)
     assert result.summary()["preemptions"] == preemptions
+    if not case["shared"]:  # while rows wait in a shared queue, a span keeps whether they did at its start
+        booked = result.summary()["ledger"]
+        for cause, seconds in ledger.items():
+            assert booked[cause] == pytest.approx(seconds, abs=1e-9 * wall), cause
 
 
 def test_heavy_kv_pressure_equals_single_tokens(tmp_path):
@@ -124,8 +133,9 @@ def test_heavy_kv_pressure_equals_single_tokens(tmp_path):
         "window": 50, "factor": None, "threshold": None, "steps": 3, "prompt": 20, "longest": 140,
     }  # fmt: skip
     result = simulate(experiment(tmp_path=tmp_path, **case))
-    wall, ends, preemptions, _ = replay_slowly(**case)
+    wall, ends, preemptions, _, _ = replay_slowly(**case)
     assert preemptions > 20
     assert result.summary()["preemptions"] == preemptions
-    assert sorted(result.rollouts.t_end) == pytest.approx(ends, rel=1e-9)
+    rows = result.rollouts
+    assert dict(zip(zip(rows.step, rows.row, strict=True), rows.t_end, strict=True)) == pytest.approx(ends, rel=1e-9)
     assert result.run.wall_s == pytest.approx(wall, rel=1e-9)
