@@ -6,6 +6,9 @@ An iteration does, in this order (INTERFACE, "What happens, exactly"):
   2. if nothing was preempted, admit from the queue, first come, first served, while the head's blocks fit;
   3. prefill all admitted together, decodes stalled;
   4. decode all running rows one token.
+With chunked prefill, 3 and 4 share a budget of `chunk_tokens`: the rows that decode take one token each, what is left
+goes to prefills in the order of admission, first the prefill part, then the decode part; a row that is prefilled
+decodes from the next iteration on.
 Between two events the decode steps of a constant batch are one span, summed in closed form.
 """
 
@@ -38,6 +41,8 @@ class Job:
     order: int = 0
     """Place in the order of admission."""
     t_start: float | None = None
+    prefilled: int = 0
+    """Tokens of the context that are prefilled, while the row is being prefilled in chunks."""
 
 
 class Span(NamedTuple):
@@ -59,7 +64,12 @@ class Engine:
     """State of one engine within a step. The caller alternates `next_span` and `finish_span`, and keeps the time."""
 
     def __init__(
-        self, costs: EngineCosts, max_rows: int | None, kv_tokens: int | None, shared_queue: deque[Job] | None = None
+        self,
+        costs: EngineCosts,
+        max_rows: int | None,
+        kv_tokens: int | None,
+        shared_queue: deque[Job] | None = None,
+        chunk_tokens: int | None = None,
     ) -> None:
         self.costs = costs
         self.max_rows = max_rows
@@ -70,8 +80,12 @@ class Engine:
         self.preemptions = 0
         self._running: dict[int, Job] = {}  # by order of admission
         self._ends: list[tuple[int, int, int]] = []  # heap of (steps_done at the end, row, order)
-        self._context = 0  # of all running rows
+        self._context = 0  # of all rows that decode
         self._admissions = 0
+        self._chunk_tokens = chunk_tokens
+        self._prefilling: dict[int, Job] = {}  # by order of admission; empty unless prefills are chunked
+        self._complete: list[Job] = []  # of those, what the iteration at hand completes
+        self._decode_part: Span | None = None  # of the iteration whose prefill part is under way
 
     @property
     def running(self) -> int:
@@ -86,8 +100,13 @@ class Engine:
 
     def next_span(self, now_s: float) -> Span | None:
         """The next prefill, or decode steps up to the next event; None when there is nothing to run."""
+        if self._decode_part is not None:
+            part, self._decode_part = self._decode_part, None
+            return part
         preempted = self._preempt_while_short()
         admitted = [] if preempted and self._running else self._admit(now_s)
+        if self._chunk_tokens is not None and self._prefilling:
+            return self._mixed_iteration(self._chunk_tokens)
         if admitted:
             return self._prefill_span(admitted)
         # The next iteration may admit what this one, having preempted, may not.
@@ -96,6 +115,8 @@ class Engine:
     def finish_span(self, span: Span) -> list[Job]:
         """Take the span's work as done; the rows that end with it, by row id."""
         if span.kind == "prefill":
+            if self._decode_part is None:
+                self._begin_to_decode()
             return []
         self.kv.advance(self.steps_done, span.steps)
         self.steps_done += span.steps
@@ -108,7 +129,13 @@ class Engine:
                 continue  # it was preempted; its later admission has an entry of its own
             self._leave(job)
             ended.append(job)
+        self._begin_to_decode()
         return ended
+
+    @property
+    def in_an_iteration(self) -> bool:
+        """Its prefill part is done and its decode part is not."""
+        return self._decode_part is not None
 
     def cut(self, span: Span, elapsed_s: float) -> Span:
         """The part of a span under way that is done when the iteration at hand ends, `elapsed_s` after its start: a
@@ -168,16 +195,60 @@ class Engine:
                     )
                 break
             queue.popleft()
-            job.admitted_at = self.steps_done
             job.order = self._admissions
             job.t_start = now_s if job.t_start is None else job.t_start
             self._admissions += 1
             self._running[job.order] = job
-            self.kv.add(job.context, self.steps_done)
-            self._context += job.context
-            heapq.heappush(self._ends, (self.steps_done + job.left, job.row, job.order))
+            if self._chunk_tokens is None:
+                self._decode_from_now(job)
+            else:
+                job.prefilled = 0
+                self._prefilling[job.order] = job
+                self.kv.hold(job.context)
             admitted.append(job)
         return admitted
+
+    def _decode_from_now(self, job: Job) -> None:
+        job.admitted_at = self.steps_done
+        self.kv.add(job.context, self.steps_done)
+        self._context += job.context
+        heapq.heappush(self._ends, (self.steps_done + job.left, job.row, job.order))
+
+    def _begin_to_decode(self) -> None:
+        """At the end of an iteration: rows whose prefill is complete."""
+        complete, self._complete = self._complete, []
+        for job in complete:
+            del self._prefilling[job.order]
+            self.kv.release(job.context)
+            self._decode_from_now(job)
+
+    def _mixed_iteration(self, chunk_tokens: int) -> Span | None:
+        """The prefill part of an iteration; its decode part comes next. Only decodes when these fill the chunk."""
+        decoding = self.running - len(self._prefilling)
+        budget = chunk_tokens - decoding
+        parts: list[tuple[Job, int]] = []
+        for job in self._prefilling.values():
+            tokens = min(job.context - job.prefilled, max(budget, 0))
+            if tokens == 0 and job.prefilled < job.context:
+                break
+            parts.append((job, tokens))
+            budget -= tokens
+        decode = self._decode_span(at_most=1) if decoding else None
+        if not parts:
+            return decode
+        self._decode_part = decode
+        pairs = sum(prefilled_pairs(job.prefilled + n) - prefilled_pairs(job.prefilled) for job, n in parts)
+        for job, n in parts:
+            job.prefilled += n
+        self._complete = [job for job, _ in parts if job.prefilled == job.context]
+        tokens = sum(n for _, n in parts)
+        recomputed = sum(n for job, n in parts if job.preempted)
+        resumed = sum(n for job, n in parts if job.resumed and not job.preempted)
+        return Span(
+            "prefill", self.costs.prefill_s(tokens=tokens, pairs=pairs), 1, len(parts),
+            sum(job.prefilled for job, _ in parts), pairs, tokens - recomputed - resumed, resumed, recomputed,
+            self._waiting(),
+        )  # fmt: skip
 
     def _head_fits(self) -> bool:
         queue = self.queue or self._shared
@@ -185,6 +256,10 @@ class Engine:
 
     def _leave(self, job: Job) -> None:
         """Take a running row out; its context and what is left are brought up to date."""
+        if self._prefilling.pop(job.order, None) is not None:
+            self.kv.release(job.context)
+            del self._running[job.order]
+            return
         done = self.steps_done - job.admitted_at
         job.context += done
         job.left -= done
@@ -203,7 +278,7 @@ class Engine:
         )  # fmt: skip
 
     def _decode_span(self, at_most: int | None) -> Span | None:
-        batch = self.running
+        batch = self.running - len(self._prefilling)
         if not batch:
             return None
         while self._ends[0][2] not in self._running:

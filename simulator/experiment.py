@@ -97,6 +97,10 @@ class ClusterSettings(Settings):
     """Tokens that an engine's KV cache holds; left out: unlimited."""
     dispatch: Literal["round_robin", "shared_queue"] = "round_robin"
     """round_robin: row i of a step goes to engine i mod engines. shared_queue: to the engine that frees a slot."""
+    prefill: Literal["together", "chunked"] = "together"
+    """together: all admitted rows at once, decodes stalled. chunked: beside decodes, chunk_tokens an iteration."""
+    chunk_tokens: PositiveInt = 2048
+    """Tokens of an iteration, one for each row that decodes and the rest for prefills."""
     overlap_reward: bool = False
     """Rows are graded as they finish, while others still run; else after the rollout."""
     trainer: Literal["colocated", "separate", "none"] = "colocated"
@@ -254,8 +258,7 @@ def _refuse_what_is_not_there_yet(values: Mapping[str, Any], where: str) -> None
 
     if section("cost").get("kind") == "analytic":
         raise ConfigError(f"{where}: cost.kind = 'analytic' is not available yet; choose affine or calibrated")
-    for dotted in ("schedule.in_flight_update", "cluster.prefill", "cluster.chunk_tokens",
-                   "cost.mtbf_hours", "cost.restart_s"):  # fmt: skip
+    for dotted in ("schedule.in_flight_update", "cost.mtbf_hours", "cost.restart_s"):
         name, key = dotted.split(".")
         if key in section(name):
             raise ConfigError(f"{where}: {name}.{key} is not available yet; remove it")

@@ -37,6 +37,13 @@ class KvBlocks:
         self._residues[(context_tokens - now) % BLOCK_TOKENS] -= 1
         self._rows -= 1
 
+    def hold(self, context_tokens: int) -> None:
+        """A row that is still being prefilled: its blocks are reserved, and do not grow."""
+        self.used += blocks_for(context_tokens)
+
+    def release(self, context_tokens: int) -> None:
+        self.used -= blocks_for(context_tokens)
+
     def growth(self, now: int, steps: int) -> int:
         """Blocks that the rows gain while `steps` decode steps are done after `now`."""
         whole, rest = divmod(steps, BLOCK_TOKENS)

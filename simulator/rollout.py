@@ -83,10 +83,10 @@ class Rollout:
                 self._stopped_at[number] = end
                 for job in self._engines[number].finish_span(span):
                     self.row_ends(number, job, end)
-            if not self._state.ended:
-                for _, number, _, _ in due:
+            for _, number, _, _ in due:
+                if not self._state.ended or self._engines[number].in_an_iteration:
                     self.go_on(number, pending)
-            elif not was_over:
+            if self._state.ended and not was_over:
                 pending = self.cut(pending, instant)
         self.abort_what_is_left()
         for engine in self._engines:
@@ -98,6 +98,7 @@ class Rollout:
         limit = self.settings.max_rows_per_engine
         return (
             self.settings.kv_tokens_per_engine is None
+            and self.settings.prefill == "together"
             and not self._shared
             and (limit is None or all(len(engine.queue) <= limit for engine in self._engines))
             and plan.rows_wanted == len(plan.admissions)
@@ -152,10 +153,10 @@ class Rollout:
     def dispatch(self, plan: StepPlan) -> None:
         """Fresh engines, their caches empty, with the step's rows in their queues."""
         settings = self.settings
-        self._engines = [
-            Engine(engine_costs(self.costs), settings.max_rows_per_engine, settings.kv_tokens_per_engine, self._shared)
-            for _ in range(settings.engines)
-        ]
+        chunk = settings.chunk_tokens if settings.prefill == "chunked" else None
+        costs = engine_costs(self.costs)
+        limits = settings.max_rows_per_engine, settings.kv_tokens_per_engine
+        self._engines = [Engine(costs, *limits, self._shared, chunk) for _ in range(settings.engines)]
         capacity = settings.max_rows_per_engine
         for place, admission in enumerate(plan.admissions):
             row = self.rows[admission.row]

@@ -13,6 +13,7 @@ class SlowRow:
     context: int
     left: int
     preempted: bool = False
+    prefilled: int = 0
 
 
 def blocks(context):
@@ -103,7 +104,7 @@ def ledger_of(outcome, *, slots, resumed):
     return booked
 
 
-def whole_history(rows, *, engines, max_rows, kv_tokens, costs, shared_queue):
+def whole_history(rows, *, engines, max_rows, kv_tokens, costs, shared_queue, chunk_tokens=None):
     capacity = math.inf if kv_tokens is None else kv_tokens // 16
     slots = math.inf if max_rows is None else max_rows
     queues = [[] for _ in range(engines)]
@@ -121,18 +122,18 @@ def whole_history(rows, *, engines, max_rows, kv_tokens, costs, shared_queue):
     while active:
         earliest = min(clock[e] for e in active)
         e = min(e for e in active if clock[e] <= earliest + 1e-12)
-        if not iterate(e, queues, shared, running, clock, slots, capacity, costs, history):
+        if not iterate(e, queues, shared, running, clock, slots, capacity, costs, chunk_tokens, history):
             active.remove(e)
     return history
 
 
-def iterate(e, queues, shared, running, clock, slots, capacity, costs, history):
+def iterate(e, queues, shared, running, clock, slots, capacity, costs, chunk_tokens, history):
     """One engine iteration; False when there was nothing to do."""
     start, preempted = clock[e], []
     while sum(blocks(item.context) for item in running[e]) > capacity:
         victim = running[e].pop()
         preempted.append(victim.row)
-        victim.preempted = True
+        victim.preempted, victim.prefilled = True, 0
         queues[e].insert(0, victim)
     admitted = []
     if not preempted:
@@ -144,6 +145,9 @@ def iterate(e, queues, shared, running, clock, slots, capacity, costs, history):
             item = source.pop(0)
             running[e].append(item)
             admitted.append(item)
+    if chunk_tokens is not None:
+        return iterate_in_chunks(e, queues[e] or shared, running, clock, slots, costs, chunk_tokens, history, start,
+                                 preempted, [item.row for item in admitted])  # fmt: skip
     prefill_s, waits = 0.0, bool(queues[e] or shared) and len(running[e]) < slots
     prefilled = [(item.row, item.context) for item in admitted]
     again = [(item.row, item.context) for item in admitted if item.preempted]
@@ -180,5 +184,58 @@ def iterate(e, queues, shared, running, clock, slots, capacity, costs, history):
     decoded = [item.row for item in running[e]]
     rows = [item.row for item in admitted]
     history.append(Iteration(e, start, clock[e], rows, decoded, ended, preempted, prefill_s, **facts))
+    running[e] = [item for item in running[e] if item.left > 0]
+    return True
+
+
+def iterate_in_chunks(e, queue, running, clock, slots, costs, chunk_tokens, history, start, preempted, admitted):
+    """The same iteration with a budget of tokens: decodes first, then what is left of it for prefills, in order."""
+    waits = bool(queue) and len(running[e]) < slots
+    decoding = [item for item in running[e] if item.prefilled == "all"]
+    budget = max(chunk_tokens - len(decoding), 0)
+    parts = []
+    for item in running[e]:
+        if item.prefilled == "all":
+            continue
+        n = min(item.context - item.prefilled, budget)
+        if n == 0 and item.prefilled < item.context:
+            break
+        parts.append((item, n))
+        budget -= n
+    if not parts and not decoding:
+        if preempted:
+            history.append(Iteration(e, start, start, admitted, [], [], preempted))
+        return bool(preempted)
+    prefill_s = 0.0
+    if parts:
+        pairs = sum(sum(range(item.prefilled + 1, item.prefilled + n + 1)) for item, n in parts)
+        prefill_s = (
+            costs["prefill_base_s"]
+            + costs["prefill_per_token_s"] * sum(n for _, n in parts)
+            + costs["prefill_per_token_context_s"] * pairs
+        )
+    decode_s = 0.0
+    if decoding:
+        decode_s = (
+            costs["decode_base_s"]
+            + costs["decode_per_row_s"] * len(decoding)
+            + costs["decode_per_context_token_s"] * sum(item.context for item in decoding)
+        )
+    prefilled = [(item.row, n) for item, n in parts]
+    again = [(item.row, n) for item, n in parts if item.preempted]
+    for item, n in parts:
+        item.prefilled += n
+        if item.prefilled == item.context:
+            item.prefilled = "all"
+    clock[e] = start + prefill_s + decode_s
+    ended = []
+    for item in decoding:
+        item.context += 1
+        item.left -= 1
+        if item.left == 0:
+            ended.append(item.row)
+    rows = [item.row for item in decoding]
+    facts = {"prefilled": prefilled, "again": again, "waits_for_kv": waits}
+    history.append(Iteration(e, start, clock[e], admitted, rows, ended, preempted, prefill_s, **facts))
     running[e] = [item for item in running[e] if item.left > 0]
     return True

@@ -22,11 +22,26 @@ COSTS = {
 
 
 def experiment(
-    lengths, tmp_path, *, engines, max_rows, kv_tokens, shared, window, factor, threshold, steps, prompt, longest
+    lengths,
+    tmp_path,
+    *,
+    engines,
+    max_rows,
+    kv_tokens,
+    shared,
+    window,
+    factor,
+    threshold,
+    steps,
+    prompt,
+    longest,
+    chunk=None,
 ):
     table = tmp_path / "lengths.csv"
     table.write_text("n\n" + "\n".join(map(str, lengths)))
     cluster = {"engines": engines, "trainer": "none", "dispatch": "shared_queue" if shared else "round_robin"}
+    if chunk is not None:
+        cluster |= {"prefill": "chunked", "chunk_tokens": chunk}
     if max_rows is not None:
         cluster["max_rows_per_engine"] = max_rows
     if kv_tokens is not None:
@@ -52,7 +67,9 @@ def experiment(
     )
 
 
-def replay_slowly(lengths, *, engines, max_rows, kv_tokens, shared, window, factor, threshold, steps, prompt, longest):
+def replay_slowly(
+    lengths, *, engines, max_rows, kv_tokens, shared, window, factor, threshold, steps, prompt, longest, chunk=None
+):
     """The step loop by hand: carried rows by id, then fresh ones, step by step."""
     length_of, done_of, next_row, wall, ends, preemptions = {}, {}, 0, 0.0, {}, 0
     ledger = {}
@@ -75,6 +92,7 @@ def replay_slowly(lengths, *, engines, max_rows, kv_tokens, shared, window, fact
             rows.append((row, prompt + done_of[row], left if limit is None else min(left, limit)))
         outcome = roll_out(
             rows, engines=engines, max_rows=max_rows, kv_tokens=kv_tokens, costs=COSTS, shared_queue=shared,
+            chunk_tokens=chunk,
             wanted=None if factor is None else wanted,
         )  # fmt: skip
         for row, _, _ in rows:
@@ -104,6 +122,7 @@ def cases(draw):
         "window": draw(st.integers(1, 100)) if kind == "truncated" else None,
         "factor": draw(st.sampled_from([1.0, 1.25, 1.5, 2.0])) if kind == "oversample" else None,
         "threshold": draw(st.integers(1, 60)) if kind == "tail_batching" else None,
+        "chunk": draw(st.none() | st.integers(1, 120)),
         "steps": draw(st.integers(1, 6)),
         "prompt": prompt,
         "longest": longest,
@@ -130,7 +149,7 @@ def test_heavy_kv_pressure_equals_single_tokens(tmp_path):
     case = {
         "lengths": [60 + 7 * (i % 11) for i in range(40)],
         "engines": 2, "max_rows": None, "kv_tokens": 600, "shared": False,
-        "window": 50, "factor": None, "threshold": None, "steps": 3, "prompt": 20, "longest": 140,
+        "window": 50, "factor": None, "threshold": None, "chunk": None, "steps": 3, "prompt": 20, "longest": 140,
     }  # fmt: skip
     result = simulate(experiment(tmp_path=tmp_path, **case))
     wall, ends, preemptions, _, _ = replay_slowly(**case)
