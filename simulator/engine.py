@@ -9,6 +9,8 @@ An iteration does, in this order (INTERFACE, "What happens, exactly"):
 With chunked prefill, 3 and 4 share a budget of `chunk_tokens`: the rows that decode take one token each, what is left
 goes to prefills in the order of admission, first the prefill part, then the decode part; a row that is prefilled
 decodes from the next iteration on.
+With prefix reuse, the rows of one prompt share the full blocks of the prompt while any of them runs: one that is
+admitted meanwhile (or after it in the same iteration) reserves and prefills only what comes after them.
 Between two events the decode steps of a constant batch are one span, summed in closed form.
 """
 
@@ -41,6 +43,12 @@ class Job:
     order: int = 0
     """Place in the order of admission."""
     t_start: float | None = None
+    group: int = -1
+    """The prompt that it answers, where rows share it."""
+    shared_blocks: int = 0
+    """Full blocks of the prompt; 0 without prefix reuse."""
+    cached_tokens: int = 0
+    """Of its context, found in the cache at its last admission."""
     prefilled: int = 0
     """Tokens of the context that are prefilled, while the row is being prefilled in chunks."""
 
@@ -83,6 +91,7 @@ class Engine:
         self._context = 0  # of all rows that decode
         self._admissions = 0
         self._chunk_tokens = chunk_tokens
+        self._holders: dict[int, int] = {}  # running rows of each prompt whose blocks are shared
         self._prefilling: dict[int, Job] = {}  # by order of admission; empty unless prefills are chunked
         self._complete: list[Job] = []  # of those, what the iteration at hand completes
         self._decode_part: Span | None = None  # of the iteration whose prefill part is under way
@@ -210,9 +219,17 @@ class Engine:
 
     def _decode_from_now(self, job: Job) -> None:
         job.admitted_at = self.steps_done
+        job.cached_tokens = self._cached_blocks(job) * BLOCK_TOKENS
         self.kv.add(job.context, self.steps_done)
+        if job.shared_blocks:
+            self.kv.used -= self._cached_blocks(job)
+            self._holders[job.group] = self._holders.get(job.group, 0) + 1
         self._context += job.context
         heapq.heappush(self._ends, (self.steps_done + job.left, job.row, job.order))
+
+    def _cached_blocks(self, job: Job) -> int:
+        """Blocks of its prompt that another running row holds."""
+        return job.shared_blocks if self._holders.get(job.group) else 0
 
     def _begin_to_decode(self) -> None:
         """At the end of an iteration: rows whose prefill is complete."""
@@ -252,7 +269,10 @@ class Engine:
 
     def _head_fits(self) -> bool:
         queue = self.queue or self._shared
-        return bool(queue) and self.has_a_free_slot and blocks_for(queue[0].context) <= self.kv.free
+        return bool(queue) and self.has_a_free_slot and self._needed(queue[0]) <= self.kv.free
+
+    def _needed(self, job: Job) -> int:
+        return blocks_for(job.context) - self._cached_blocks(job)
 
     def _leave(self, job: Job) -> None:
         """Take a running row out; its context and what is left are brought up to date."""
@@ -264,14 +284,18 @@ class Engine:
         job.context += done
         job.left -= done
         self.kv.remove(job.context, self.steps_done)
+        if job.shared_blocks:
+            self._holders[job.group] -= 1
+            self.kv.used += self._cached_blocks(job)
         self._context -= job.context
         del self._running[job.order]
 
     def _prefill_span(self, admitted: list[Job]) -> Span:
-        tokens = sum(job.context for job in admitted)
-        pairs = sum(prefilled_pairs(job.context) for job in admitted)
-        recomputed = sum(job.context for job in admitted if job.preempted)
-        resumed = sum(job.context for job in admitted if job.resumed and not job.preempted)
+        new = [job.context - job.cached_tokens for job in admitted]
+        tokens = sum(new)
+        pairs = sum(prefilled_pairs(job.context) - prefilled_pairs(job.cached_tokens) for job in admitted)
+        recomputed = sum(n for job, n in zip(admitted, new, strict=True) if job.preempted)
+        resumed = sum(n for job, n in zip(admitted, new, strict=True) if job.resumed and not job.preempted)
         return Span(
             "prefill", self.costs.prefill_s(tokens=tokens, pairs=pairs), 1, len(admitted), tokens, pairs,
             tokens - recomputed - resumed, resumed, recomputed, self._waiting(),

@@ -101,12 +101,20 @@ class ClusterSettings(Settings):
     """together: all admitted rows at once, decodes stalled. chunked: beside decodes, chunk_tokens an iteration."""
     chunk_tokens: PositiveInt = 2048
     """Tokens of an iteration, one for each row that decodes and the rest for prefills."""
+    prefix_reuse: bool = False
+    """The rows of a prompt that run on one engine share the full KV blocks of the prompt, and prefill them once."""
     overlap_reward: bool = False
     """Rows are graded as they finish, while others still run; else after the rollout."""
     trainer: Literal["colocated", "separate", "none"] = "colocated"
     """colocated: training runs on the engines' GPUs. none: no training phases."""
     trainer_gpus: NonNegativeInt = 0
     """GPUs of a separate trainer."""
+
+    @model_validator(mode="after")
+    def check_the_prefill(self) -> "ClusterSettings":
+        if self.prefix_reuse and self.prefill == "chunked":
+            raise ValueError("prefix_reuse is not available with prefill = 'chunked' yet; set one of them back")
+        return self
 
     @model_validator(mode="after")
     def check_the_trainer(self) -> "ClusterSettings":

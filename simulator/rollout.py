@@ -11,6 +11,7 @@ from simulator.closed_form import engine_columns, in_order_of_events
 from simulator.costs import engine_costs
 from simulator.engine import ONE_INSTANT_S, Engine, Job, Span
 from simulator.experiment import AffineCostSettings, Experiment
+from simulator.kv import BLOCK_TOKENS
 from simulator.log import KINDS, REASONS, Columns, RowRecord, SpanRecord, columns_of, compact
 from tppo.schedule import Reason, RowEnd, Schedule, StepPlan, StepState
 
@@ -40,6 +41,7 @@ class Rollout:
         now_s: float,
     ) -> None:
         self.rows, self.settings, self.costs, self.schedule = rows, experiment.cluster, costs, schedule
+        self.samples = experiment.workload.samples_per_prompt
         self.longest = experiment.workload.max_response_tokens
         self.version = policy_version
         self.now = now_s
@@ -99,6 +101,7 @@ class Rollout:
         return (
             self.settings.kv_tokens_per_engine is None
             and self.settings.prefill == "together"
+            and not self.settings.prefix_reuse
             and not self._shared
             and (limit is None or all(len(engine.queue) <= limit for engine in self._engines))
             and plan.rows_wanted == len(plan.admissions)
@@ -162,6 +165,9 @@ class Rollout:
             row = self.rows[admission.row]
             tokens = min(admission.budget_tokens, row.length - row.response_tokens)
             job = Job(row.row, row.prompt_tokens + row.response_tokens, tokens, resumed=row.response_tokens > 0)
+            if settings.prefix_reuse:
+                job.group = row.row // self.samples
+                job.shared_blocks = row.prompt_tokens // BLOCK_TOKENS
             # A shared queue deals one row after the other to the engines until their slots are taken; the rest wait.
             shares = settings.dispatch == "shared_queue"
             if shares and capacity is not None and place >= capacity * settings.engines:

@@ -14,6 +14,7 @@ class SlowRow:
     left: int
     preempted: bool = False
     prefilled: int = 0
+    cached: int = 0
 
 
 def blocks(context):
@@ -104,7 +105,8 @@ def ledger_of(outcome, *, slots, resumed):
     return booked
 
 
-def whole_history(rows, *, engines, max_rows, kv_tokens, costs, shared_queue, chunk_tokens=None):
+def whole_history(rows, *, engines, max_rows, kv_tokens, costs, shared_queue, chunk_tokens=None, shares=None):
+    """shares: row -> (prompt, full blocks of it), where the rows of a prompt share them."""
     capacity = math.inf if kv_tokens is None else kv_tokens // 16
     slots = math.inf if max_rows is None else max_rows
     queues = [[] for _ in range(engines)]
@@ -122,15 +124,26 @@ def whole_history(rows, *, engines, max_rows, kv_tokens, costs, shared_queue, ch
     while active:
         earliest = min(clock[e] for e in active)
         e = min(e for e in active if clock[e] <= earliest + 1e-12)
-        if not iterate(e, queues, shared, running, clock, slots, capacity, costs, chunk_tokens, history):
+        if not iterate(e, queues, shared, running, clock, slots, capacity, costs, chunk_tokens, shares or {}, history):
             active.remove(e)
     return history
 
 
-def iterate(e, queues, shared, running, clock, slots, capacity, costs, chunk_tokens, history):
+def used_blocks(items, shares):
+    """Blocks in use; those that rows of one prompt share count once."""
+    total, seen = 0, set()
+    for item in items:
+        prompt, whole = shares.get(item.row, (None, 0))
+        total += blocks(item.context) - (whole if prompt in seen else 0)
+        if prompt is not None:
+            seen.add(prompt)
+    return total
+
+
+def iterate(e, queues, shared, running, clock, slots, capacity, costs, chunk_tokens, shares, history):
     """One engine iteration; False when there was nothing to do."""
     start, preempted = clock[e], []
-    while sum(blocks(item.context) for item in running[e]) > capacity:
+    while used_blocks(running[e], shares) > capacity:
         victim = running[e].pop()
         preempted.append(victim.row)
         victim.preempted, victim.prefilled = True, 0
@@ -139,22 +152,24 @@ def iterate(e, queues, shared, running, clock, slots, capacity, costs, chunk_tok
     if not preempted:
         while len(running[e]) < slots and (queues[e] or shared):
             source = queues[e] or shared
-            used = sum(blocks(item.context) for item in running[e])
-            if used + blocks(source[0].context) > capacity:
+            if used_blocks([*running[e], source[0]], shares) > capacity:
                 break
             item = source.pop(0)
+            prompt, whole = shares.get(item.row, (None, 0))
+            known = any(prompt is not None and shares[other.row][0] == prompt for other in running[e])
+            item.cached = 16 * whole if known else 0
             running[e].append(item)
             admitted.append(item)
     if chunk_tokens is not None:
         return iterate_in_chunks(e, queues[e] or shared, running, clock, slots, costs, chunk_tokens, history, start,
                                  preempted, [item.row for item in admitted])  # fmt: skip
     prefill_s, waits = 0.0, bool(queues[e] or shared) and len(running[e]) < slots
-    prefilled = [(item.row, item.context) for item in admitted]
-    again = [(item.row, item.context) for item in admitted if item.preempted]
+    prefilled = [(item.row, item.context - item.cached) for item in admitted]
+    again = [(item.row, item.context - item.cached) for item in admitted if item.preempted]
     facts = {"prefilled": prefilled, "again": again, "waits_for_kv": waits}
     if admitted:
-        tokens = sum(item.context for item in admitted)
-        pairs = sum(item.context * (item.context + 1) // 2 for item in admitted)
+        tokens = sum(item.context - item.cached for item in admitted)
+        pairs = sum(sum(range(item.cached + 1, item.context + 1)) for item in admitted)
         prefill_s = (
             costs["prefill_base_s"]
             + costs["prefill_per_token_s"] * tokens

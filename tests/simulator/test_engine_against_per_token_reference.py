@@ -36,10 +36,13 @@ def experiment(
     prompt,
     longest,
     chunk=None,
+    samples=None,
 ):
     table = tmp_path / "lengths.csv"
     table.write_text("n\n" + "\n".join(map(str, lengths)))
     cluster = {"engines": engines, "trainer": "none", "dispatch": "shared_queue" if shared else "round_robin"}
+    if samples is not None:
+        cluster["prefix_reuse"] = True
     if chunk is not None:
         cluster |= {"prefill": "chunked", "chunk_tokens": chunk}
     if max_rows is not None:
@@ -55,7 +58,8 @@ def experiment(
         {
             "workload": {
                 "steps": steps,
-                "prompts_per_step": len(lengths),
+                "prompts_per_step": len(lengths) // (samples or 1),
+                "samples_per_prompt": samples or 1,
                 "prompt_tokens": prompt,
                 "max_response_tokens": longest,
                 "response_tokens": {"kind": "empirical", "file": str(table), "column": "n"},
@@ -68,7 +72,7 @@ def experiment(
 
 
 def replay_slowly(
-    lengths, *, engines, max_rows, kv_tokens, shared, window, factor, threshold, steps, prompt, longest, chunk=None
+    lengths, *, engines, max_rows, kv_tokens, shared, window, factor, threshold, chunk, samples, steps, prompt, longest
 ):
     """The step loop by hand: carried rows by id, then fresh ones, step by step."""
     length_of, done_of, next_row, wall, ends, preemptions = {}, {}, 0, 0.0, {}, 0
@@ -93,6 +97,7 @@ def replay_slowly(
         outcome = roll_out(
             rows, engines=engines, max_rows=max_rows, kv_tokens=kv_tokens, costs=COSTS, shared_queue=shared,
             chunk_tokens=chunk,
+            shares=None if samples is None else {row: (row // samples, prompt // 16) for row, _, _ in rows},
             wanted=None if factor is None else wanted,
         )  # fmt: skip
         for row, _, _ in rows:
@@ -111,10 +116,11 @@ def replay_slowly(
 def cases(draw):
     longest = draw(st.integers(1, 90))
     prompt = draw(st.integers(0, 40))
+    samples = draw(st.none() | st.integers(1, 4))
     kind = draw(st.sampled_from(["synchronous", "truncated", "oversample", "tail_batching"]))
     fits_one = 16 * (-(-(prompt + longest + 1) // 16))
     return {
-        "lengths": draw(st.lists(st.integers(1, 100), min_size=1, max_size=24)),
+        "lengths": draw(st.lists(st.integers(1, 100), min_size=1, max_size=24 // (samples or 1))) * (samples or 1),
         "engines": draw(st.integers(1, 3)),
         "max_rows": draw(st.none() | st.integers(1, 8)),
         "kv_tokens": draw(st.none() | st.integers(fits_one, 6 * fits_one)),
@@ -122,7 +128,8 @@ def cases(draw):
         "window": draw(st.integers(1, 100)) if kind == "truncated" else None,
         "factor": draw(st.sampled_from([1.0, 1.25, 1.5, 2.0])) if kind == "oversample" else None,
         "threshold": draw(st.integers(1, 60)) if kind == "tail_batching" else None,
-        "chunk": draw(st.none() | st.integers(1, 120)),
+        "chunk": None if samples else draw(st.none() | st.integers(1, 120)),
+        "samples": samples,
         "steps": draw(st.integers(1, 6)),
         "prompt": prompt,
         "longest": longest,
@@ -149,7 +156,8 @@ def test_heavy_kv_pressure_equals_single_tokens(tmp_path):
     case = {
         "lengths": [60 + 7 * (i % 11) for i in range(40)],
         "engines": 2, "max_rows": None, "kv_tokens": 600, "shared": False,
-        "window": 50, "factor": None, "threshold": None, "chunk": None, "steps": 3, "prompt": 20, "longest": 140,
+        "window": 50, "factor": None, "threshold": None, "chunk": None, "samples": None,
+        "steps": 3, "prompt": 20, "longest": 140,
     }  # fmt: skip
     result = simulate(experiment(tmp_path=tmp_path, **case))
     wall, ends, preemptions, _, _ = replay_slowly(**case)
