@@ -22,7 +22,7 @@ demo-quick: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/pytest
 
-# Real vLLM on the CPU, in an environment of its own (3.4 GB). It pins its own versions of most packages; torch's
+# Real vLLM on the CPU, in an environment of its own (about 4 GB). It pins its own versions of most packages; torch's
 # sister packages are left out: their builds do not fit this torch, and no text model needs them.
 test-vllm: $(VENV)-vllm/.installed
 	OMP_NUM_THREADS=2 $(VENV)-vllm/bin/pytest tests/vllm

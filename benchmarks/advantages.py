@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.record_results import markdown
+from benchmarks.turns import in_turns, paired_ratio
 from benchmarks.verl_peer import VERSION, verl_gae
 from tppo.algorithms.advantages import egae, gae, last_valid
 from tppo.algorithms.normalise import whiten
@@ -109,34 +110,21 @@ def settle_allocator() -> None:
     torch.zeros(7_900_000)
 
 
-def seconds_in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Every call REPEATS times, one after the other within each repeat."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(REPEATS):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - start)
-    return taken
-
-
 def compare(rows: int, width: int, peer: Callable | None) -> dict[str, object]:
     """One line of the table: median milliseconds, and the median of the repeats' ratios."""
     data = batch(rows, width)
     calls = compared(data, peer)
     worst = check_same_numbers(data, calls)
-    taken = seconds_in_turns(calls)
+    taken = in_turns(calls, REPEATS)
     line: dict[str, object] = {"rows": rows, "tokens": width}
     line |= {f"{name} (ms)": 1e3 * statistics.median(seconds) for name, seconds in taken.items()}
-    line["loop / egae"] = _ratio(taken["loop"], taken["egae"])
+    line["loop / egae"] = paired_ratio(taken["loop"], taken["egae"])[0]
     if peer is not None:
-        line["verl / egae, whitened, and returns"] = _ratio(taken["verl"], taken["egae, whitened, and returns"])
+        line["verl / egae, whitened, and returns"] = paired_ratio(taken["verl"], taken["egae, whitened, and returns"])[
+            0
+        ]
     line["largest difference"] = worst
     return line
-
-
-def _ratio(slow_s: list[float], fast_s: list[float]) -> float:
-    return statistics.median(slow / fast for slow, fast in zip(slow_s, fast_s, strict=True))
 
 
 def peak_bytes() -> int:

@@ -15,7 +15,6 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -25,52 +24,29 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from analysis import style
 from benchmarks.record_results import markdown
+from benchmarks.small_engines import MODELS, engine_of, model_of, run_engine
+from benchmarks.turns import Timed, in_turns, paired_ratio
 from profiling.reader import Run
 from tppo.batching import pad_right
 from tppo.data.tokenizer import character_tokenizer
-from tppo.models.policy import load_policy, new_qwen2, save_policy
+from tppo.models.policy import load_policy, save_policy
 from tppo.quiet import quieten_libraries
 from tppo.regimes import load_regime
-from tppo.rollout.protocol import Completion, Request, Sampling
+from tppo.rollout.protocol import Request, Sampling
 from tppo.rollout.spans import Spans
 from tppo.rollout.torch_engine import TorchEngine
 from tppo.start import train
 from tppo.warmstart import warm_start
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "rollout"
-MODELS = {  # layers, hidden size, heads, KV heads, intermediate size
-    "demo, 4 x 48": (4, 48, 2, 1, 144),
-    "2 x 128": (2, 128, 4, 2, 384),
-    "4 x 256": (4, 256, 8, 4, 768),
-}
 ROWS, NEW_TOKENS = 32, 128
 STALE_STEPS = 60
 GOALS = {"equal batch": 1.0, "demo workload": 1.5}
 """`generate` / torch engine."""
 
-Timed = dict[str, list[float]]
-
-
-def in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> Timed:
-    """Seconds of every call, one after the other within each repeat; one round before is not counted."""
-    seconds: Timed = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def ratio(slow: list[float], fast: list[float]) -> tuple[float, float, float]:
-    """Median, least and largest of the repeats' ratios."""
-    each = [a / b for a, b in zip(slow, fast, strict=True)]
-    return statistics.median(each), min(each), max(each)
-
 
 def line(case: str, slow: str, fast: str, seconds: Timed) -> dict[str, object]:
-    middle, least, largest = ratio(seconds[slow], seconds[fast])
+    middle, least, largest = paired_ratio(seconds[slow], seconds[fast])
     return {
         "case": case,
         "A": slow,
@@ -81,31 +57,6 @@ def line(case: str, slow: str, fast: str, seconds: Timed) -> dict[str, object]:
         "least": least,
         "largest": largest,
     }
-
-
-def model_of(shape: tuple[int, ...]) -> PreTrainedModel:
-    layers, hidden, heads, kv_heads, intermediate = shape
-    tokenizer = character_tokenizer()
-    return new_qwen2(
-        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        layers=layers, hidden_size=hidden, heads=heads, kv_heads=kv_heads, intermediate_size=intermediate,
-        max_tokens=512, seed=0,
-    )  # fmt: skip
-
-
-def engine_of(model: PreTrainedModel, slots: int, max_tokens: int = 512, **options: object) -> TorchEngine:
-    return TorchEngine(
-        model, slots=slots, max_tokens=max_tokens, pad_token_id=0, generator=torch.Generator().manual_seed(0),
-        clock=time.perf_counter, **options,
-    )  # type: ignore[arg-type]  # fmt: skip
-
-
-def run_engine(engine: TorchEngine, requests: list[Request], sampling: Sampling) -> dict[int, Completion]:
-    engine.submit(requests, sampling)
-    done = {}
-    while ended := engine.run_until_a_row_ends():
-        done |= {completion.row: completion for completion in ended}
-    return done
 
 
 @torch.inference_mode()
@@ -155,6 +106,7 @@ def equal_batch(repeats: int) -> list[dict[str, object]]:
                     ),
                 },
                 repeats,
+                warm_up=1,
             )
             case = f"equal batch, {name}, {'sampled' if sample else 'greedy'}"
             lines.append(line(case, "generate", "torch engine", seconds))
@@ -198,7 +150,7 @@ def end_to_end(demo: DemoWorkload, repeats: int) -> list[dict[str, object]]:
             done = run_engine(engine, demo.requests(rows), demo.sampling)
             tokens["torch engine"].append(sum(len(completion.token_ids) for completion in done.values()))
 
-        seconds = in_turns({"generate": generate, "torch engine": ours}, repeats)
+        seconds = in_turns({"generate": generate, "torch engine": ours}, repeats, warm_up=1)
         per_token = {
             name: [1e3 * s / n for s, n in zip(seconds[name], tokens[name][1:], strict=True)] for name in seconds
         }
@@ -273,6 +225,7 @@ def compiled(repeats: int) -> list[dict[str, object]]:
                 "compiled": lambda through=through, requests=requests: run_engine(through, requests, Sampling()),
             },
             repeats,
+            warm_up=1,
         )
         lines.append(line(f"torch.compile, {name}", "eager", "compiled", seconds))
     return lines
@@ -300,6 +253,7 @@ def record_cost(demo: DemoWorkload, repeats: int) -> tuple[list[dict[str, object
             "without": lambda: run_engine(without, demo.requests(4 * ROWS), fixed),
         },
         repeats,
+        warm_up=1,
     )
     count = len(with_records.take_records()) / (repeats + 1)
     spans = Spans(time.perf_counter, ROWS)
@@ -335,7 +289,9 @@ def against_vllm(repeats: int) -> list[dict[str, object]]:
             run_engine(engine, requests, Sampling())  # type: ignore[arg-type]
             engine.update_weights(0)  # type: ignore[attr-defined]
 
-        seconds = in_turns({"vLLM": lambda v=vllm: step(v), "torch engine": lambda o=ours: step(o)}, repeats)
+        seconds = in_turns(
+            {"vLLM": lambda v=vllm: step(v), "torch engine": lambda o=ours: step(o)}, repeats, warm_up=1
+        )
         lines.append(line(f"vLLM on this CPU, {name}, {ROWS} x {NEW_TOKENS} tokens and an update", "vLLM",
                           "torch engine", seconds))  # fmt: skip
     return lines

@@ -10,12 +10,9 @@ weights; more than 1e-4 apart ends the run. --record writes docs/results/trainin
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -32,6 +29,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from analysis import style
 from benchmarks.record_results import ROOT, markdown
+from benchmarks.trl_process import TRL_VERSION, Peer, environment
 from profiling.settings import check_settings
 from tppo.config import RunConfig
 from tppo.data.arithmetic import Problem
@@ -46,7 +44,6 @@ from tppo.trainer import Trainer
 
 RESULTS = ROOT / "docs" / "results" / "training_step"
 PEER = ROOT / ".venv-peers" / "trl"
-TRL_VERSION = "1.12.0"
 ROWS, RESPONSE_TOKENS = 64, 64
 WARM_UP_STEPS = 2
 """Steps of each side before the first pair; the numbers that our code computes again come from the last of TRL's."""
@@ -178,17 +175,13 @@ def check_tokens(side: str, tokens: int) -> None:
         raise SystemExit(f"{side}: {tokens} response tokens instead of {ROWS * RESPONSE_TOKENS}: nothing to compare")
 
 
-def environment(directory: Path) -> Path:
-    """The Python of an environment with TRL, made if it is not there."""
-    python, marker = directory / "bin" / "python", directory / ".installed"
-    own = f"torch=={torch.__version__.split('+')[0]}", f"transformers=={transformers.__version__}"
-    packages = [*own, f"trl=={TRL_VERSION}", "datasets"]
-    if not marker.exists() or marker.read_text().split() != packages:
-        subprocess.run([sys.executable, "-m", "venv", directory], check=True)
-        for some in (packages[:1], packages):
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *some], check=True)
-        marker.write_text("\n".join(packages) + "\n")
-    return python
+def their_step(peer: Peer, threads: int, command: str = "step") -> dict[str, float]:
+    """The same of TRL."""
+    answer = peer.step(command)
+    check_tokens("TRL", answer["tokens"])
+    if answer["threads"] != threads:
+        raise SystemExit(f"TRL: {answer['threads']} threads instead of {threads}: nothing to compare")
+    return with_updates(answer["seconds"])
 
 
 def peer_settings(trainer: Trainer, directory: Path, steps: int) -> dict[str, Any]:
@@ -203,39 +196,6 @@ def peer_settings(trainer: Trainer, directory: Path, steps: int) -> dict[str, An
         "learning_rate": config.optimizer.policy_lr, "kl_coef": config.algorithm.kl_coef,
         "clip": trainer.recipe.clip[0], "value_clip": config.algorithm.value_clip,
     }  # fmt: skip
-
-
-class Peer:
-    """TRL's trainer in a process of its own; a step for every command."""
-
-    def __init__(self, python: Path, settings: dict[str, Any], directory: Path) -> None:
-        path, self.log = directory / "peer.json", directory / "peer.log"
-        path.write_text(json.dumps(settings))
-        self.threads = settings["threads"]
-        environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [python, Path(__file__).with_name("trl_peer.py"), path],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environ,
-            )  # fmt: skip
-
-    def step(self, command: str = "step") -> dict[str, float]:
-        """Seconds of one step and of its phases."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print(command, file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"TRL ended: {self.log.read_text()[-2000:]}")
-        answer = json.loads(line)
-        check_tokens("TRL", answer["tokens"])
-        if answer["threads"] != self.threads:
-            raise SystemExit(f"TRL: {answer['threads']} threads instead of {self.threads}: nothing to compare")
-        return with_updates(answer["seconds"])
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def compare_numbers(captured: Path, config: RunConfig) -> pd.DataFrame:
@@ -280,15 +240,16 @@ def load_scalar_model(value_model: ValueModel, weights: dict[str, torch.Tensor])
 
 def run_pairs(trainer: Trainer, peer: Peer, pairs: int) -> pd.DataFrame:
     """A line per pair: seconds of each side and phase."""
+    threads = trainer.config.train.threads
     for step in range(WARM_UP_STEPS):
         our_step(trainer)
-        peer.step("capture" if step == WARM_UP_STEPS - 1 else "step")
+        their_step(peer, threads, "capture" if step == WARM_UP_STEPS - 1 else "step")
     lines = []
     for pair in range(pairs):
         if pair % 2:
-            theirs, ours = peer.step(), our_step(trainer)
+            theirs, ours = their_step(peer, threads), our_step(trainer)
         else:
-            ours, theirs = our_step(trainer), peer.step()
+            ours, theirs = our_step(trainer), their_step(peer, threads)
         line: dict[str, Any] = {"pair": pair, "first": "TRL" if pair % 2 else "ours"}
         line |= {f"ours {name} (s)": seconds for name, seconds in ours.items()}
         line |= {f"TRL {name} (s)": seconds for name, seconds in theirs.items()}

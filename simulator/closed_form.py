@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from simulator.costs import EngineCosts
-from simulator.engine import ONE_INSTANT_S, Job
-from simulator.log import KINDS, Columns
+from simulator.engine import DECODE, ONE_INSTANT_S, PREFILL, Job
+from simulator.log import Columns
 
 
 def engine_columns(number: int, jobs: Sequence[Job], costs: EngineCosts, start_s: float) -> tuple[Columns, Columns]:
-    """(rows, spans) of one engine: rows have `place` (in `jobs`) and `t_end`; spans the fields of SpanRecord.
+    """(rows, spans) of one engine: rows have `place` (in `jobs`) and `t_end`; spans simulator.log.SPAN_COLUMNS.
 
     With lengths n_1 <= ... <= n_B, the span that ends with row j has B - j + 1 rows and n_j - n_{j-1} steps; rows of
     equal length leave together.
@@ -39,7 +39,8 @@ def engine_columns(number: int, jobs: Sequence[Job], costs: EngineCosts, start_s
     nothing = np.zeros(len(steps), dtype=np.int64)
     spans = {
         "engine": np.full(len(steps) + 1, number),
-        "kind": with_prefill(KINDS.index("prefill"), nothing + KINDS.index("decode")),
+        "kind": with_prefill(PREFILL, nothing + DECODE),
+        "seconds": np.concatenate([[prefill_end - start_s], seconds]),
         "steps": with_prefill(1, steps),
         "batch": with_prefill(len(jobs), batch),
         "context_tokens": with_prefill(tokens, before),

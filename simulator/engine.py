@@ -23,6 +23,10 @@ from profiling.errors import ConfigError, ConservationError
 from simulator.costs import EngineCosts, decoded_pairs, prefilled_pairs
 from simulator.kv import BLOCK_TOKENS, KvBlocks, blocks_for
 
+PREFILL, DECODE = 0, 1
+KINDS = ("prefill", "decode")
+"""Names of the kinds of spans, in profiling.schema.ENGINE."""
+
 ONE_INSTANT_S = 1e-12
 """Times that agree to this are one instant; its events go by (engine, row), so rounding never flips a dispatch."""
 
@@ -56,7 +60,8 @@ class Job:
 class Span(NamedTuple):
     """What the engine does next, without interruption, and how long it takes."""
 
-    kind: str
+    kind: int
+    """PREFILL or DECODE."""
     seconds: float
     steps: int
     batch: int
@@ -123,7 +128,7 @@ class Engine:
 
     def finish_span(self, span: Span) -> list[Job]:
         """Take the span's work as done; the rows that end with it, by row id."""
-        if span.kind == "prefill":
+        if span.kind == PREFILL:
             if self._decode_part is None:
                 self._begin_to_decode()
             return []
@@ -149,7 +154,7 @@ class Engine:
     def cut(self, span: Span, elapsed_s: float) -> Span:
         """The part of a span under way that is done when the iteration at hand ends, `elapsed_s` after its start: a
         prefill whole, a decode up to the first step that ends then or later."""
-        if span.kind == "prefill":
+        if span.kind == PREFILL:
             return span
 
         def seconds(steps: int) -> float:
@@ -262,7 +267,7 @@ class Engine:
         recomputed = sum(n for job, n in parts if job.preempted)
         resumed = sum(n for job, n in parts if job.resumed and not job.preempted)
         return Span(
-            "prefill", self.costs.prefill_s(tokens=tokens, pairs=pairs), 1, len(parts),
+            PREFILL, self.costs.prefill_s(tokens=tokens, pairs=pairs), 1, len(parts),
             sum(job.prefilled for job, _ in parts), pairs, tokens - recomputed - resumed, resumed, recomputed,
             self._waiting(),
         )  # fmt: skip
@@ -297,7 +302,7 @@ class Engine:
         recomputed = sum(n for job, n in zip(admitted, new, strict=True) if job.preempted)
         resumed = sum(n for job, n in zip(admitted, new, strict=True) if job.resumed and not job.preempted)
         return Span(
-            "prefill", self.costs.prefill_s(tokens=tokens, pairs=pairs), 1, len(admitted), tokens, pairs,
+            PREFILL, self.costs.prefill_s(tokens=tokens, pairs=pairs), 1, len(admitted), tokens, pairs,
             tokens - recomputed - resumed, resumed, recomputed, self._waiting(),
         )  # fmt: skip
 
@@ -311,7 +316,7 @@ class Engine:
         steps = at_most or self.kv.steps_that_fit(self.steps_done, until_a_row_ends)
         seconds = self.costs.decode_s(batch=batch, context_tokens=self._context, steps=steps)
         pairs = decoded_pairs(batch, self._context, steps)
-        return Span("decode", seconds, steps, batch, self._context, pairs, 0, 0, 0, self._waiting())
+        return Span(DECODE, seconds, steps, batch, self._context, pairs, 0, 0, 0, self._waiting())
 
     def _waiting(self) -> int:
         """Rows that wait for KV blocks, not for a slot."""

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from simulator.engine import Span
 from tppo.schedule import CarriedRow, Decision, Demand, Reason, RowEnd, Schedule, StepPlan, StepState
 
 REASONS: tuple[Reason, ...] = ("stop", "length", "budget", "failed", "aborted")
-KINDS = ("prefill", "decode")
 Columns = dict[str, np.ndarray]
 
 
@@ -36,25 +36,8 @@ class RowRecord(NamedTuple):
     """When the schedule was told."""
 
 
-class SpanRecord(NamedTuple):
-    """A span of one engine in one step."""
-
-    engine: int
-    kind: int
-    """Place in KINDS."""
-    steps: int
-    batch: int
-    context_tokens: int
-    attended_pairs: int
-    fresh_tokens: int
-    resumed_tokens: int
-    recomputed_tokens: int
-    waiting: int
-    t_start: float
-    t_end: float
-
-
-FLOATS = ("t_start", "t_end", "t_decided")
+SPAN_COLUMNS = ("engine", *Span._fields, "t_start", "t_end")
+FLOATS = ("seconds", "t_start", "t_end", "t_decided")
 SUMS = ("context_tokens", "attended_pairs", "fresh_tokens", "resumed_tokens", "recomputed_tokens")
 """Over the rows of an engine: may pass 2 ** 31, which nothing of a single row does."""
 
@@ -68,7 +51,7 @@ def compact(columns: Columns) -> Columns:
     return {name: column.astype(kind(name)) for name, column in columns.items()}
 
 
-def columns_of(records: Sequence[RowRecord] | Sequence[SpanRecord], names: Sequence[str]) -> Columns:
+def columns_of(records: Sequence[tuple], names: Sequence[str]) -> Columns:
     """Records side by side (integers are exact in a float below 2 ** 53)."""
     table = np.array(records, dtype=float).reshape(len(records), len(names))
     return compact({name: table[:, place] for place, name in enumerate(names)})

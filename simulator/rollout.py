@@ -12,7 +12,7 @@ from simulator.costs import engine_costs
 from simulator.engine import ONE_INSTANT_S, Engine, Job, Span
 from simulator.experiment import AffineCostSettings, Experiment
 from simulator.kv import BLOCK_TOKENS
-from simulator.log import KINDS, REASONS, Columns, RowRecord, SpanRecord, columns_of, compact
+from simulator.log import REASONS, SPAN_COLUMNS, Columns, RowRecord, columns_of, compact
 from tppo.schedule import Reason, RowEnd, Schedule, StepPlan, StepState
 
 
@@ -50,7 +50,7 @@ class Rollout:
         self._stopped_at: list[float] = []
         """When each engine's last span ended."""
         self._records: list[RowRecord] = []
-        self._spans: list[SpanRecord] = []
+        self._spans: list[tuple] = []  # SPAN_COLUMNS
 
     def run(self, plan: StepPlan) -> tuple[Columns, Columns]:
         """Rows and spans of the step; afterwards `now` is its end."""
@@ -75,13 +75,7 @@ class Rollout:
             due.sort(key=_engine_of)
             was_over = self._state.ended
             for end, number, began, span in due:
-                self._spans.append(
-                    SpanRecord(
-                        number, KINDS.index(span.kind), span.steps, span.batch, span.context_tokens,
-                        span.attended_pairs, span.fresh_tokens, span.resumed_tokens, span.recomputed_tokens,
-                        span.waiting, began, end,
-                    )
-                )  # fmt: skip
+                self._spans.append((number, *span, began, end))
                 self._stopped_at[number] = end
                 for job in self._engines[number].finish_span(span):
                     self.row_ends(number, job, end)
@@ -93,7 +87,7 @@ class Rollout:
         self.abort_what_is_left()
         for engine in self._engines:
             engine.check_empty()
-        return columns_of(self._records, RowRecord._fields), columns_of(self._spans, SpanRecord._fields)
+        return columns_of(self._records, RowRecord._fields), columns_of(self._spans, SPAN_COLUMNS)
 
     def nothing_waits(self, plan: StepPlan) -> bool:
         """Every engine has a slot and memory for all of its rows, and all of them run to their ends."""

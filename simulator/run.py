@@ -17,8 +17,8 @@ from profiling.settings import to_toml
 from profiling.summary import summarise
 from profiling.writer import RunWriter
 from simulator.cluster import TrainingRun
+from simulator.engine import KINDS
 from simulator.experiment import Experiment
-from simulator.log import KINDS
 from tppo.schedule import describe
 from tppo.schedule.log import plan_record, row_end_record
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 LAUNCH_COST_TOKENS = 50
 """What one more micro-batch costs, in tokens computed: its launches and small matrices. On a CPU core a training pass
-of the demo's models takes the same time, within a tenth, for any value between 0 and 350; 50 keeps padding below a
-tenth on the demo's lengths. It moves the split, never the result."""
+of the demo's models took the same time, within a tenth, at 50 and at 350; 50 keeps padding below a tenth on the demo's
+lengths (docs/results/rollout). It moves the split, never the result."""
 
 
 def micro_batches(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:

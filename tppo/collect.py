@@ -150,9 +150,6 @@ class Collector:
         self.state.next_row = self._before.next_row
         self.state.rollout_generator.set_state(self._before.generator)
 
-    def close(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
-
     def _remember(self) -> None:
         state = self.state
         self._before = _Before(state.next_row, state.carried, state.rollout_generator.get_state())

@@ -205,11 +205,6 @@ class RunConfig(Settings):
     def rows_per_step(self) -> int:
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
 
-    @property
-    def spans_policies(self) -> bool:
-        """A row may be trained on by another policy than sampled it."""
-        return self.rollout.schedule != "recipe" or self.algorithm.name == "partial-rollout"
-
     @model_validator(mode="after")
     def check_it_fits_together(self) -> "RunConfig":
         if self.rows_per_step % self.train.mini_batches:

@@ -107,7 +107,7 @@ class VllmEngine:
                 # vLLM reports either before the temperature or after everything, top-k and top-p included.
                 logprobs_mode="raw_logprobs" if temperature == 1 else "processed_logprobs", **options,
             )  # fmt: skip
-        except (ValueError, RuntimeError, NotImplementedError, AssertionError, TypeError) as error:
+        except Exception as error:  # vLLM has no type of its own for settings that it refuses
             raise ConfigError(refusal(error)) from error
         self._engine = self._llm.llm_engine
         cache = self._engine.vllm_config.cache_config

@@ -13,20 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tppo.schedule.protocol import (
-    CarriedRow,
-    Decision,
-    Demand,
-    RowEnd,
-    StepPlan,
-    StepState,
-    fill_with_fresh_rows,
-    finish_or_carry,
-)
+from tppo.schedule.protocol import CarriedRow, Demand, Schedule, StepPlan, fill_with_fresh_rows
 
 
 @dataclass(frozen=True, slots=True)
-class Asynchronous:
+class Asynchronous(Schedule):
     max_staleness: int = 1
     """Policy versions between sampling a row and training on it."""
 
@@ -47,9 +38,6 @@ class Asynchronous:
     def plan_step(self, carried: Sequence[CarriedRow], demand: Demand) -> StepPlan:
         admissions = fill_with_fresh_rows(carried, demand, demand.rows, max_new_tokens=None)
         return StepPlan(demand.step, admissions, rows_wanted=len(admissions))
-
-    def on_row_end(self, state: StepState, event: RowEnd) -> tuple[Decision, ...]:
-        return finish_or_carry(state, event)
 
     def startup_steps(self, max_response_tokens: int) -> int:
         return self.max_staleness

@@ -14,16 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tppo.schedule.protocol import (
-    CarriedRow,
-    Decision,
-    Demand,
-    RowEnd,
-    StepPlan,
-    StepState,
-    fill_with_fresh_rows,
-    finish_or_carry,
-)
+from tppo.schedule.protocol import CarriedRow, Demand, Schedule, StepPlan, fill_with_fresh_rows
 
 STARTUP_STEPS = 10
 """Steps until as many tokens are carried in as out, within a few per cent, for lognormal lengths and factors up to 2
@@ -31,13 +22,11 @@ STARTUP_STEPS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Oversample:
+class Oversample(Schedule):
     factor: float
     """Rows started / rows wanted."""
 
     kind: ClassVar[str] = "oversample"
-    steps_ahead: ClassVar[int] = 0
-    simulated_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.factor < math.inf:
@@ -46,9 +35,6 @@ class Oversample:
     def plan_step(self, carried: Sequence[CarriedRow], demand: Demand) -> StepPlan:
         admissions = fill_with_fresh_rows(carried, demand, self.rows_started(demand.rows), max_new_tokens=None)
         return StepPlan(demand.step, admissions, rows_wanted=demand.rows)
-
-    def on_row_end(self, state: StepState, event: RowEnd) -> tuple[Decision, ...]:
-        return finish_or_carry(state, event)
 
     def rows_started(self, rows_wanted: int) -> int:
         # 1.1 x 10 is 11.000000000000002 in floating point, and must start 11 rows.

@@ -13,6 +13,7 @@ wall clock, the simulator drives the same object with a cost model and a virtual
 A row is one response over its whole life; its id never changes.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -100,27 +101,36 @@ class StepState(NamedTuple):
 
 
 class Schedule(Protocol):
+    """What most schedules share is here; each says what it plans."""
+
     kind: ClassVar[str]
 
     @property
     def simulated_only(self) -> bool:
         """Our trainer does not run it; its numbers say so wherever they appear."""
-        ...
+        return False
 
     @property
     def steps_ahead(self) -> int:
         """Steps whose rollout may begin before the training of the step at hand is done; 0: none."""
-        ...
+        return 0
 
+    @abstractmethod
     def plan_step(self, carried: Sequence[CarriedRow], demand: Demand) -> StepPlan:
         """What runs in a step. A carried row that the plan leaves out waits for a later step."""
-        ...
 
-    def on_row_end(self, state: StepState, event: RowEnd) -> tuple[Decision, ...]: ...
+    def on_row_end(self, state: StepState, event: RowEnd) -> tuple[Decision, ...]:
+        """Finished rows leave, others carry over; the last row to stop, or the last one wanted, ends the step."""
+        finished = event.reason in ("stop", "length")
+        own = Decision("finish" if finished else "carry", event.row)
+        over = state.running == 1 or state.finished + finished == state.rows_wanted
+        if state.ended or not over:
+            return (own,)
+        return (own, Decision("end_step"), Decision("update_weights"))
 
+    @abstractmethod
     def startup_steps(self, max_response_tokens: int) -> int:
         """Steps before the mix of fresh and carried rows is steady; rates are quoted without them."""
-        ...
 
 
 def describe(schedule: Schedule) -> dict[str, Any]:
@@ -149,13 +159,3 @@ def fill_with_fresh_rows(
 
 def _at_most(tokens: int, limit: int | None) -> int:
     return tokens if limit is None else min(tokens, limit)
-
-
-def finish_or_carry(state: StepState, event: RowEnd) -> tuple[Decision, ...]:
-    """Finished rows leave, others carry over; the last row to stop, or the last one wanted, ends the step."""
-    finished = event.reason in ("stop", "length")
-    own = Decision("finish" if finished else "carry", event.row)
-    over = state.running == 1 or state.finished + finished == state.rows_wanted
-    if state.ended or not over:
-        return (own,)
-    return (own, Decision("end_step"), Decision("update_weights"))

@@ -7,30 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tppo.schedule.protocol import (
-    CarriedRow,
-    Decision,
-    Demand,
-    RowEnd,
-    StepPlan,
-    StepState,
-    fill_with_fresh_rows,
-    finish_or_carry,
-)
+from tppo.schedule.protocol import CarriedRow, Demand, Schedule, StepPlan, fill_with_fresh_rows
 
 
 @dataclass(frozen=True, slots=True)
-class Synchronous:
+class Synchronous(Schedule):
     kind: ClassVar[str] = "synchronous"
-    steps_ahead: ClassVar[int] = 0
-    simulated_only: ClassVar[bool] = False
 
     def plan_step(self, carried: Sequence[CarriedRow], demand: Demand) -> StepPlan:
         admissions = fill_with_fresh_rows(carried, demand, demand.rows, max_new_tokens=None)
         return StepPlan(demand.step, admissions, rows_wanted=len(admissions))
-
-    def on_row_end(self, state: StepState, event: RowEnd) -> tuple[Decision, ...]:
-        return finish_or_carry(state, event)
 
     def startup_steps(self, max_response_tokens: int) -> int:
         return 0

@@ -15,33 +15,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tppo.schedule.protocol import (
-    CarriedRow,
-    Decision,
-    Demand,
-    RowEnd,
-    StepPlan,
-    StepState,
-    fill_with_fresh_rows,
-    finish_or_carry,
-)
+from tppo.schedule.protocol import CarriedRow, Demand, Schedule, StepPlan, fill_with_fresh_rows
 
 STARTUP_STEPS = 10
 """Steps until a long round has followed the first short ones, where at least a fifth of the rows is deferred."""
 
 
 @dataclass(frozen=True, slots=True)
-class TailBatching:
+class TailBatching(Schedule):
     threshold: int
     """New tokens per row in a short round."""
 
     kind: ClassVar[str] = "tail_batching"
-    steps_ahead: ClassVar[int] = 0
-    simulated_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.threshold < 1:
             raise ValueError(f"threshold = {self.threshold}: a short round must allow at least 1 new token per row")
+
+    @property
+    def simulated_only(self) -> bool:
+        return True
 
     def plan_step(self, carried: Sequence[CarriedRow], demand: Demand) -> StepPlan:
         deferred = sorted(carried, key=lambda row: row.row)
@@ -50,9 +43,6 @@ class TailBatching:
         else:
             admissions = fill_with_fresh_rows([], demand, demand.rows, max_new_tokens=self.threshold)
         return StepPlan(demand.step, admissions, rows_wanted=len(admissions))
-
-    def on_row_end(self, state: StepState, event: RowEnd) -> tuple[Decision, ...]:
-        return finish_or_carry(state, event)
 
     def startup_steps(self, max_response_tokens: int) -> int:
         return STARTUP_STEPS if self.threshold < max_response_tokens else 0

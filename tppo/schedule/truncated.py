@@ -14,26 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tppo.schedule.protocol import (
-    CarriedRow,
-    Decision,
-    Demand,
-    RowEnd,
-    StepPlan,
-    StepState,
-    fill_with_fresh_rows,
-    finish_or_carry,
-)
+from tppo.schedule.protocol import CarriedRow, Demand, Schedule, StepPlan, fill_with_fresh_rows
 
 
 @dataclass(frozen=True, slots=True)
-class Truncated:
+class Truncated(Schedule):
     window: int
     """New tokens per row and step."""
 
     kind: ClassVar[str] = "truncated"
-    steps_ahead: ClassVar[int] = 0
-    simulated_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -42,9 +31,6 @@ class Truncated:
     def plan_step(self, carried: Sequence[CarriedRow], demand: Demand) -> StepPlan:
         admissions = fill_with_fresh_rows(carried, demand, demand.rows, max_new_tokens=self.window)
         return StepPlan(demand.step, admissions, rows_wanted=len(admissions))
-
-    def on_row_end(self, state: StepState, event: RowEnd) -> tuple[Decision, ...]:
-        return finish_or_carry(state, event)
 
     def startup_steps(self, max_response_tokens: int) -> int:
         visits = -(-max_response_tokens // self.window)
