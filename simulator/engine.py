@@ -10,7 +10,8 @@ With chunked prefill, 3 and 4 share a budget of `chunk_tokens`: the rows that de
 goes to prefills in the order of admission, first the prefill part, then the decode part; a row that is prefilled
 decodes from the next iteration on.
 With prefix reuse, the rows of one prompt share the full blocks of the prompt while any of them runs: one that is
-admitted meanwhile (or after it in the same iteration) reserves and prefills only what comes after them.
+admitted meanwhile (or after it in the same iteration) reserves and prefills only what comes after them. In chunks too:
+prefills go in the order of admission, so the prompt is there when the later row's turn comes.
 Between two events the decode steps of a constant batch are one span, summed in closed form.
 """
 
@@ -213,10 +214,12 @@ class Engine:
             job.t_start = now_s if job.t_start is None else job.t_start
             self._admissions += 1
             self._running[job.order] = job
+            job.cached_tokens = self._cached_blocks(job) * BLOCK_TOKENS
+            self._share_prompt(job)
             if self._chunk_tokens is None:
                 self._decode_from_now(job)
             else:
-                job.prefilled = 0
+                job.prefilled = job.cached_tokens
                 self._prefilling[job.order] = job
                 self.kv.hold(job.context)
             admitted.append(job)
@@ -224,17 +227,18 @@ class Engine:
 
     def _decode_from_now(self, job: Job) -> None:
         job.admitted_at = self.steps_done
-        job.cached_tokens = self._cached_blocks(job) * BLOCK_TOKENS
         self.kv.add(job.context, self.steps_done)
-        if job.shared_blocks:
-            self.kv.used -= self._cached_blocks(job)
-            self._holders[job.group] = self._holders.get(job.group, 0) + 1
         self._context += job.context
         heapq.heappush(self._ends, (self.steps_done + job.left, job.row, job.order))
 
     def _cached_blocks(self, job: Job) -> int:
         """Blocks of its prompt that another running row holds."""
         return job.shared_blocks if self._holders.get(job.group) else 0
+
+    def _share_prompt(self, job: Job) -> None:
+        if job.shared_blocks:
+            self.kv.used -= self._cached_blocks(job)
+            self._holders[job.group] = self._holders.get(job.group, 0) + 1
 
     def _begin_to_decode(self) -> None:
         """At the end of an iteration: rows whose prefill is complete."""
@@ -281,19 +285,18 @@ class Engine:
 
     def _leave(self, job: Job) -> None:
         """Take a running row out; its context and what is left are brought up to date."""
+        del self._running[job.order]
+        if job.shared_blocks:
+            self._holders[job.group] -= 1
+            self.kv.used += self._cached_blocks(job)
         if self._prefilling.pop(job.order, None) is not None:
             self.kv.release(job.context)
-            del self._running[job.order]
             return
         done = self.steps_done - job.admitted_at
         job.context += done
         job.left -= done
         self.kv.remove(job.context, self.steps_done)
-        if job.shared_blocks:
-            self._holders[job.group] -= 1
-            self.kv.used += self._cached_blocks(job)
         self._context -= job.context
-        del self._running[job.order]
 
     def _prefill_span(self, admitted: list[Job]) -> Span:
         new = [job.context - job.cached_tokens for job in admitted]

@@ -111,12 +111,6 @@ class ClusterSettings(Settings):
     """GPUs of a separate trainer."""
 
     @model_validator(mode="after")
-    def check_the_prefill(self) -> "ClusterSettings":
-        if self.prefix_reuse and self.prefill == "chunked":
-            raise ValueError("prefix_reuse is not available with prefill = 'chunked' yet; set one of them back")
-        return self
-
-    @model_validator(mode="after")
     def check_the_trainer(self) -> "ClusterSettings":
         if self.trainer == "separate" and not self.trainer_gpus:
             raise ValueError("trainer = 'separate' needs trainer_gpus")

@@ -158,6 +158,7 @@ def iterate(e, queues, shared, running, clock, slots, capacity, costs, chunk_tok
             prompt, whole = shares.get(item.row, (None, 0))
             known = any(prompt is not None and shares[other.row][0] == prompt for other in running[e])
             item.cached = 16 * whole if known else 0
+            item.prefilled = item.cached
             running[e].append(item)
             admitted.append(item)
     if chunk_tokens is not None:

@@ -128,7 +128,7 @@ def cases(draw):
         "window": draw(st.integers(1, 100)) if kind == "truncated" else None,
         "factor": draw(st.sampled_from([1.0, 1.25, 1.5, 2.0])) if kind == "oversample" else None,
         "threshold": draw(st.integers(1, 60)) if kind == "tail_batching" else None,
-        "chunk": None if samples else draw(st.none() | st.integers(1, 120)),
+        "chunk": draw(st.none() | st.integers(1, 120)),
         "samples": samples,
         "steps": draw(st.integers(1, 6)),
         "prompt": prompt,
