@@ -1,6 +1,7 @@
 """The totals of a run, measured or simulated, under the names that users' scripts rely on."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ def summarise(
     startup_steps: int,
     drawn_mean_tokens: float | None = None,
     trains_whole_responses: bool = False,
+    trained_at: Mapping[int, int] | None = None,
 ) -> dict[str, Any]:
     """Totals and rates. Seconds, tokens, rows; null for what this run cannot tell.
 
@@ -44,11 +46,15 @@ def summarise(
     the number left out), evaluation and checkpoints.
     drawn_mean_tokens: mean length of the rows drawn, where it is known; else it is known if all rows finished.
     trains_whole_responses: only rows that finished in a step are processed in it, else all of its rows.
+    trained_at: row -> the step that it trained, where finished rows wait for theirs; else they train when they finish.
     """
     rows = rollouts[rollouts.step >= 1]
+    own_step = rows.step if trained_at is None else rows.row.map(trained_at).fillna(rows.step).astype(int)
+    rows = rows.assign(trained_at=own_step)
     steps = int(rows.step.nunique())
     tokens = rows.tokens.to_numpy()
-    processed = rows[rows.finished] if trains_whole_responses else rows
+    done = rows.finished if trained_at is None else rows.finished & rows.row.isin(list(trained_at))
+    processed = rows[done] if trains_whole_responses else rows
     trained = rows.trained_tokens.to_numpy()
     finished = rows[rows.finished]
     rows_in = int(rows.row.nunique())
@@ -126,11 +132,9 @@ def _staleness(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """
     whole = rows.trained_tokens > rows.tokens
     own = rows[~whole]
-    visits = rows[["row", "step", "tokens", "policy_version"]].merge(
-        rows.loc[whole, ["row", "step"]].rename(columns={"step": "trained_at"}), on="row"
-    )
+    visits = rows[["row", "step", "tokens", "policy_version"]].merge(rows.loc[whole, ["row", "trained_at"]], on="row")
     visits = visits[visits.step <= visits.trained_at]
-    ages = np.concatenate([own.step - 1 - own.policy_version, visits.trained_at - 1 - visits.policy_version])
+    ages = np.concatenate([own.trained_at - 1 - own.policy_version, visits.trained_at - 1 - visits.policy_version])
     return ages, np.concatenate([own.trained_tokens, visits.tokens])
 
 

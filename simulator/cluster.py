@@ -3,10 +3,13 @@
 The schedule is the trainer's own object; it is told of every row that ends, in time order, and decides. A step's
 rollout begins when the training of the step `1 + schedule.steps_ahead` before it is done. Where steps run ahead
 (asynchronous), engines take the newest weights between two rollouts; the trainer gets the rows of the rollout before
-once they have, so that with one step ahead rollout and training keep step, as in our trainer.
+once they have, so that with one step ahead rollout and training keep step, as in our trainer. Where rows are in
+flight, a step's rollout lasts until the step has trained, on the rows that finished first.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import simpy
@@ -14,12 +17,21 @@ import simpy
 from profiling.errors import ConservationError
 from simulator.costs import graded_at, phase_s, resolve, reward_s
 from simulator.experiment import Experiment
-from simulator.log import Log, StepLog
+from simulator.log import Log, RowRecord, StepLog
 from simulator.rollout import Rollout, RowState
 from simulator.workload import RowSource
 from tppo.schedule import CarriedRow, Demand, StepPlan
 
 Process = Generator[simpy.Event, None, None]
+
+
+class Finished(NamedTuple):
+    """A row that has finished."""
+
+    row: int
+    context: int
+    """Tokens of its prompt and response."""
+    t_end: float
 
 
 class TrainingRun:
@@ -42,13 +54,19 @@ class TrainingRun:
         """Steps that have been trained on, which is the version of the newest policy."""
         self.version = 0
         """Of the policy that the engines have."""
+        self.trained_at: dict[int, int] = {}
+        """In flight: row -> the step that it trained, which may come after the one in which it finished."""
+        self._ready: list[Finished] = []
+        """In flight: rows that have finished and wait for their step, in that order."""
+        self._batches: dict[int, list[Finished]] = {}
+        """In flight: what each step trains on."""
         steps = range(experiment.workload.steps + 1)
         self._handed_over: list[simpy.Event] = [self.env.event() for _ in steps]
         """By step: its rows have been given to the trainer."""
         self._trained_on: list[simpy.Event] = [self.env.event() for _ in steps]
 
     def run(self) -> None:
-        self.env.process(self.roll_out())
+        self.env.process(self.roll_out_in_flight() if self.schedule.in_flight else self.roll_out())
         self.env.process(self.train())
         self.env.run()
         self.check_rows()
@@ -82,21 +100,51 @@ class TrainingRun:
             yield from self.take_newest_weights()
             self._handed_over[steps].succeed()
 
+    def roll_out_in_flight(self) -> Process:
+        """Rollout after rollout, each until its step has trained and the engines have the new weights."""
+        for step in range(1, self.experiment.workload.steps + 1):
+            plan = self.plan(step)
+            start = self.wall_s
+            training_s = partial(self.take_batch, step)
+            rollout = Rollout(self.experiment, self.costs, self.schedule, self.rows, self.version, start, training_s)
+            self.log.steps[step].rows, self.log.steps[step].spans = rollout.run(plan)
+            self.env.process(self.hand_over(step, after_s=rollout.ready_at - start))
+            yield self.env.timeout(rollout.now - start + self.costs.rollout_other_s)
+            self.log.phases.append(("rollout", step, start, self.wall_s))
+            self._ready += _finished(self.log.steps[step].records())
+            self._ready = [row for row in self._ready if row.row not in self.trained_at]
+            self.after_rollout(step)
+            yield self._trained_on[step]
+            yield from self.take_newest_weights()
+
+    def take_batch(self, step: int, records: Sequence[RowRecord]) -> float:
+        """The rows that finished first are the step's; seconds to train on them."""
+        batch = [*self._ready, *_finished(records)][: self.experiment.workload.rows_per_step]
+        self._batches[step] = batch
+        self.trained_at |= {row.row: step for row in batch}
+        return sum(seconds for _, seconds in self.phases_of(step)) + self.costs.step_other_s
+
+    def hand_over(self, step: int, *, after_s: float) -> Process:
+        yield self.env.timeout(after_s)
+        self._handed_over[step].succeed()
+
     def train(self) -> Process:
         """Step after step: wait for its rows, train, let the rollout that waited for it begin."""
         for step in range(1, self.experiment.workload.steps + 1):
             yield self._handed_over[step]
             yield from self.spend(step, self.phases_of(step))
-            if not self.schedule.steps_ahead:
+            in_turns = not self.schedule.steps_ahead and not self.schedule.in_flight
+            if in_turns:
                 yield from self.spend(step, self.between_steps(step))
             yield self.env.timeout(self.costs.step_other_s)
             self.trained = step
-            if not self.schedule.steps_ahead:
+            if in_turns:
                 self.version = step
             self._trained_on[step].succeed()
 
     def take_newest_weights(self) -> Process:
-        """Between two rollouts that run ahead: what a step ends with otherwise, for the last step trained on."""
+        """Between two rollouts that run ahead or are in flight: what a step ends with otherwise, for the last step
+        trained on."""
         step = self.trained
         if step == self.version:
             return
@@ -141,23 +189,33 @@ class TrainingRun:
     def phases_of(self, step: int) -> Iterator[tuple[str, float]]:
         """The phases after a rollout, one after the other, in the order of the trainer's loop."""
         costs, trainer = self.costs, self.experiment.cluster.trainer
-        rows = self.log.steps[step].rows
-        done = rows["finished"].astype(bool)
-        context = rows["context_before"] + rows["tokens"]  # processed tokens of each row
-        of_finished = int(context[done].sum())
-        processed = of_finished if self.experiment.trains_whole_responses else int(context.sum())
+        finished_at, of_finished, processed = self.batch_of(step)
         if trainer == "colocated":
             yield "switch", costs.switch_s
         if self.experiment.cluster.overlap_reward:
-            graded = graded_at(costs, np.sort(rows["t_end"][done]).tolist())
-            yield "reward", max(0.0, graded - self.wall_s)
+            began = max(self.wall_s, *finished_at) if finished_at else self.wall_s
+            yield "reward", max(0.0, graded_at(costs, finished_at) - began)
         else:
-            yield "reward", reward_s(costs, int(done.sum()))
+            yield "reward", reward_s(costs, len(finished_at))
         if trainer != "none":
             for phase in ("logprob_forward", "reference_forward", "value_forward"):
                 yield phase, phase_s(costs, phase, processed)
             yield "update_value", phase_s(costs, "update_value", of_finished)
             yield "update_policy", phase_s(costs, "update_policy", processed)
+
+    def batch_of(self, step: int) -> tuple[list[float], int, int]:
+        """What the step trains on: when its finished rows ended, ascending; their tokens with context; those that it
+        processes in all."""
+        if self.schedule.in_flight:
+            batch = self._batches[step]
+            tokens = sum(row.context for row in batch)
+            return sorted(row.t_end for row in batch), tokens, tokens
+        rows = self.log.steps[step].rows
+        done = rows["finished"].astype(bool)
+        context = rows["context_before"] + rows["tokens"]
+        of_finished = int(context[done].sum())
+        processed = of_finished if self.experiment.trains_whole_responses else int(context.sum())
+        return np.sort(rows["t_end"][done]).tolist(), of_finished, processed
 
     def between_steps(self, step: int) -> Iterator[tuple[str, float]]:
         """What the engines take part in, between the training of `step` and a rollout."""
@@ -188,3 +246,7 @@ class TrainingRun:
         expected = self.drawn_tokens - left + sum(row.response_tokens for row in self.carried)
         if generated != expected:
             raise ConservationError(f"tokens: {generated} generated, {expected} accounted for by rows")
+
+
+def _finished(records: Sequence[RowRecord]) -> list[Finished]:
+    return [Finished(r.row, r.context_before + r.tokens, r.t_end) for r in records if r.finished]

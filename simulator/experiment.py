@@ -72,7 +72,10 @@ class OversampleSchedule(Settings):
 class AsynchronousSchedule(Settings):
     kind: Literal["asynchronous"]
     max_staleness: PositiveInt = 1
-    """Updates between sampling a row and training on it; our trainer runs 1."""
+    """Updates between sampling a row and training on it; our trainer runs 1. In flight: steps' worth of rows that may
+    be started ahead."""
+    in_flight_update: bool = False
+    """Rows stream: they run on while a step trains, and take its weights in the middle."""
 
 
 class TailBatchingSchedule(Settings):
@@ -187,7 +190,7 @@ class Experiment(Settings):
     @model_validator(mode="after")
     def check_what_runs_ahead(self) -> "Experiment":
         every = getattr(self.cost, "evaluation_every", 0) or getattr(self.cost, "checkpoint_every", 0)
-        if isinstance(self.schedule, AsynchronousSchedule) and self.schedule.max_staleness > 1 and every:
+        if self.make_schedule().steps_ahead > 1 and every:
             raise ValueError(
                 "schedule.max_staleness: evaluations and checkpoints stop every GPU, which more than one step ahead "
                 "cannot wait for; set cost.evaluation_every = 0 and cost.checkpoint_every = 0"
@@ -206,7 +209,7 @@ class Experiment(Settings):
         if isinstance(settings, OversampleSchedule):
             return Oversample(factor=settings.factor)
         if isinstance(settings, AsynchronousSchedule):
-            return Asynchronous(max_staleness=settings.max_staleness)
+            return Asynchronous(settings.max_staleness, settings.in_flight_update)
         if isinstance(settings, TailBatchingSchedule):
             return TailBatching(threshold=settings.threshold)
         return Synchronous()
@@ -214,7 +217,7 @@ class Experiment(Settings):
     @property
     def trains_whole_responses(self) -> bool:
         """Rows train when they finish, all their tokens at once; else a step trains the tokens it generated."""
-        return self.schedule.kind in ("oversample", "tail_batching")
+        return self.schedule.kind in ("oversample", "tail_batching") or self.make_schedule().in_flight
 
     @property
     def trailing_tokens(self) -> int:
@@ -260,7 +263,7 @@ def _refuse_what_is_not_there_yet(values: Mapping[str, Any], where: str) -> None
 
     if section("cost").get("kind") == "analytic":
         raise ConfigError(f"{where}: cost.kind = 'analytic' is not available yet; choose affine or calibrated")
-    for dotted in ("schedule.in_flight_update", "cost.mtbf_hours", "cost.restart_s"):
+    for dotted in ("cost.mtbf_hours", "cost.restart_s"):
         name, key = dotted.split(".")
         if key in section(name):
             raise ConfigError(f"{where}: {name}.{key} is not available yet; remove it")

@@ -1,7 +1,9 @@
 """One rollout: every engine runs from event to event until the schedule ends the step."""
 
 import heapq
+import math
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +13,7 @@ from simulator.closed_form import engine_columns, in_order_of_events
 from simulator.costs import engine_costs
 from simulator.engine import ONE_INSTANT_S, Engine, Job, Span
 from simulator.experiment import AffineCostSettings, Experiment
-from simulator.kv import BLOCK_TOKENS
+from simulator.kv import BLOCK_TOKENS, blocks_for
 from simulator.log import REASONS, SPAN_COLUMNS, Columns, RowRecord, columns_of, compact
 from tppo.schedule import Reason, RowEnd, Schedule, StepPlan, StepState
 
@@ -25,6 +27,8 @@ class RowState:
     length: int
     """Tokens of its whole response."""
     response_tokens: int = 0
+    engine: int | None = None
+    """Where it last ran."""
 
 
 class Rollout:
@@ -39,12 +43,20 @@ class Rollout:
         rows: dict[int, RowState],
         policy_version: int,
         now_s: float,
+        training_s: Callable[[Sequence[RowRecord]], float] | None = None,
     ) -> None:
+        """training_s: where rows run on while the step trains (`in_flight`), the seconds that it takes to train, given
+        the records up to the moment when the step had its rows."""
         self.rows, self.settings, self.costs, self.schedule = rows, experiment.cluster, costs, schedule
         self.samples = experiment.workload.samples_per_prompt
         self.longest = experiment.workload.max_response_tokens
         self.version = policy_version
         self.now = now_s
+        self.ready_at = math.inf
+        """When the step had the rows that it trains on."""
+        self._over_at = math.inf
+        """When engines end the iteration at hand and begin no other."""
+        self._training_s = training_s
         self._shared: deque[Job] = deque()
         self._engines: list[Engine] = []
         self._stopped_at: list[float] = []
@@ -56,38 +68,60 @@ class Rollout:
         """Rows and spans of the step; afterwards `now` is its end."""
         self.dispatch(plan)
         self._state = StepState.of(plan)
-        columns = self.run_in_closed_form() if self.nothing_waits(plan) else self.run_from_event_to_event()
-        if not self._state.ended:
-            raise ConservationError(f"step {plan.step}: every engine is empty and the schedule has not ended the step")
-        return columns
+        if self.nothing_waits(plan):
+            return self.run_in_closed_form()
+        return self.run_from_event_to_event()
 
     def run_from_event_to_event(self) -> tuple[Columns, Columns]:
         self._stopped_at = [self.now] * len(self._engines)
         pending: list[tuple[float, int, float, Span]] = []  # heap of (end, engine, start, span)
+        self.note_whether_it_has_its_rows()
         for number in range(len(self._engines)):
-            self.go_on(number, pending)
+            if self.now < self._over_at - ONE_INSTANT_S:
+                self.go_on(number, pending)
+        was_cut = False
         while pending:
+            if not was_cut and pending[0][0] > self._over_at + ONE_INSTANT_S:
+                pending, was_cut = self.cut(pending, self._over_at), True
             instant = pending[0][0]
             self.now = max(self.now, instant)
             due = [heapq.heappop(pending)]
             while pending and pending[0][0] <= instant + ONE_INSTANT_S:
                 due.append(heapq.heappop(pending))
             due.sort(key=_engine_of)
-            was_over = self._state.ended
             for end, number, began, span in due:
                 self._spans.append((number, *span, began, end))
                 self._stopped_at[number] = end
                 for job in self._engines[number].finish_span(span):
                     self.row_ends(number, job, end)
+            self.note_whether_it_has_its_rows()
+            over = instant >= self._over_at - ONE_INSTANT_S
             for _, number, _, _ in due:
-                if not self._state.ended or self._engines[number].in_an_iteration:
+                if not over or self._engines[number].in_an_iteration:
                     self.go_on(number, pending)
-            if self._state.ended and not was_over:
-                pending = self.cut(pending, instant)
+        self.check_it_ended()
         self.abort_what_is_left()
         for engine in self._engines:
             engine.check_empty()
         return columns_of(self._records, RowRecord._fields), columns_of(self._spans, SPAN_COLUMNS)
+
+    def note_whether_it_has_its_rows(self) -> None:
+        if self._state.ended and self.ready_at == math.inf:
+            self.ready_at = self.now
+            self._over_at = self.now + (self._training_s(self._records) if self._training_s else 0.0)
+
+    def check_it_ended(self) -> None:
+        """Nothing runs any more: the step must have its rows, or it stalled."""
+        if self._state.ended:
+            return
+        waiting = [*self._shared, *(job for engine in self._engines for job in engine.queue)]
+        free = ", ".join(f"{engine.kv.free:.0f}" for engine in self._engines[:8])
+        held = "".join(f"; row {job.row} waits for {blocks_for(job.context)} blocks" for job in waiting[:5])
+        raise ConservationError(
+            f"step {self._state.step}: the rollout stalled at {self.now:.6g} s: no engine runs a row, "
+            f"{self._state.finished} of {self._state.rows_wanted} rows wanted have finished, {len(waiting)} wait, "
+            f"and schedule '{self.schedule.kind}' has not ended the step (free KV blocks by engine: {free}{held})"
+        )
 
     def nothing_waits(self, plan: StepPlan) -> bool:
         """Every engine has a slot and memory for all of its rows, and all of them run to their ends."""
@@ -99,6 +133,7 @@ class Rollout:
             and not self._shared
             and (limit is None or all(len(engine.queue) <= limit for engine in self._engines))
             and plan.rows_wanted == len(plan.admissions)
+            and not self.schedule.in_flight
         )
 
     def run_in_closed_form(self) -> tuple[Columns, Columns]:
@@ -138,6 +173,7 @@ class Rollout:
             row.response_tokens = whole
             state = state.after(told(state, RowEnd(row.row, new, whole, REASONS[why])))
         self._state = state
+        self.check_it_ended()
         nothing = np.zeros(len(jobs))
         columns = {
             "row": np.array([job.row for job in jobs]), "engine": engine, "policy_version": nothing + self.version,
@@ -154,20 +190,37 @@ class Rollout:
         costs = engine_costs(self.costs)
         limits = settings.max_rows_per_engine, settings.kv_tokens_per_engine
         self._engines = [Engine(costs, *limits, self._shared, chunk) for _ in range(settings.engines)]
-        capacity = settings.max_rows_per_engine
-        for place, admission in enumerate(plan.admissions):
+        new_here: list[Job] = []
+        for admission in plan.admissions:
             row = self.rows[admission.row]
             tokens = min(admission.budget_tokens, row.length - row.response_tokens)
             job = Job(row.row, row.prompt_tokens + row.response_tokens, tokens, resumed=row.response_tokens > 0)
             if settings.prefix_reuse:
                 job.group = row.row // self.samples
                 job.shared_blocks = row.prompt_tokens // BLOCK_TOKENS
-            # A shared queue deals one row after the other to the engines until their slots are taken; the rest wait.
-            shares = settings.dispatch == "shared_queue"
-            if shares and capacity is not None and place >= capacity * settings.engines:
+            if self.schedule.in_flight and row.engine is not None:
+                self._engines[row.engine].submit(job)  # where it ran before the weights came
+            else:
+                new_here.append(job)
+        self.deal(new_here)
+
+    def deal(self, jobs: list[Job]) -> None:
+        """One to each engine in turn; with a shared queue to the engine that has the fewest, until the slots are
+        taken: the rest wait for the first that is free."""
+        if self.settings.dispatch == "round_robin":
+            for place, job in enumerate(jobs):
+                self._engines[place % len(self._engines)].submit(job)
+            return
+        capacity = self.settings.max_rows_per_engine or math.inf
+        loads = [(len(engine.queue), number) for number, engine in enumerate(self._engines)]
+        heapq.heapify(loads)
+        for job in jobs:
+            load, number = loads[0]
+            if load >= capacity:
                 self._shared.append(job)
             else:
-                self._engines[place % settings.engines].submit(job)
+                self._engines[number].submit(job)
+                heapq.heapreplace(loads, (load + 1, number))
 
     def go_on(self, number: int, pending: list[tuple[float, int, float, Span]]) -> None:
         now = self.now
@@ -208,6 +261,8 @@ class Rollout:
             reason = "aborted"
         if job.t_start is None:  # it never ran
             end = self.now
+        else:
+            row.engine = engine
         start = end if job.t_start is None else job.t_start
         self._records.append(
             RowRecord(

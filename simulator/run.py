@@ -76,6 +76,8 @@ class Result:
         finished = rows["finished"].astype(bool)
         if self.experiment.trains_whole_responses:
             trained = np.where(finished, rows["context_before"] + rows["tokens"] - rows["prompt_tokens"], 0)
+            if self.run.schedule.in_flight:  # what waits for its step at the end of the run has not trained
+                trained = np.where(np.isin(rows["row"], list(self.run.trained_at)), trained, 0)
         else:
             kept = np.maximum(rows["tokens"] - self.experiment.trailing_tokens, 0)
             trained = np.where(finished, rows["tokens"], kept)
@@ -100,6 +102,7 @@ class Result:
             wall_s=run.wall_s, startup_steps=run.schedule.startup_steps(workload.max_response_tokens),
             drawn_mean_tokens=run.drawn_tokens / run.next_row,
             trains_whole_responses=self.experiment.trains_whole_responses,
+            trained_at=run.trained_at if run.schedule.in_flight else None,
         )  # fmt: skip
         events = len(self.engine) + len(run.log.phases)
         return {**totals, "events": events, "simulator_seconds": self.simulator_seconds}

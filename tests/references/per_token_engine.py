@@ -48,17 +48,27 @@ class Outcome:
     tokens: dict
     history: list
     stopped: dict
+    engine_of: dict
 
 
-def roll_out(rows, *, wanted=None, **settings):
+def roll_out(rows, *, wanted=None, then_s=None, **settings):
     """Run one rollout. rows: (row, context, tokens to generate) in the step's order.
 
-    wanted: the step is over when so many rows have ended; every engine then ends the iteration it is in. Iterations
-    after that never happened: they are left out of the history of a rollout to the end.
+    wanted: the step is over when so many rows have ended, or then_s(these rows) seconds later; every engine then ends
+    the iteration it is in. Iterations after that never happened: they are left out of the history of a rollout to the
+    end.
     """
     history = whole_history(rows, **settings)
-    ends = sorted(iteration.end for iteration in history for _ in iteration.ended)
-    over = ends[wanted - 1] if wanted is not None and wanted <= len(ends) else math.inf
+    ends = sorted(
+        (round(iteration.end, 9), iteration.engine, row, iteration.end)
+        for iteration in history
+        for row in iteration.ended
+    )
+    over = math.inf
+    if wanted is not None and wanted <= len(ends):
+        over = ends[wanted - 1][3] if wanted else 0.0
+        if then_s is not None:
+            over += then_s([row for _, _, row, _ in ends[:wanted]])
     history = [iteration for iteration in history if iteration.start < over - 1e-12]
     stopped = dict.fromkeys(range(settings["engines"]), 0.0)
     tokens, preemptions = ({row: 0 for row, _, _ in rows} for _ in range(2))
@@ -76,7 +86,7 @@ def roll_out(rows, *, wanted=None, **settings):
     for row, _, _ in rows:
         if row not in end_of:  # stopped with its engine; one that never ran, with the last of them
             end_of[row] = stopped[engine_of[row]] if row in engine_of else max(stopped.values())
-    return Outcome(max(stopped.values()), end_of, preemptions, tokens, history, stopped)
+    return Outcome(max(stopped.values()), end_of, preemptions, tokens, history, stopped, engine_of)
 
 
 def ledger_of(outcome, *, slots, resumed):
@@ -105,18 +115,31 @@ def ledger_of(outcome, *, slots, resumed):
     return booked
 
 
-def whole_history(rows, *, engines, max_rows, kv_tokens, costs, shared_queue, chunk_tokens=None, shares=None):
-    """shares: row -> (prompt, full blocks of it), where the rows of a prompt share them."""
+def whole_history(
+    rows, *, engines, max_rows, kv_tokens, costs, shared_queue, chunk_tokens=None, shares=None, stays=None
+):
+    """shares: row -> (prompt, full blocks of it), where the rows of a prompt share them. stays: row -> the engine that
+    it ran on and goes on at."""
     capacity = math.inf if kv_tokens is None else kv_tokens // 16
     slots = math.inf if max_rows is None else max_rows
     queues = [[] for _ in range(engines)]
     shared = []
-    for place, (row, context, left) in enumerate(rows):
-        item = SlowRow(row, context, left)
-        if shared_queue and place >= slots * engines:
-            shared.append(item)
+    stays = stays or {}
+    for row, context, left in rows:
+        if row in stays:
+            queues[stays[row]].append(SlowRow(row, context, left))
+    place = 0
+    for row, context, left in rows:
+        if row in stays:
+            continue
+        emptiest = min(range(engines), key=lambda e: len(queues[e]))
+        if not shared_queue:
+            queues[place % engines].append(SlowRow(row, context, left))
+        elif len(queues[emptiest]) < slots:
+            queues[emptiest].append(SlowRow(row, context, left))
         else:
-            queues[place % engines].append(item)
+            shared.append(SlowRow(row, context, left))
+        place += 1
     running = [[] for _ in range(engines)]
     clock = [0.0] * engines
     history = []

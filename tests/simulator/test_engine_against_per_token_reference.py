@@ -11,6 +11,7 @@ from simulator import load_experiment, simulate
 sys.path.insert(0, str(Path(__file__).parent.parent / "references"))
 from per_token_engine import ledger_of, roll_out
 
+TRAINING = {"policy_update_base_s": 0.021, "policy_update_per_token_s": 1.3e-4, "weight_sync_s": 0.0053}
 COSTS = {
     "decode_base_s": 0.0101,
     "decode_per_row_s": 2.13e-4,
@@ -32,6 +33,7 @@ def experiment(
     window,
     factor,
     threshold,
+    ahead,
     steps,
     prompt,
     longest,
@@ -54,6 +56,11 @@ def experiment(
         schedule = {"kind": "oversample", "factor": factor}
     if threshold is not None:
         schedule = {"kind": "tail_batching", "threshold": threshold}
+    costs = COSTS
+    if ahead is not None:
+        schedule = {"kind": "asynchronous", "max_staleness": ahead, "in_flight_update": True}
+        cluster |= {"trainer": "separate", "trainer_gpus": 1}
+        costs = COSTS | TRAINING
     return load_experiment(
         {
             "workload": {
@@ -66,17 +73,31 @@ def experiment(
             },
             "schedule": schedule,
             "cluster": cluster,
-            "cost": {"kind": "affine", **COSTS},
+            "cost": {"kind": "affine", **costs},
         }
     )
 
 
 def replay_slowly(
-    lengths, *, engines, max_rows, kv_tokens, shared, window, factor, threshold, chunk, samples, steps, prompt, longest
+    lengths,
+    *,
+    engines,
+    max_rows,
+    kv_tokens,
+    shared,
+    window,
+    factor,
+    threshold,
+    ahead,
+    chunk,
+    samples,
+    steps,
+    prompt,
+    longest,
 ):
     """The step loop by hand: carried rows by id, then fresh ones, step by step."""
     length_of, done_of, next_row, wall, ends, preemptions = {}, {}, 0, 0.0, {}, 0
-    ledger = {}
+    ledger, stays, ready = {}, {}, []
     wanted = len(lengths)
     started = wanted if factor is None else math.ceil(factor * wanted)
     for step in range(1, steps + 1):
@@ -86,6 +107,8 @@ def replay_slowly(
             long_round = len(carried) >= wanted
             carried = carried[:wanted] if long_round else []
             limit = None if long_round else threshold
+        if ahead is not None:
+            started = (step + ahead) * wanted - (next_row - len(carried))
         fresh = range(next_row, next_row + max(started - len(carried), 0))
         for row in fresh:
             length_of[row], done_of[row] = min(lengths[row % len(lengths)], longest), 0
@@ -94,11 +117,20 @@ def replay_slowly(
         for row in [*carried, *fresh]:
             left = length_of[row] - done_of[row]
             rows.append((row, prompt + done_of[row], left if limit is None else min(left, limit)))
+        until, training_s = (wanted if factor is not None else None), None
+        if ahead is not None:
+            until, trains = max(wanted - len(ready), 0), []
+
+            def training_s(ended, until=until, waiting=ready, trains=trains):
+                trains += [*waiting[:wanted], *ended][:wanted]
+                tokens = sum(prompt + length_of[row] for row in trains)
+                return TRAINING["policy_update_base_s"] + TRAINING["policy_update_per_token_s"] * tokens
+
         outcome = roll_out(
             rows, engines=engines, max_rows=max_rows, kv_tokens=kv_tokens, costs=COSTS, shared_queue=shared,
             chunk_tokens=chunk,
             shares=None if samples is None else {row: (row // samples, prompt // 16) for row, _, _ in rows},
-            wanted=None if factor is None else wanted,
+            wanted=until, then_s=training_s, stays=stays,
         )  # fmt: skip
         for row, _, _ in rows:
             done_of[row] += outcome.tokens[row]
@@ -107,7 +139,17 @@ def replay_slowly(
         for cause, seconds in ledger_of(outcome, slots=max_rows, resumed=resumed).items():
             ledger[cause] = ledger.get(cause, 0.0) + seconds
         preemptions += sum(outcome.preemptions.values())
-        wall += outcome.seconds
+        if ahead is None:
+            wall += outcome.seconds
+            continue
+        stays |= outcome.engine_of
+        done = [row for row, _, _ in rows if done_of[row] == length_of[row]]
+        done.sort(key=lambda row: (round(outcome.ends[row], 9), outcome.engine_of[row], row))
+        ready = [row for row in [*ready, *done] if row not in trains]
+        begins = max((outcome.ends[row] for row in trains if row in done), default=0.0)
+        tokens = sum(prompt + length_of[row] for row in trains)
+        trained = begins + TRAINING["policy_update_base_s"] + TRAINING["policy_update_per_token_s"] * tokens
+        wall += max(outcome.seconds, trained) + TRAINING["weight_sync_s"]
     finished = sum(done_of[row] == length_of[row] for row in done_of)
     return wall, ends, preemptions, (finished, sum(done_of.values())), ledger
 
@@ -117,7 +159,7 @@ def cases(draw):
     longest = draw(st.integers(1, 90))
     prompt = draw(st.integers(0, 40))
     samples = draw(st.none() | st.integers(1, 4))
-    kind = draw(st.sampled_from(["synchronous", "truncated", "oversample", "tail_batching"]))
+    kind = draw(st.sampled_from(["synchronous", "truncated", "oversample", "tail_batching", "in_flight"]))
     fits_one = 16 * (-(-(prompt + longest + 1) // 16))
     return {
         "lengths": draw(st.lists(st.integers(1, 100), min_size=1, max_size=24 // (samples or 1))) * (samples or 1),
@@ -128,6 +170,7 @@ def cases(draw):
         "window": draw(st.integers(1, 100)) if kind == "truncated" else None,
         "factor": draw(st.sampled_from([1.0, 1.25, 1.5, 2.0])) if kind == "oversample" else None,
         "threshold": draw(st.integers(1, 60)) if kind == "tail_batching" else None,
+        "ahead": draw(st.integers(1, 3)) if kind == "in_flight" else None,
         "chunk": draw(st.none() | st.integers(1, 120)),
         "samples": samples,
         "steps": draw(st.integers(1, 6)),
@@ -156,7 +199,7 @@ def test_heavy_kv_pressure_equals_single_tokens(tmp_path):
     case = {
         "lengths": [60 + 7 * (i % 11) for i in range(40)],
         "engines": 2, "max_rows": None, "kv_tokens": 600, "shared": False,
-        "window": 50, "factor": None, "threshold": None, "chunk": None, "samples": None,
+        "window": 50, "factor": None, "threshold": None, "ahead": None, "chunk": None, "samples": None,
         "steps": 3, "prompt": 20, "longest": 140,
     }  # fmt: skip
     result = simulate(experiment(tmp_path=tmp_path, **case))

@@ -88,6 +88,74 @@ def test_staleness_never_exceeds_its_bound(tmp_path, eta):
     assert [step for step, _, _ in phases(result, "update_policy")] == list(range(1, 10))
 
 
+IN_FLIGHT = {"kind": "asynchronous", "in_flight_update": True}
+
+
+def test_rows_in_flight_take_new_weights_in_the_middle(tmp_path):
+    # Two rows a step, four may be under way; training 2 s, sync 1 s. Rows of 3, 9, 4, 6, 5, 8, 2, 7, 3, 9.
+    # 0: rows 0-3. Rows 0 and 2 end at 3 and 4: training 1 from 4 to 6, where row 3 ends too and row 1 has 6 of 9.
+    # 6-7 sync. 7: rows 1, 4, 5; row 3 waits for its step, so row 1 at 10 is the last that it needs: training 10-12,
+    # where row 4 ends. 12-13 sync. 13: rows 5 (5 of 8), 6, 7; row 6 at 15: training of 4 and 6, 15-17; row 5 ends at
+    # 16. 17-18 sync. 18: rows 7 (4 of 7), 8, 9; rows 7 and 8 at 21: training of 5 and 7, 21-23. 23-24 sync.
+    result = simulate(experiment(tmp_path, IN_FLIGHT, policy_update_base_s=2.0, weight_sync_s=1.0))
+    assert [(s, e) for _, s, e in phases(result, "rollout")] == [(0, 6), (7, 12), (13, 17), (18, 23)]
+    assert [(s, e) for _, s, e in phases(result, "update_policy")] == [(4, 6), (10, 12), (15, 17), (21, 23)]
+    assert result.run.trained_at == {0: 1, 2: 1, 3: 2, 1: 2, 4: 3, 6: 3, 5: 4, 7: 4}
+    ran = {(r.row, r.policy_version): r.tokens for r in records(result)}
+    assert [ran[1, 0], ran[1, 1], ran[5, 1], ran[5, 2], ran[7, 2], ran[7, 3], ran[9, 3]] == [6, 3, 5, 3, 4, 3, 5]
+    summary = checked(result, tmp_path)
+    # Step 2 trains 6 + 6 tokens of version 0; step 3, 5 of version 1; step 4, 5 of version 1 and 3 + 4 of version 2.
+    assert summary["staleness_mean"] == pytest.approx((6 + 6 + 5 + 5 * 2 + 3 + 4) / 44)
+    assert summary["staleness_max"] == 2  # row 5 outlives two updates: eta bounds the rows under way, not their age
+    assert summary["processed_tokens"] == summary["trained_tokens"] == 44
+    assert (summary["rows_in"], summary["rows_finished"], summary["rows_carried"]) == (10, 9, 1)
+    assert (summary["ledger"]["update_policy"], summary["ledger"]["weight_sync"]) == (2 * 8, 3 * 4)
+    assert Run(tmp_path / "run").kind == "simulated only"
+
+
+def test_engines_in_flight_wait_for_a_trainer_that_is_slow(tmp_path):
+    # Training 20 s. 0-9: rows 0-3; training 1 from 4 to 24. Rows 1 and 3 wait for their step: 24: training 2 until 44,
+    # beside rows 4 and 5 until 32.
+    result = simulate(experiment(tmp_path, IN_FLIGHT, steps=2, policy_update_base_s=20.0))
+    assert [(s, e) for _, s, e in phases(result, "rollout")] == [(0, 9), (24, 32)]
+    assert [(s, e) for _, s, e in phases(result, "update_policy")] == [(4, 24), (24, 44)]
+    assert checked(result, tmp_path)["ledger"]["wait_train"] == 15 + 12
+
+
+@pytest.mark.parametrize("eta", [1, 3])
+def test_start_up_in_flight_is_over_when_mean_lengths_are_those_drawn(eta):
+    values = {
+        "workload": {"steps": 12 * eta, "prompts_per_step": 400, "max_response_tokens": 24576,
+                     "response_tokens": {"kind": "lognormal", "mean": 8192.0, "sigma": 0.8}},
+        "schedule": IN_FLIGHT | {"max_staleness": eta},
+        "cluster": {"engines": 4, "trainer": "separate", "trainer_gpus": 4},
+        "cost": {"decode_base_s": 0.008, "decode_per_row_s": 2e-5, "decode_per_context_token_s": 5e-8,
+                 "policy_update_per_token_s": 2e-5},
+    }  # fmt: skip
+    result = simulate(load_experiment(values))
+    rows = result.rollouts[result.rollouts.trained_tokens > 0]
+    step = rows.row.map(result.run.trained_at)
+    startup = result.summary()["startup_steps"]
+    assert startup == 3 * eta
+    assert rows.trained_tokens[step == 1].mean() < 0.6 * 7742
+    assert rows.trained_tokens[step > startup].mean() == pytest.approx(7742, rel=0.03)
+
+
+def test_rows_in_flight_stay_on_their_engine(tmp_path):
+    for dispatch in ("round_robin", "shared_queue"):
+        result = simulate(
+            experiment(tmp_path, IN_FLIGHT, steps=8, rows=4, engines=3, policy_update_base_s=1.0,
+                       trainer={"trainer": "separate", "trainer_gpus": 1, "dispatch": dispatch,
+                                "max_rows_per_engine": 2})
+        )  # fmt: skip
+        engines = {}
+        for record in records(result):
+            if record.tokens:
+                engines.setdefault(record.row, set()).add(record.engine)
+        assert max(len(several) for several in engines.values()) == 1
+        assert len({engine for several in engines.values() for engine in several}) == 3
+
+
 def test_evaluations_and_checkpoints_stop_a_run_that_runs_ahead(tmp_path):
     """They take place between two rollouts, when the trainer is done with the step they belong to."""
     result = simulate(

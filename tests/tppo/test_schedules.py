@@ -123,6 +123,25 @@ def test_a_step_whose_rows_all_fail_ends():
         assert all(actions == ["carry"] for actions in made[:-1])
 
 
+def test_rows_in_flight_are_bounded_and_a_step_wants_what_is_not_there_yet():
+    # N = 4, eta = 2. Step 1: (1 + 2) x 4 rows may have been started. Step 3: 20 of them, 14 were; 3 still run, so 11
+    # have finished, of which 8 have trained: 12 - 11 = 1 more makes the step's.
+    schedule = Asynchronous(max_staleness=2, in_flight_update=True)
+    first = schedule.plan_step([], Demand(1, 4, 0, 10))
+    assert (len(first.admissions), first.rows_wanted) == (12, 4)
+    third = schedule.plan_step([CarriedRow(row, 5) for row in (4, 9, 13)], Demand(3, 4, 14, 10))
+    assert [admission.row for admission in third.admissions] == [4, 9, 13, *range(14, 20)]
+    assert third.rows_wanted == 1
+    # Enough have finished already: the step has its rows at once, and nothing ends it a second time.
+    full = schedule.plan_step([CarriedRow(9, 5)], Demand(3, 4, 14, 10))
+    assert full.rows_wanted == 0
+    state = StepState.of(full)
+    assert state.ended
+    assert schedule.on_row_end(state, RowEnd(9, 2, 7, "stop")) == (Decision("finish", 9),)
+    assert (schedule.in_flight, schedule.steps_ahead, schedule.simulated_only) == (True, 0, True)
+    assert not Asynchronous().in_flight
+
+
 def test_only_the_asynchronous_schedule_runs_ahead():
     schedules = (Synchronous(), Truncated(4), Oversample(2.0), Asynchronous(1), Asynchronous(3))
     assert [s.steps_ahead for s in schedules] == [0, 0, 0, 1, 3]

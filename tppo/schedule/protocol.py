@@ -24,9 +24,9 @@ admission's token budget. failed: the engine gave it up earlier. aborted: it was
 A row ended by `stop` or `length` is finished, whatever its width; every other one continues in a later step."""
 
 Action = Literal["finish", "carry", "end_step", "update_weights"]
-"""finish: grade the row, it leaves. carry: keep its tokens, it continues in a later step. end_step: the rollout is
-over; rows that still run are aborted. update_weights: train on the step's rows and give the engines the newest
-policy there is."""
+"""finish: grade the row, it leaves. carry: keep its tokens, it continues in a later step. end_step: the step has the
+rows that it trains on; those that still run are aborted, or run on until it has trained (`in_flight`). update_weights:
+train on the step's rows and give the engines the newest policy there is."""
 
 
 class CarriedRow(NamedTuple):
@@ -54,7 +54,8 @@ class Admission(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """What to run. The step is over when `rows_wanted` rows have finished, or when none runs any more."""
+    """What to run. The step is over when `rows_wanted` rows have finished, or when none runs any more. 0: at once, for
+    rows that finished earlier and wait."""
 
     step: int
     admissions: tuple[Admission, ...]
@@ -86,7 +87,7 @@ class StepState(NamedTuple):
 
     @classmethod
     def of(cls, plan: StepPlan) -> "StepState":
-        return cls(plan.step, len(plan.admissions), plan.rows_wanted)
+        return cls(plan.step, len(plan.admissions), plan.rows_wanted, ended=plan.rows_wanted == 0)
 
     def after(self, decisions: Sequence[Decision]) -> "StepState":
         running, finished, ended = self.running, self.finished, self.ended
@@ -114,6 +115,12 @@ class Schedule(Protocol):
     def steps_ahead(self) -> int:
         """Steps whose rollout may begin before the training of the step at hand is done; 0: none."""
         return 0
+
+    @property
+    def in_flight(self) -> bool:
+        """Rows run on while a step trains, and take its weights in the middle; steps train on rows in the order in
+        which these finished."""
+        return False
 
     @abstractmethod
     def plan_step(self, carried: Sequence[CarriedRow], demand: Demand) -> StepPlan:
