@@ -19,6 +19,7 @@ import pyarrow as pa
 SCHEMA_VERSION = 2
 
 PHASES = (
+    "down",
     "rollout",
     "reward",
     "logprob_forward",
@@ -31,7 +32,8 @@ PHASES = (
     "evaluation",
     "checkpoint",
 )
-"""Phases of a step that a host declares. `rollout` is resolved further by the engine's records."""
+"""Phases of a step that a host declares. `rollout` is resolved further by the engine's records; `down`: a failure, and
+what is lost by it and done again."""
 
 CAUSES = (
     "down",

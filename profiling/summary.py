@@ -9,7 +9,7 @@ import pandas as pd
 
 from profiling.ledger import Cluster, innermost_phases, ledger_totals
 
-NOT_TRAINING = ("evaluation", "checkpoint")
+NOT_TRAINING = ("down", "evaluation", "checkpoint")
 """Phases left out of rates per step, row and token."""
 
 NEEDS_RECORDS = (
@@ -43,7 +43,7 @@ def summarise(
     Step 0 (value pre-training) counts in wall_seconds, gpu_seconds and the ledger, not in rows, tokens and rates.
     rollout_seconds: not hidden behind training; generation_busy_seconds: of the engines, hidden or not, each's mean.
     Rates leave out the first `startup_steps` steps (fewer when the run is shorter: `startup_steps` in the result is
-    the number left out), evaluation and checkpoints.
+    the number left out), evaluation, checkpoints and failures.
     drawn_mean_tokens: mean length of the rows drawn, where it is known; else it is known if all rows finished.
     trains_whole_responses: only rows that finished in a step are processed in it, else all of its rows.
     trained_at: row -> the step that it trained, where finished rows wait for theirs; else they train when they finish.

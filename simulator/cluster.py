@@ -17,6 +17,7 @@ import simpy
 from profiling.errors import ConservationError
 from simulator.costs import graded_at, phase_s, resolve, reward_s
 from simulator.experiment import Experiment
+from simulator.failures import Outage, draw_outages, insert_outages
 from simulator.log import Log, RowRecord, StepLog
 from simulator.rollout import Rollout, RowState
 from simulator.workload import RowSource
@@ -54,6 +55,8 @@ class TrainingRun:
         """Steps that have been trained on, which is the version of the newest policy."""
         self.version = 0
         """Of the policy that the engines have."""
+        self.outages: list[Outage] = []
+        """Put in when everything else is known."""
         self.trained_at: dict[int, int] = {}
         """In flight: row -> the step that it trained, which may come after the one in which it finished."""
         self._ready: list[Finished] = []
@@ -70,10 +73,16 @@ class TrainingRun:
         self.env.process(self.train())
         self.env.run()
         self.check_rows()
+        if self.costs.mtbf_hours is not None:
+            self.outages = draw_outages(
+                self.log, self.wall_s, mtbf_hours=self.costs.mtbf_hours, restart_s=self.costs.restart_s,
+                seed=self.experiment.workload.seed,
+            )  # fmt: skip
+            insert_outages(self.log, self.outages)
 
     @property
     def wall_s(self) -> float:
-        return float(self.env.now)
+        return float(self.env.now) + sum(outage.seconds for outage in self.outages)
 
     def roll_out(self) -> Process:
         """Rollout after rollout, as far ahead of training as the schedule allows."""

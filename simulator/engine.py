@@ -203,6 +203,11 @@ class Engine:
         while (queue := self.queue or self._shared) and self.has_a_free_slot:
             job = queue[0]
             if not self._head_fits():
+                if not self._running and self.kv.used:
+                    raise ConservationError(
+                        f"engine: no row runs, but {self.kv.used} KV blocks are in use: row {job.row} waits for "
+                        f"{self._needed(job)} and finds {self.kv.free:.0f}"
+                    )
                 if not self._running:
                     raise ConfigError(
                         f"cluster.kv_tokens_per_engine: {self.kv.capacity} blocks of {BLOCK_TOKENS} tokens cannot "

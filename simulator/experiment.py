@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from profiling.errors import ConfigError
 from profiling.settings import Settings, check_settings, read_toml, with_overrides
@@ -165,6 +165,10 @@ class AffineCostSettings(Settings):
     checkpoint_s: NonNegativeFloat = 0.0
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: none."""
+    mtbf_hours: PositiveFloat | None = None
+    """Mean hours of running between two failures of the cluster; left out: none fails."""
+    restart_s: NonNegativeFloat = 0.0
+    """From a failure to running again, from the last checkpoint."""
     rollout_other_s: NonNegativeFloat = 0.0
     """Of a rollout, outside prefills and decodes: the host's own work."""
     step_other_s: NonNegativeFloat = 0.0
@@ -179,6 +183,8 @@ class CalibratedCostSettings(Settings):
     evaluation_every: NonNegativeInt = 0
     checkpoint_s: NonNegativeFloat = 0.0
     checkpoint_every: NonNegativeInt = 0
+    mtbf_hours: PositiveFloat | None = None
+    restart_s: NonNegativeFloat = 0.0
 
 
 class Experiment(Settings):
@@ -186,6 +192,12 @@ class Experiment(Settings):
     schedule: Annotated[ScheduleSettings, Field(discriminator="kind")]
     cluster: ClusterSettings = ClusterSettings()
     cost: Annotated[AffineCostSettings | CalibratedCostSettings, Field(discriminator="kind")] = AffineCostSettings()
+
+    @model_validator(mode="after")
+    def check_failures(self) -> "Experiment":
+        if self.cost.restart_s and self.cost.mtbf_hours is None:
+            raise ValueError("cost.restart_s needs cost.mtbf_hours: without it nothing fails")
+        return self
 
     @model_validator(mode="after")
     def check_what_runs_ahead(self) -> "Experiment":
@@ -263,10 +275,6 @@ def _refuse_what_is_not_there_yet(values: Mapping[str, Any], where: str) -> None
 
     if section("cost").get("kind") == "analytic":
         raise ConfigError(f"{where}: cost.kind = 'analytic' is not available yet; choose affine or calibrated")
-    for dotted in ("cost.mtbf_hours", "cost.restart_s"):
-        name, key = dotted.split(".")
-        if key in section(name):
-            raise ConfigError(f"{where}: {name}.{key} is not available yet; remove it")
 
 
 def _with_absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -143,6 +143,7 @@ class Rollout:
         for number, engine in enumerate(self._engines):
             if engine.queue:
                 own = list(engine.queue)
+                engine.queue.clear()
                 rows, its_spans = engine_columns(number, own, engine.costs, self.now)
                 jobs += [own[place] for place in rows["place"].tolist()]
                 ends.append(rows["t_end"])
@@ -154,6 +155,7 @@ class Rollout:
         together = {name: np.concatenate([part[name] for part in spans]) for name in spans[0]}
         by_end, _ = in_order_of_events(together["t_end"], together["engine"], np.arange(len(together["t_end"])))
         self.now = float(together["t_end"].max())
+        self.check_it_ended()
         ordered = compact({name: column[by_end] for name, column in together.items()})
         return rows, ordered
 
@@ -173,7 +175,6 @@ class Rollout:
             row.response_tokens = whole
             state = state.after(told(state, RowEnd(row.row, new, whole, REASONS[why])))
         self._state = state
-        self.check_it_ended()
         nothing = np.zeros(len(jobs))
         columns = {
             "row": np.array([job.row for job in jobs]), "engine": engine, "policy_version": nothing + self.version,

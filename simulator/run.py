@@ -105,7 +105,8 @@ class Result:
             trained_at=run.trained_at if run.schedule.in_flight else None,
         )  # fmt: skip
         events = len(self.engine) + len(run.log.phases)
-        return {**totals, "events": events, "simulator_seconds": self.simulator_seconds}
+        failures = sum(outage.failures for outage in run.outages)
+        return {**totals, "failures": failures, "events": events, "simulator_seconds": self.simulator_seconds}
 
     def write(self, directory: Path | str) -> None:
         """A run directory with simulated = true. Refuses one that already holds a run."""
