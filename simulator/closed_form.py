@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from simulator.costs import EngineCosts
+from simulator.costs import RolloutCosts
 from simulator.engine import DECODE, ONE_INSTANT_S, PREFILL, Job
 from simulator.log import Columns
 
 
-def engine_columns(number: int, jobs: Sequence[Job], costs: EngineCosts, start_s: float) -> tuple[Columns, Columns]:
+def engine_columns(number: int, jobs: Sequence[Job], costs: RolloutCosts, start_s: float) -> tuple[Columns, Columns]:
     """(rows, spans) of one engine: rows have `place` (in `jobs`) and `t_end`; spans simulator.log.SPAN_COLUMNS.
 
     With lengths n_1 <= ... <= n_B, the span that ends with row j has B - j + 1 rows and n_j - n_{j-1} steps; rows of
@@ -27,7 +27,7 @@ def engine_columns(number: int, jobs: Sequence[Job], costs: EngineCosts, start_s
     gone = np.concatenate([[0], np.cumsum(context[order])[np.cumsum(leaving)[:-1] - 1]])
     before = context.sum() - gone + batch * (steps_at - steps)
     pairs = steps * before + batch * (steps * (steps - 1) // 2)
-    seconds = steps * (costs.decode_base_s + costs.decode_per_row_s * batch) + costs.decode_per_context_token_s * pairs
+    seconds = steps * costs.step_s(batch) + costs.context_token_s * pairs
     tokens, all_pairs = int(context.sum()), int((context * (context + 1) // 2).sum())
     prefill_end = start_s + costs.prefill_s(tokens=tokens, pairs=all_pairs)
     ends = prefill_end + np.cumsum(seconds)

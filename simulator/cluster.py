@@ -35,13 +35,26 @@ class Finished(NamedTuple):
     t_end: float
 
 
+class Work(NamedTuple):
+    """What rows with their whole context take to process."""
+
+    tokens: int
+    pairs: int
+    """Of a query and a key: n (n + 1) / 2 for a row of n tokens."""
+
+    @classmethod
+    def of(cls, contexts: np.ndarray) -> "Work":
+        return cls(int(contexts.sum()), int((contexts * (contexts + 1) // 2).sum()))
+
+
 class TrainingRun:
     """One simulated run. `run()` plays it; the log and the rows tell what happened."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.schedule = experiment.make_schedule()
-        self.costs = resolve(experiment.cost)
+        self.all_costs = resolve(experiment)
+        self.costs = self.all_costs.phases
         self.source = RowSource(experiment.workload)
         self.env = simpy.Environment()
         self.log = Log()
@@ -96,7 +109,7 @@ class TrainingRun:
                 self._handed_over[step - 1].succeed()
             plan = self.plan(step)
             start = self.wall_s
-            rollout = Rollout(self.experiment, self.costs, self.schedule, self.rows, self.version, start)
+            rollout = Rollout(self.experiment, self.all_costs, self.schedule, self.rows, self.version, start)
             self.log.steps[step].rows, self.log.steps[step].spans = rollout.run(plan)
             yield self.env.timeout(rollout.now - start + self.costs.rollout_other_s)
             self.log.phases.append(("rollout", step, start, self.wall_s))
@@ -115,7 +128,9 @@ class TrainingRun:
             plan = self.plan(step)
             start = self.wall_s
             training_s = partial(self.take_batch, step)
-            rollout = Rollout(self.experiment, self.costs, self.schedule, self.rows, self.version, start, training_s)
+            rollout = Rollout(
+                self.experiment, self.all_costs, self.schedule, self.rows, self.version, start, training_s
+            )
             self.log.steps[step].rows, self.log.steps[step].spans = rollout.run(plan)
             self.env.process(self.hand_over(step, after_s=rollout.ready_at - start))
             yield self.env.timeout(rollout.now - start + self.costs.rollout_other_s)
@@ -208,22 +223,22 @@ class TrainingRun:
             yield "reward", reward_s(costs, len(finished_at))
         if trainer != "none":
             for phase in ("logprob_forward", "reference_forward", "value_forward"):
-                yield phase, phase_s(costs, phase, processed)
-            yield "update_value", phase_s(costs, "update_value", of_finished)
-            yield "update_policy", phase_s(costs, "update_policy", processed)
+                yield phase, phase_s(costs, phase, *processed)
+            yield "update_value", phase_s(costs, "update_value", *of_finished)
+            yield "update_policy", phase_s(costs, "update_policy", *processed)
 
-    def batch_of(self, step: int) -> tuple[list[float], int, int]:
-        """What the step trains on: when its finished rows ended, ascending; their tokens with context; those that it
-        processes in all."""
+    def batch_of(self, step: int) -> tuple[list[float], Work, Work]:
+        """What the step trains on: when its finished rows ended, ascending; what they take to process; and all that it
+        processes."""
         if self.schedule.in_flight:
             batch = self._batches[step]
-            tokens = sum(row.context for row in batch)
-            return sorted(row.t_end for row in batch), tokens, tokens
+            work = Work.of(np.array([row.context for row in batch], dtype=np.int64))
+            return sorted(row.t_end for row in batch), work, work
         rows = self.log.steps[step].rows
         done = rows["finished"].astype(bool)
-        context = rows["context_before"] + rows["tokens"]
-        of_finished = int(context[done].sum())
-        processed = of_finished if self.experiment.trains_whole_responses else int(context.sum())
+        context = (rows["context_before"] + rows["tokens"]).astype(np.int64)
+        of_finished = Work.of(context[done])
+        processed = of_finished if self.experiment.trains_whole_responses else Work.of(context)
         return np.sort(rows["t_end"][done]).tolist(), of_finished, processed
 
     def between_steps(self, step: int) -> Iterator[tuple[str, float]]:

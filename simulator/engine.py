@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from profiling.errors import ConfigError, ConservationError
-from simulator.costs import EngineCosts, decoded_pairs, prefilled_pairs
+from simulator.costs import RolloutCosts, decoded_pairs, prefilled_pairs
 from simulator.kv import BLOCK_TOKENS, KvBlocks, blocks_for
 
 PREFILL, DECODE = 0, 1
@@ -79,7 +79,7 @@ class Engine:
 
     def __init__(
         self,
-        costs: EngineCosts,
+        costs: RolloutCosts,
         max_rows: int | None,
         kv_tokens: int | None,
         shared_queue: deque[Job] | None = None,

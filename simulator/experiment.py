@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from profiling.errors import ConfigError
 from profiling.settings import Settings, check_settings, read_toml, with_overrides
+from simulator.cost_settings import AffineCostSettings, CostSettings
 from simulator.lengths import EmpiricalLengths, Lengths, PromptLengths
 from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, TailBatching, Truncated
 
@@ -33,6 +34,12 @@ class Workload(Settings):
     """Correlation of the normal scores behind the lengths of one prompt's responses; 1: all as long as each other."""
     length_growth_per_step: float = Field(0.0, gt=-1, le=10)
     """Drift over training: the rows of each step's worth of ids are longer by this share than those before."""
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens; where prompts have a length law of their own, the longest that it bounds, else what is given."""
+        bound = getattr(self.prompt_lengths, "value", None)
+        return int(bound) if bound is not None else self.prompt_tokens
 
     @property
     def rows_per_step(self) -> int:
@@ -113,6 +120,12 @@ class ClusterSettings(Settings):
     trainer_gpus: NonNegativeInt = 0
     """GPUs of a separate trainer."""
 
+    @property
+    def training_gpus(self) -> int:
+        """GPUs that train; 0: none."""
+        colocated = self.engines * self.gpus_per_engine if self.trainer == "colocated" else 0
+        return colocated or self.trainer_gpus
+
     @model_validator(mode="after")
     def check_the_trainer(self) -> "ClusterSettings":
         if self.trainer == "separate" and not self.trainer_gpus:
@@ -122,76 +135,11 @@ class ClusterSettings(Settings):
         return self
 
 
-class AffineCostSettings(Settings):
-    """Seconds. A decode step: base + per_row x rows + per_context_token x total context."""
-
-    kind: Literal["affine"] = "affine"
-    decode_base_s: NonNegativeFloat = 0.0
-    """Of every decode step."""
-    decode_per_row_s: NonNegativeFloat = 0.0
-    """Per running row and decode step."""
-    decode_per_context_token_s: NonNegativeFloat = 0.0
-    """Per token of context (prompt + generated so far, summed over running rows) and decode step."""
-    prefill_base_s: NonNegativeFloat = 0.0
-    """Of every prefill, however many rows it admits."""
-    prefill_per_token_s: NonNegativeFloat = 0.0
-    """Per uncached token."""
-    prefill_per_token_context_s: NonNegativeFloat = 0.0
-    """Per attended pair of tokens."""
-    reward_base_s: NonNegativeFloat = 0.0
-    reward_per_row_s: NonNegativeFloat = 0.0
-    """Per finished row, divided among reward_workers."""
-    reward_workers: PositiveInt = 1
-    """Rows graded at the same time."""
-    logprob_forward_base_s: NonNegativeFloat = 0.0
-    logprob_forward_per_token_s: NonNegativeFloat = 0.0
-    """Per processed token (context before + tokens of the step)."""
-    reference_forward_base_s: NonNegativeFloat = 0.0
-    reference_forward_per_token_s: NonNegativeFloat = 0.0
-    value_forward_base_s: NonNegativeFloat = 0.0
-    value_forward_per_token_s: NonNegativeFloat = 0.0
-    value_update_base_s: NonNegativeFloat = 0.0
-    """Of a step in which a row finished."""
-    value_update_per_token_s: NonNegativeFloat = 0.0
-    """Per token of the rows that finished in the step."""
-    policy_update_base_s: NonNegativeFloat = 0.0
-    policy_update_per_token_s: NonNegativeFloat = 0.0
-    weight_sync_s: NonNegativeFloat = 0.0
-    switch_s: NonNegativeFloat = 0.0
-    """Colocated: from engine to trainer and back, each."""
-    evaluation_s: NonNegativeFloat = 0.0
-    evaluation_every: NonNegativeInt = 0
-    """Steps between evaluations; 0: none."""
-    checkpoint_s: NonNegativeFloat = 0.0
-    checkpoint_every: NonNegativeInt = 0
-    """Steps between checkpoints; 0: none."""
-    mtbf_hours: PositiveFloat | None = None
-    """Mean hours of running between two failures of the cluster; left out: none fails."""
-    restart_s: NonNegativeFloat = 0.0
-    """From a failure to running again, from the last checkpoint."""
-    rollout_other_s: NonNegativeFloat = 0.0
-    """Of a rollout, outside prefills and decodes: the host's own work."""
-    step_other_s: NonNegativeFloat = 0.0
-    """Of a step, outside every phase."""
-
-
-class CalibratedCostSettings(Settings):
-    kind: Literal["calibrated"]
-    file: Path
-    """calibration.json of `tppo calibrate`, relative to the experiment file."""
-    evaluation_s: NonNegativeFloat = 0.0
-    evaluation_every: NonNegativeInt = 0
-    checkpoint_s: NonNegativeFloat = 0.0
-    checkpoint_every: NonNegativeInt = 0
-    mtbf_hours: PositiveFloat | None = None
-    restart_s: NonNegativeFloat = 0.0
-
-
 class Experiment(Settings):
     workload: Workload
     schedule: Annotated[ScheduleSettings, Field(discriminator="kind")]
     cluster: ClusterSettings = ClusterSettings()
-    cost: Annotated[AffineCostSettings | CalibratedCostSettings, Field(discriminator="kind")] = AffineCostSettings()
+    cost: Annotated[CostSettings, Field(discriminator="kind")] = AffineCostSettings()
 
     @model_validator(mode="after")
     def check_failures(self) -> "Experiment":
@@ -247,7 +195,6 @@ def load_experiment(source: Path | str | Mapping[str, Any], overrides: Mapping[s
         path = Path(source)
         where, folder, values = str(path), path.parent, read_toml(path)
     values = with_overrides(values, overrides or {})
-    _refuse_what_is_not_there_yet(values, where)
     if isinstance(values.get("cost"), Mapping):
         values["cost"] = {"kind": "affine", **values["cost"]}
     values = _with_absolute_paths(values, folder)
@@ -268,26 +215,23 @@ def check_a_row_fits(experiment: Experiment, where: str) -> None:
         )
 
 
-def _refuse_what_is_not_there_yet(values: Mapping[str, Any], where: str) -> None:
-    def section(name: str) -> Mapping[str, Any]:
-        found = values.get(name)
-        return found if isinstance(found, Mapping) else {}
-
-    if section("cost").get("kind") == "analytic":
-        raise ConfigError(f"{where}: cost.kind = 'analytic' is not available yet; choose affine or calibrated")
-
-
 def _with_absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     for dotted in (
         "workload.response_tokens.file",
         "workload.response_tokens.path",
         "workload.prompt_lengths.file",
         "cost.file",
+        "cost.efficiency",
+        "cost.model",
+        "cost.gpu",
     ):
         table: Any = values
         *sections, key = dotted.split(".")
         for name in sections:
             table = table.get(name) if isinstance(table, Mapping) else None
+        known_by_name = dotted in ("cost.model", "cost.gpu")
         if isinstance(table, Mapping) and isinstance(table.get(key), str):
+            if known_by_name and not (folder / table[key]).exists():
+                continue
             values = with_overrides(values, {dotted: str(folder / table[key])})
     return values

@@ -10,9 +10,9 @@ import numpy as np
 
 from profiling.errors import ConservationError
 from simulator.closed_form import engine_columns, in_order_of_events
-from simulator.costs import engine_costs
+from simulator.costs import Costs
 from simulator.engine import ONE_INSTANT_S, Engine, Job, Span
-from simulator.experiment import AffineCostSettings, Experiment
+from simulator.experiment import Experiment
 from simulator.kv import BLOCK_TOKENS, blocks_for
 from simulator.log import REASONS, SPAN_COLUMNS, Columns, RowRecord, columns_of, compact
 from tppo.schedule import Reason, RowEnd, Schedule, StepPlan, StepState
@@ -38,7 +38,7 @@ class Rollout:
     def __init__(
         self,
         experiment: Experiment,
-        costs: AffineCostSettings,
+        costs: Costs,
         schedule: Schedule,
         rows: dict[int, RowState],
         policy_version: int,
@@ -127,7 +127,7 @@ class Rollout:
         """Every engine has a slot and memory for all of its rows, and all of them run to their ends."""
         limit = self.settings.max_rows_per_engine
         return (
-            self.settings.kv_tokens_per_engine is None
+            self.costs.kv_tokens is None
             and self.settings.prefill == "together"
             and not self.settings.prefix_reuse
             and not self._shared
@@ -188,9 +188,8 @@ class Rollout:
         """Fresh engines, their caches empty, with the step's rows in their queues."""
         settings = self.settings
         chunk = settings.chunk_tokens if settings.prefill == "chunked" else None
-        costs = engine_costs(self.costs)
-        limits = settings.max_rows_per_engine, settings.kv_tokens_per_engine
-        self._engines = [Engine(costs, *limits, self._shared, chunk) for _ in range(settings.engines)]
+        limits = settings.max_rows_per_engine, self.costs.kv_tokens
+        self._engines = [Engine(self.costs.engine, *limits, self._shared, chunk) for _ in range(settings.engines)]
         new_here: list[Job] = []
         for admission in plan.admissions:
             row = self.rows[admission.row]

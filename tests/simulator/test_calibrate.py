@@ -11,7 +11,6 @@ from profiling.writer import RunWriter
 from simulator import load_experiment, simulate
 from simulator.calibrate import Calibration, Observations, calibrate, fit, fit_prefill
 from simulator.costs import resolve
-from simulator.experiment import CalibratedCostSettings
 
 COSTS = {
     "decode_base_s": 0.011, "decode_per_row_s": 2.3e-4, "decode_per_context_token_s": 1.7e-6,
@@ -138,4 +137,13 @@ def test_an_unknown_cost_in_a_calibration_names_the_nearest(tmp_path):
     nothing = {"fits": {}, "runs": [], "probe_seconds": None, "evaluation_s": None}
     path.write_text(json.dumps({"schema": 1, "costs": {"decode_bse_s": 1.0}, **nothing}))
     with pytest.raises(ConfigError, match="unknown key 'decode_bse_s'; did you mean 'decode_base_s'"):
-        resolve(CalibratedCostSettings(kind="calibrated", file=str(path)))
+        resolve(
+            load_experiment(
+                {
+                    "workload": {"steps": 1, "prompts_per_step": 1, "max_response_tokens": 4,
+                                 "response_tokens": {"kind": "fixed", "value": 4}},
+                    "schedule": {"kind": "synchronous"},
+                    "cost": {"kind": "calibrated", "file": str(path)},
+                }
+            )
+        )  # fmt: skip

@@ -176,7 +176,7 @@ def test_lengths_of_a_run_come_back_row_by_row(tmp_path):
         ({"schedule": {"kind": "asynchronous"}}, "overlap only on GPUs of their own; set cluster.trainer"),
         ({"schedule": {"kind": "asynchronous", "max_staleness": 2}, "cluster": {"trainer": "none"},
           "cost": {"kind": "affine", "evaluation_s": 1.0, "evaluation_every": 2}}, "set cost.evaluation_every = 0"),
-        ({"cost": {"kind": "analytic"}}, "'analytic' is not available yet"),
+        ({"cost": {"kind": "analytic"}}, "missing key 'cost.model'; add it"),
         ({"cluster": {"prefill": "chunky"}}, "cluster.prefill = 'chunky'"),
         ({"cluster": {"prefill": "chunked", "chunk_tokens": 0}}, "cluster.chunk_tokens = 0"),
         ({"cluster": {"trainer": "separate"}}, "trainer = 'separate' needs trainer_gpus"),

@@ -111,5 +111,5 @@ def test_configs_that_cannot_be_used_are_one_line(tmp_path, values, message):
 
 
 def test_a_name_that_is_not_bundled_names_the_nearest():
-    with pytest.raises(ConfigError, match="model 'Qwen2.5-8B': no such config.json.*did you mean 'Qwen2.5-"):
+    with pytest.raises(ConfigError, match=r"'Qwen2.5-8B': no such config.json.*did you mean 'Qwen2.5-"):
         load_model("Qwen2.5-8B")
