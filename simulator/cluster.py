@@ -50,8 +50,11 @@ class Work(NamedTuple):
 class TrainingRun:
     """One simulated run. `run()` plays it; the log and the rows tell what happened."""
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, *, skipped_steps: int = 0) -> None:
+        """skipped_steps: played without a clock (`skip`), where the schedule allows it."""
         self.experiment = experiment
+        self.skipped_steps = skipped_steps
+        self.skipped_tokens = 0
         self.schedule = experiment.make_schedule()
         self.all_costs = resolve(experiment)
         self.costs = self.all_costs.phases
@@ -82,6 +85,7 @@ class TrainingRun:
         self._trained_on: list[simpy.Event] = [self.env.event() for _ in steps]
 
     def run(self) -> None:
+        self.skip()
         self.env.process(self.roll_out_in_flight() if self.schedule.in_flight else self.roll_out())
         self.env.process(self.train())
         self.env.run()
@@ -97,11 +101,39 @@ class TrainingRun:
     def wall_s(self) -> float:
         return float(self.env.now) + sum(outage.seconds for outage in self.outages)
 
+    def skip(self) -> None:
+        """Steps whose rows all run to their ends or budgets, whatever the time: what they leave behind is known
+        without it. They are in no record."""
+        for step in range(1, self.skipped_steps + 1):
+            plan = self.plan(step)
+            if plan.rows_wanted != len(plan.admissions) or self.schedule.steps_ahead or self.schedule.in_flight:
+                raise ValueError(f"schedule '{self.schedule.kind}': its steps depend on time and cannot be skipped")
+            ran = [admission.row for admission in plan.admissions]
+            for row, _, budget in plan.admissions:
+                state = self.rows[row]
+                tokens = min(budget, state.length - state.response_tokens)
+                state.response_tokens += tokens
+                self.skipped_tokens += tokens
+            done = [row for row in ran if self.rows[row].response_tokens == self.rows[row].length]
+            for row in done:
+                del self.rows[row]
+            self.finished += len(done)
+            self.carry(set(ran) - set(done), ran=set(ran))
+            del self.log.steps[step]
+        self.trained = self.version = self.skipped_steps
+        if self.skipped_steps:
+            self._trained_on[self.skipped_steps].succeed()
+
+    def carry(self, left: set[int], *, ran: set[int]) -> None:
+        """Rows that a step left unfinished, and those that waited through it."""
+        waited = {row.row for row in self.carried if row.row not in ran}
+        self.carried = [CarriedRow(row, self.rows[row].response_tokens) for row in sorted(left | waited)]
+
     def roll_out(self) -> Process:
         """Rollout after rollout, as far ahead of training as the schedule allows."""
         ahead = self.schedule.steps_ahead
         steps = self.experiment.workload.steps
-        for step in range(1, steps + 1):
+        for step in range(self.skipped_steps + 1, steps + 1):
             if step - 1 - ahead >= 1:
                 yield self._trained_on[step - 1 - ahead]
             if ahead and step > 1:
@@ -154,7 +186,7 @@ class TrainingRun:
 
     def train(self) -> Process:
         """Step after step: wait for its rows, train, let the rollout that waited for it begin."""
-        for step in range(1, self.experiment.workload.steps + 1):
+        for step in range(self.skipped_steps + 1, self.experiment.workload.steps + 1):
             yield self._handed_over[step]
             yield from self.spend(step, self.phases_of(step))
             in_turns = not self.schedule.steps_ahead and not self.schedule.in_flight
@@ -198,10 +230,7 @@ class TrainingRun:
         for row in rows["row"][done].tolist():
             del self.rows[row]
         self.finished += int(done.sum())
-        left = rows["row"][~done].tolist()
-        ran = set(rows["row"].tolist())
-        left = sorted([*left, *(row.row for row in self.carried if row.row not in ran)])
-        self.carried = [CarriedRow(row, self.rows[row].response_tokens) for row in left]
+        self.carry(set(rows["row"][~done].tolist()), ran=set(rows["row"].tolist()))
 
     def spend(self, step: int, phases: Iterator[tuple[str, float]]) -> Process:
         for name, seconds in phases:
@@ -266,7 +295,7 @@ class TrainingRun:
                 f"{self.next_row - self.finished - len(self.carried)} are missing"
             )
         left = sum(state.length for state in self.rows.values())
-        generated = sum(int(log.rows["tokens"].sum()) for log in self.log.steps.values())
+        generated = self.skipped_tokens + sum(int(log.rows["tokens"].sum()) for log in self.log.steps.values())
         expected = self.drawn_tokens - left + sum(row.response_tokens for row in self.carried)
         if generated != expected:
             raise ConservationError(f"tokens: {generated} generated, {expected} accounted for by rows")

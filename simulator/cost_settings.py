@@ -114,7 +114,7 @@ class AnalyticCostSettings(Occasions):
     """The trainer computes the log-probs of the rollout's policy; else the engine's are used."""
     mini_batches: PositiveInt = 16
     """Optimizer steps per step and model."""
-    micro_batch_tokens: PositiveInt = 32768
+    micro_batch_tokens: PositiveInt = 16384
     """Tokens that one GPU passes forward and backward at once."""
     reward_base_s: NonNegativeFloat = 0.0
     reward_per_row_s: NonNegativeFloat = 0.0

@@ -16,9 +16,12 @@ Between two events the decode steps of a constant batch are one span, summed in 
 """
 
 import heapq
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
 
 from profiling.errors import ConfigError, ConservationError
 from simulator.costs import RolloutCosts, decoded_pairs, prefilled_pairs
@@ -147,6 +150,18 @@ class Engine:
         self._begin_to_decode()
         return ended
 
+    def fits_at_once(self) -> bool:
+        """Its memory holds all of its queue from the start, and to the end of every row."""
+        if self.kv.capacity is None or not self.queue:
+            return True
+        rows = np.array([(job.left, job.context) for job in self.queue])
+        rows = rows[np.argsort(rows[:, 0])]
+        left, running = rows[:, 0], np.arange(len(rows), 0, -1)
+        # When a row ends after n steps, each of those that still run has its context and n tokens: at most one block
+        # a row more than their sum.
+        tokens = np.cumsum(rows[::-1, 1])[::-1] + running * left
+        return bool((tokens // BLOCK_TOKENS + 2 * running).max() <= self.kv.capacity)
+
     @property
     def in_an_iteration(self) -> bool:
         """Its prefill part is done and its decode part is not."""
@@ -200,9 +215,10 @@ class Engine:
 
     def _admit(self, now_s: float) -> list[Job]:
         admitted: list[Job] = []
-        while (queue := self.queue or self._shared) and self.has_a_free_slot:
+        most = math.inf if self.max_rows is None else self.max_rows
+        while (queue := self.queue or self._shared) and len(self._running) < most:
             job = queue[0]
-            if not self._head_fits():
+            if self._needed(job) > self.kv.free:
                 if not self._running and self.kv.used:
                     raise ConservationError(
                         f"engine: no row runs, but {self.kv.used} KV blocks are in use: row {job.row} waits for "
@@ -238,7 +254,7 @@ class Engine:
 
     def _cached_blocks(self, job: Job) -> int:
         """Blocks of its prompt that another running row holds."""
-        return job.shared_blocks if self._holders.get(job.group) else 0
+        return job.shared_blocks if job.shared_blocks and self._holders.get(job.group) else 0
 
     def _share_prompt(self, job: Job) -> None:
         if job.shared_blocks:

@@ -105,8 +105,9 @@ class ClusterSettings(Settings):
     """Rows that run at once on an engine; left out: unlimited."""
     kv_tokens_per_engine: PositiveInt | None = None
     """Tokens that an engine's KV cache holds; left out: unlimited."""
-    dispatch: Literal["round_robin", "shared_queue"] = "round_robin"
-    """round_robin: row i of a step goes to engine i mod engines. shared_queue: to the engine that frees a slot."""
+    dispatch: Literal["round_robin", "shared_queue", "by_prompt"] = "round_robin"
+    """round_robin: row i of a step goes to engine i mod engines. shared_queue: to the engine that frees a slot.
+    by_prompt: prompt j's rows go to engine j mod engines, all of them."""
     prefill: Literal["together", "chunked"] = "together"
     """together: all admitted rows at once, decodes stalled. chunked: beside decodes, chunk_tokens an iteration."""
     chunk_tokens: PositiveInt = 2048

@@ -47,23 +47,34 @@ class KvBlocks:
     def growth(self, now: int, steps: int) -> int:
         """Blocks that the rows gain while `steps` decode steps are done after `now`."""
         whole, rest = divmod(steps, BLOCK_TOKENS)
-        return whole * self._rows + sum(self._residues[(-(now + j)) % BLOCK_TOKENS] for j in range(1, rest + 1))
+        if not rest:
+            return whole * self._rows
+        # Rows whose context is a multiple of 16 after 1, 2, ... steps: residues -(now + 1), -(now + 2), ... mod 16.
+        last = -(now + 1) % BLOCK_TOKENS
+        first = last - rest + 1
+        some = self._residues[max(first, 0) : last + 1]
+        if first < 0:
+            some += self._residues[first:]
+        return whole * self._rows + sum(some)
 
     def steps_that_fit(self, now: int, wanted: int) -> int:
         """How many of `wanted` decode steps can be done one after the other before blocks run out.
 
         The rows' blocks at `now` fit already, so the first step always does.
         """
-        if self.capacity is None or self.used + self.growth(now, wanted - 1) <= self.capacity:
+        if self.capacity is None:
             return wanted
-        low, high = 1, wanted - 1  # growth is monotone: bisect the most steps s with growth(s - 1) fitting
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.used + self.growth(now, middle - 1) <= self.capacity:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        free = self.capacity - self.used
+        whole = free // self._rows if self._rows else wanted  # sixteen steps add a block to every row
+        if whole * BLOCK_TOKENS >= wanted:
+            return wanted
+        free -= whole * self._rows
+        steps = whole * BLOCK_TOKENS
+        place = -(now + 1) % BLOCK_TOKENS
+        while steps < wanted - 1 and (free := free - self._residues[place]) >= 0:
+            steps += 1
+            place = (place - 1) % BLOCK_TOKENS
+        return min(steps + 1, wanted)
 
     def advance(self, now: int, steps: int) -> None:
         self.used += self.growth(now, steps)

@@ -127,11 +127,11 @@ class Rollout:
         """Every engine has a slot and memory for all of its rows, and all of them run to their ends."""
         limit = self.settings.max_rows_per_engine
         return (
-            self.costs.kv_tokens is None
-            and self.settings.prefill == "together"
+            self.settings.prefill == "together"
             and not self.settings.prefix_reuse
             and not self._shared
             and (limit is None or all(len(engine.queue) <= limit for engine in self._engines))
+            and all(engine.fits_at_once() for engine in self._engines)
             and plan.rows_wanted == len(plan.admissions)
             and not self.schedule.in_flight
         )
@@ -205,11 +205,13 @@ class Rollout:
         self.deal(new_here)
 
     def deal(self, jobs: list[Job]) -> None:
-        """One to each engine in turn; with a shared queue to the engine that has the fewest, until the slots are
-        taken: the rest wait for the first that is free."""
-        if self.settings.dispatch == "round_robin":
+        """One to each engine in turn, or all of a prompt; with a shared queue to the engine that has the fewest, until
+        the slots are taken: the rest wait for the first that is free."""
+        if self.settings.dispatch != "shared_queue":
+            by_prompt = self.settings.dispatch == "by_prompt"
             for place, job in enumerate(jobs):
-                self._engines[place % len(self._engines)].submit(job)
+                number = job.row // self.samples if by_prompt else place
+                self._engines[number % len(self._engines)].submit(job)
             return
         capacity = self.settings.max_rows_per_engine or math.inf
         loads = [(len(engine.queue), number) for number, engine in enumerate(self._engines)]

@@ -23,12 +23,16 @@ from tppo.schedule import describe
 from tppo.schedule.log import plan_record, row_end_record
 
 
-def simulate(experiment: Experiment) -> "Result":
-    """Play the experiment on a virtual clock. Raises ConfigError when a row cannot fit the KV memory, and
-    ConservationError when rows, tokens, KV blocks or GPU-seconds do not add up (a fault of ours)."""
+def simulate(experiment: Experiment, *, skipped_steps: int = 0) -> "Result":
+    """Play the experiment on a virtual clock.
+
+    skipped_steps: the first ones leave their unfinished rows behind and take no time (schedules whose rows all run to
+    their ends or windows); rates and totals are of the others. Raises ConfigError when a row cannot fit the KV memory,
+    and ConservationError when rows, tokens, KV blocks or GPU-seconds do not add up (a fault of ours).
+    """
     start = time.perf_counter()
     with no_garbage_collection():
-        run = TrainingRun(experiment)
+        run = TrainingRun(experiment, skipped_steps=skipped_steps)
         run.run()
         result = Result(run)
         _ = result.ledger

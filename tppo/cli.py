@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [*joined_overrides([word for word in own if word != "--debug"]), *others]
 
     def run() -> int:
-        options, rest = build_parser().parse_known_args(words)
+        command = next((word for word in words if not word.startswith("-")), "")
+        options, rest = build_parser(command).parse_known_args(words)
         if rest and not options.overrides:
             raise ConfigError(f"{rest[0]}: unknown option; see tppo {options.command} --help")
         return options.run(options, rest)
@@ -50,7 +51,8 @@ def joined_overrides(words: Sequence[str]) -> list[str]:
     return joined
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(command: str = "") -> argparse.ArgumentParser:
+    """`command`: the one that is called, where flags depend on it."""
     parser = _Parser(
         prog="tppo",
         description="Truncated PPO for reasoning models: train, profile, calibrate, simulate, draw.",
@@ -61,9 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
     def add(name: str, run: Callable, text: str, overrides: bool = False) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(run=run, overrides=overrides)
-        return command
+        own = commands.add_parser(name, help=text, description=text)
+        own.set_defaults(run=run, overrides=overrides)
+        return own
 
     demo = add("demo", _demo, "train PPO and T-PPO on this machine, calibrate, predict, report")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="directory of the runs and the report")
@@ -92,6 +94,14 @@ def build_parser() -> argparse.ArgumentParser:
     simulate.add_argument("experiment", type=Path, help="TOML file")
     simulate.add_argument("--output", type=Path, help="write a run directory")
     simulate.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+    plan = add("plan", _plan, "before buying: hours, money, energy and idle time of every way to run a training")
+    if command == "plan":  # its flags are the fields of a question: reading them takes a second
+        from tppo.commands.plan import add_flags
+
+        add_flags(plan)
+    plan.add_argument("--json", action="store_true", help="print the answer as JSON")
+    plan.add_argument("--output", type=Path, help="write the answer as JSON")
 
     sweep = add("sweep", _sweep, "simulate every combination of some fields' values, in parallel", overrides=True)
     sweep.add_argument("experiment", type=Path, help="TOML file")
@@ -169,6 +179,13 @@ def _simulate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from tppo.commands.simulate import run_simulation
 
     run_simulation(options.experiment, rest, output=options.output, as_json=options.json)
+    return 0
+
+
+def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from tppo.commands.plan import run_plan
+
+    run_plan(options)
     return 0
 
 

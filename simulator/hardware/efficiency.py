@@ -54,6 +54,8 @@ class Efficiency(Settings):
     rollout_uncertainty: float = Field(ge=0, lt=1)
     """Relative, of rollout seconds: 90 % are believed to lie within."""
     train_uncertainty: float = Field(ge=0, lt=1)
+    fitted_context: int = Field(gt=0)
+    """Tokens of the longest row that the factors were fitted on."""
     sources: dict[str, str]
     """Factor -> where it comes from."""
 

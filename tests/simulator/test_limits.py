@@ -78,7 +78,7 @@ def test_a_stall_names_the_rows_that_wait_and_for_what(monkeypatch):
     """An engine that stops with rows in its queue: row 1 onwards never run."""
     monkeypatch.setattr(Engine, "next_span", lambda self, now: None)
     with pytest.raises(ConservationError) as error:
-        simulate(experiment(rows=7, length=10, kv_tokens_per_engine=5200))
+        simulate(experiment(rows=7, length=10, kv_tokens_per_engine=5200, prefill="chunked"))
     # ceil(101 / 16) = 7 blocks a row; 5,200 tokens are 325 blocks.
     assert "0 of 7 rows wanted have finished, 7 wait" in str(error.value)
     assert "free KV blocks by engine: 325; row 0 waits for 7 blocks" in str(error.value)

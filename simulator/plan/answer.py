@@ -1,0 +1,346 @@
+"""The answer: every option with intervals, the front of time against money, and what decides."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+
+from profiling.errors import ConfigError, ToolkitError
+from simulator.hardware import Gpu, load_gpu
+from simulator.hardware.efficiency import load_efficiency
+from simulator.lengths import read_lengths
+from simulator.plan.estimate import Estimate, estimate
+from simulator.plan.money import hours, paid_gpus, watts
+from simulator.plan.options import Option, options_of
+from simulator.plan.question import Question
+
+NINETY = 1.6449
+"""Standard deviations on either side that hold 90 % of a normal distribution."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    rows: list[dict[str, Any]]
+    """One an option, in the order asked; null is what cannot be said."""
+    assumptions: list[str]
+    """Defaults that nobody confirmed, the most decisive first."""
+    decides: str
+    best_window: str | None
+    tail: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Of what is uncertain, the same for all options: factors on rollout and training seconds and on lengths, and
+    steps that a schedule needs per step of the synchronous one."""
+
+    rollout: np.ndarray
+    training: np.ndarray
+    lengths: np.ndarray
+    ratio: np.ndarray | None
+
+    @classmethod
+    def of(cls, question: Question, gpu: Gpu) -> "Draws":
+        random = np.random.default_rng(question.seed)
+        factors, _ = load_efficiency(gpu.family, question.engine, question.efficiency)
+        of_mean = question.mean_uncertainty
+        if question.lengths is not None:  # standard error of a pilot's mean
+            values = np.minimum(read_lengths(question.lengths, question.lengths_column), question.max_response_tokens)
+            of_mean = (
+                NINETY * float(values.std(ddof=1) / values.mean() / math.sqrt(len(values))) if len(values) > 1 else 0.5
+            )
+
+        def factor(uncertainty: float) -> np.ndarray:
+            return np.exp(random.standard_normal(question.draws) * math.log1p(uncertainty) / NINETY)
+
+        spread = factor(factors.rollout_uncertainty), factor(factors.train_uncertainty), factor(of_mean)
+        ratio = random.uniform(*question.steps_ratio, question.draws) if question.steps_ratio is not None else None
+        return cls(*spread, ratio)
+
+    def only(self, name: str) -> "Draws":
+        """With all but one of them at their middle."""
+        one = np.ones_like(self.rollout)
+        kept = {key: getattr(self, key) if key == name else one for key in ("rollout", "training", "lengths")}
+        ratio = None if self.ratio is None else self.ratio if name == "ratio" else one * self.ratio.mean()
+        return Draws(**kept, ratio=ratio)
+
+    def step_s(self, own: Estimate) -> np.ndarray:
+        rollout = own.rollout_s * self.rollout * self.lengths
+        training = own.training_s * self.training * self.lengths
+        return (np.maximum(rollout, training) if own.beside else rollout + training) + own.other_s
+
+
+def answer(question: Question, each: Callable[[int, int], None] = lambda done, of: None) -> Answer:
+    """each(done, of): called after every option. Raises ConfigError when nothing can be run."""
+    gpu = load_gpu(question.gpu)
+    options = options_of(question)
+    estimates = _estimates(options, each)
+    draws = Draws.of(question, gpu)
+    rows = [_row(question, gpu, option, own, draws) for option, own in zip(options, estimates, strict=True)]
+    possible = [place for place, own in enumerate(estimates) if isinstance(own, Estimate)]
+    if not possible:
+        raise ConfigError(f"no option can be run; the first: {rows[0]['fault']}")
+    _compare(question, gpu, options, estimates, draws, rows, possible)
+    return Answer(
+        rows,
+        assumptions=_assumptions(question, gpu),
+        decides=_what_decides(question, gpu, options, estimates, draws, rows, possible),
+        best_window=_best_window(options, estimates, possible),
+        tail=_where_the_tail_dominates(options, estimates, possible),
+    )
+
+
+def _estimates(options: Sequence[Option], each: Callable[[int, int], None]) -> list[Estimate | str]:
+    """On all cores; a fault in its place."""
+    todo = [option for option in options if option.experiment is not None]
+    workers = min(os.cpu_count() or 1, len(todo))
+    found: list[Estimate | str] = []
+    if workers < 2:
+        for done, option in enumerate(todo, start=1):
+            found.append(_one(option))
+            each(done, len(todo))
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            for done, own in enumerate(pool.map(_one, todo, chunksize=1), start=1):
+                found.append(own)
+                each(done, len(todo))
+    left = iter(found)
+    return [str(option.fault) if option.experiment is None else next(left) for option in options]
+
+
+def _one(option: Option) -> Estimate | str:
+    try:
+        return estimate(option)
+    except ToolkitError as error:
+        return str(error)
+
+
+def _steps(question: Question, own: Estimate) -> float:
+    return float(question.steps) if question.steps is not None else (question.finished_rows or 0) / own.finished_rows
+
+
+def _hours(question: Question, option: Option, own: Estimate, draws: Draws) -> np.ndarray:
+    noise = np.random.default_rng([question.seed, option.gpus, hash_of(option)]).standard_normal(question.draws)
+    return hours(
+        draws.step_s(own) * np.exp(noise * own.noise), _steps(question, own),
+        evaluation_every=question.evaluation_every, evaluation_s=question.evaluation_s,
+        checkpoint_every=question.checkpoint_every, checkpoint_s=question.checkpoint_s,
+        mtbf_hours=None if question.mtbf_hours is None else question.mtbf_hours / option.gpus,
+        restart_s=question.restart_s,
+    )  # fmt: skip
+
+
+def hash_of(option: Option) -> int:
+    """The same in every run, unlike Python's own."""
+    return sum(ord(letter) * 31**place for place, letter in enumerate(option.label)) % 2**31 + option.tensor_parallel
+
+
+def _price(question: Question, gpu: Gpu) -> float | None:
+    return gpu.price_per_hour if question.price_per_hour is None else question.price_per_hour
+
+
+def _percentiles(values: np.ndarray | None) -> dict[str, float] | None:
+    if values is None:
+        return None
+    low, middle, high = np.percentile(values, [10, 50, 90])
+    return {"p10": float(low), "p50": float(middle), "p90": float(high)}
+
+
+def _row(question: Question, gpu: Gpu, option: Option, own: Estimate | str, draws: Draws) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "gpus": option.gpus, "schedule": option.label, "tensor_parallel": option.tensor_parallel,
+        "simulated_only": option.schedule in ("in_flight",),
+        "memory_headroom_gb": None if option.headroom_bytes is None else option.headroom_bytes / 1e9,
+        "tightest_phase": option.tightest or None,
+    }  # fmt: skip
+    if isinstance(own, str):
+        return {**row, "fault": own}
+    took = _hours(question, option, own, draws)
+    paid = paid_gpus(option.gpus, gpu, whole_nodes=question.whole_nodes)
+    price, power = _price(question, gpu), watts(gpu, own.gpu_seconds)
+    return {
+        **row, "fault": None, "steps": _steps(question, own), "hours": _percentiles(took),
+        "gpu_hours": _percentiles(took * paid),
+        "dollars": _percentiles(None if price is None else took * paid * price),
+        "kwh": _percentiles(None if power is None else took * option.gpus * power / 1000),
+        "idle_share": own.idle_share, "first_idle_cause": own.first_idle_cause, "tail_share": own.tail_share,
+        "seconds_per_step": own.step_s, "rollout_seconds_per_step": own.rollout_s,
+        "training_seconds_per_step": own.training_s,
+    }  # fmt: skip
+
+
+def _compare(
+    question: Question, gpu: Gpu, options: Sequence[Option], estimates: Sequence[Estimate | str], draws: Draws,
+    rows: list[dict[str, Any]], possible: Sequence[int],
+) -> None:  # fmt: skip
+    """Speed-ups over the synchronous twin, the probability of being the cheapest, the front, and a sentence each."""
+    took = {place: _hours(question, options[place], estimates[place], draws) for place in possible}  # type: ignore[arg-type]
+    money = np.array([took[place] * paid_gpus(options[place].gpus, gpu, whole_nodes=question.whole_nodes)
+                      for place in possible])  # fmt: skip
+    if question.deadline_hours is not None:
+        late = np.array([np.median(took[place]) > question.deadline_hours for place in possible])
+        money[late] = math.inf
+    cheapest = np.bincount(money.argmin(axis=0), minlength=len(possible)) / question.draws
+    if np.isinf(money).all():
+        cheapest[:] = 0.0
+    middles = [
+        (float(np.median(took[place])), float(np.median(one))) for place, one in zip(possible, money, strict=True)
+    ]
+    for at, place in enumerate(possible):
+        own, row = estimates[place], rows[place]
+        assert isinstance(own, Estimate)
+        twin = _twin(options, estimates, place)
+        row["speedup_per_step"] = twin.step_s / own.step_s if twin else None
+        row["speedup_per_finished_row"] = _rate(own, "finished_rows") / _rate(twin, "finished_rows") if twin else None
+        row["speedup_per_trained_token"] = (
+            _rate(own, "trained_tokens") / _rate(twin, "trained_tokens") if twin else None
+        )
+        same = None
+        if twin and options[place].schedule == "synchronous":
+            same = np.ones(question.draws)
+        elif twin and draws.ratio is not None:
+            same = draws.step_s(twin) / draws.step_s(own) / draws.ratio
+        row["speedup_at_equal_score"] = _percentiles(same)
+        row["probability_cheapest"] = float(cheapest[at])
+        row["meets_deadline"] = (
+            None if question.deadline_hours is None else bool(np.median(took[place]) <= question.deadline_hours)
+        )
+        row["on_the_front"] = not any(
+            t <= middles[at][0] and m <= middles[at][1] and (t, m) != middles[at] for t, m in middles
+        )
+        row["why"] = _why(options[place], own, twin)
+
+
+def _rate(own: Estimate, what: str) -> float:
+    return float(getattr(own, what)) / own.step_s
+
+
+def _twin(options: Sequence[Option], estimates: Sequence[Estimate | str], place: int) -> Estimate | None:
+    """The synchronous option on the same GPUs."""
+    for option, own in zip(options, estimates, strict=True):
+        same = option.gpus == options[place].gpus and option.tensor_parallel == options[place].tensor_parallel
+        if same and option.schedule == "synchronous" and isinstance(own, Estimate):
+            return own
+    return None
+
+
+def _why(option: Option, own: Estimate, twin: Estimate | None) -> str:
+    share = own.rollout_s / (own.rollout_s + own.training_s) if own.rollout_s + own.training_s else 0.0
+    first = f"rollout is {share:.0%} of the work of a step"
+    if option.schedule == "synchronous":
+        return f"{first}, and {own.tail_share:.0%} of it waits for the last tenth of the rows"
+    if twin is None:
+        return f"{first}; no synchronous run fits to compare with"
+    ratio = _rate(own, "finished_rows") / _rate(twin, "finished_rows")
+    if option.schedule == "truncated":
+        reason = f"a row takes {own.visits:.1f} steps, each of which processes its context again"
+    elif option.schedule == "oversample":
+        reason = "no step waits for its tail, rows that go on are prefilled again"
+    else:
+        reason = f"training runs beside the rollout, and {own.idle_share:.0%} of the GPU time still waits"
+    return f"{first}; {reason}: {ratio:.2f} times the responses per hour of the synchronous run"
+
+
+def _what_decides(
+    question: Question, gpu: Gpu, options: Sequence[Option], estimates: Sequence[Estimate | str], draws: Draws,
+    rows: Sequence[dict[str, Any]], possible: Sequence[int],
+) -> str:  # fmt: skip
+    """The uncertain quantity that moves the hours of the likeliest option most."""
+    best = max(possible, key=lambda place: rows[place]["probability_cheapest"])
+    own = estimates[best]
+    assert isinstance(own, Estimate)
+    names = {"rollout": "the engine's efficiency factors", "training": "the training efficiency",
+             "lengths": "the length of responses"}  # fmt: skip
+    spread = {
+        name: float(np.log(hours_of).std())
+        for name in names
+        if (hours_of := _hours(question, options[best], own, draws.only(name))) is not None
+    }
+    worst = max(spread, key=lambda name: spread[name])
+    low, high = np.percentile(_hours(question, options[best], own, draws.only(worst)), [10, 90])
+    label = f"{options[best].label} on {options[best].gpus} GPUs"
+    return (
+        f"{names[worst]}: alone it moves {label} from {low:.3g} to {high:.3g} hours (P10 to P90); this option is the "
+        f"cheapest in {rows[best]['probability_cheapest']:.0%} of the draws"
+    )
+
+
+def _best_window(
+    options: Sequence[Option], estimates: Sequence[Estimate | str], possible: Sequence[int]
+) -> str | None:
+    """Per finished response, on the most GPUs that were asked for."""
+    most = max(options[place].gpus for place in possible)
+    own = [
+        (_rate(estimates[place], "finished_rows"), options[place].window)  # type: ignore[arg-type]
+        for place in possible
+        if options[place].gpus == most and options[place].schedule in ("truncated", "synchronous")
+    ]
+    if not any(window for _, window in own):
+        return None
+    rate, window = max(own, key=lambda pair: pair[0])
+    plain = max(rate for rate, window in own if window is None) if any(w is None for _, w in own) else rate
+    if window is None:
+        return f"none on {most} GPUs: no window finishes more responses an hour than the synchronous run"
+    return f"{window} on {most} GPUs: {rate / plain:.2f} times the responses an hour of the synchronous run"
+
+
+def _where_the_tail_dominates(
+    options: Sequence[Option], estimates: Sequence[Estimate | str], possible: Sequence[int]
+) -> str:
+    """The first number of GPUs at which the synchronous rollout spends over half of its time on the last tenth."""
+    shares = sorted(
+        (options[place].gpus, own.tail_share)
+        for place in possible
+        if options[place].schedule == "synchronous" and isinstance(own := estimates[place], Estimate)
+    )
+    if not shares:
+        return "no synchronous run fits"
+    text = ", ".join(f"{share:.0%} on {gpus}" for gpus, share in shares)
+    for gpus, share in shares:
+        if share > 0.5:
+            return f"from {gpus} GPUs on, over half of the synchronous rollout waits for its last tenth ({text})"
+    return f"on none of these numbers of GPUs: its last tenth takes {text} of the synchronous rollout"
+
+
+def _assumptions(question: Question, gpu: Gpu) -> list[str]:
+    """What was assumed because nothing was said."""
+    said = question.model_fields_set
+    factors, borrowed = load_efficiency(gpu.family, question.engine, question.efficiency)
+    found = []
+    if question.lengths is None:
+        law = f"lognormal, mean {question.mean_tokens:g} after the cap, sigma {question.sigma:g}"
+        found.append(f"response lengths: {law}{'' if 'mean_tokens' in said else ' (nothing was given)'}")
+    where = f"borrowed from {borrowed}" if borrowed else f"{factors.family}, {factors.engine}"
+    found.append(
+        f"efficiency factors: {where}; rollout +-{factors.rollout_uncertainty:.0%}, training at "
+        f"{factors.train_gemm:.0%} of the peak +-{factors.train_uncertainty:.0%}"
+    )
+    price = _price(question, gpu)
+    if price is None:
+        found.append(f"price: unknown for {gpu.name}; give --price-per-hour")
+    elif question.price_per_hour is None:
+        found.append(f"price: {price:g} dollars a GPU-hour, list price of {gpu.price_date}")
+    if gpu.tdp_watts is None or gpu.idle_watts is None:
+        found.append(f"energy: idle power or TDP of {gpu.name} is unknown, so no kWh")
+    else:
+        found.append("energy: GPUs only, a fixed share of TDP for each kind of work (simulator/plan/money.py)")
+    if question.steps_ratio is None:
+        found.append("steps to a score: not stated, so no speed-up at equal score")
+    if question.steps is not None:
+        found.append(
+            "equal steps: every option runs the same number, though a truncated step finishes fewer responses "
+            "(--finished-rows compares equal responses)"
+        )
+    if question.mtbf_hours is None:
+        found.append("failures: none")
+    if not question.reward_p90_s:
+        found.append("rewards: free")
+    return found

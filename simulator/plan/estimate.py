@@ -1,0 +1,89 @@
+"""What one option costs a step, from a short simulation of it."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from profiling.schema import CAUSES
+from simulator.plan.options import Option
+from simulator.run import simulate
+
+IDLE = ("wait_tail", "wait_rollout", "wait_train", "wait_other", "switch", "down")
+"""Causes in which a GPU does no work. Empty slots of a decode step are not idle: the step costs almost the same."""
+ROLLOUT = ("preempt_recompute", "re_prefill", "prefill", "decode_useful", "decode_underfilled", "kv_stall",
+           "decode_discarded", "wait_tail")  # fmt: skip
+TRAINING = ("logprob_forward", "reference_forward", "value_forward", "update_value", "update_policy")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a step once start-up is over; seconds of wall time unless named otherwise."""
+
+    step_s: float
+    rollout_s: float
+    """Of the engines, hidden behind training or not."""
+    training_s: float
+    noise: float
+    """Relative standard error of step_s, from step to step."""
+    finished_rows: float
+    trained_tokens: float
+    tail_share: float
+    """Of rollout_s, after nine tenths of its rows have ended."""
+    visits: float
+    """Steps that a row takes part in."""
+    gpu_seconds: dict[str, float]
+    """By cause, all GPUs."""
+    beside: bool
+    """Rollout and training run beside each other, on GPUs of their own."""
+
+    @property
+    def other_s(self) -> float:
+        """What is neither: reward, weight sync, waiting for each other."""
+        together = max(self.rollout_s, self.training_s) if self.beside else self.rollout_s + self.training_s
+        return max(0.0, self.step_s - together)
+
+    @property
+    def idle_share(self) -> float:
+        return sum(self.gpu_seconds[cause] for cause in IDLE) / sum(self.gpu_seconds.values())
+
+    @property
+    def first_idle_cause(self) -> str | None:
+        worst = max(IDLE, key=lambda cause: self.gpu_seconds[cause])
+        return worst if self.gpu_seconds[worst] > 0 else None
+
+
+def estimate(option: Option) -> Estimate:
+    """Raises ConfigError or ConservationError as `simulate` does."""
+    assert option.experiment is not None
+    own_gpus = option.experiment.cluster.engines * option.experiment.cluster.gpus_per_engine
+    longest = option.experiment.workload.max_response_tokens
+    startup = option.experiment.make_schedule().startup_steps(longest)
+    timeless = option.schedule in ("synchronous", "truncated")
+    result = simulate(option.experiment, skipped_steps=startup if timeless else 0)
+    rows, phases = result.rollouts, result.phases
+    late, rows = phases[phases.step > startup], rows[rows.step > startup]
+    ledger = result.ledger[result.ledger.step > startup].groupby("cause").seconds.sum()
+    beside = option.experiment.cluster.trainer == "separate"
+    rollouts = late[late.name == "rollout"].sort_values("step")
+    # Where the next rollout begins before a step has trained, the last step says nothing about the pace.
+    lasted = np.diff(rollouts.t_start if beside else [*rollouts.t_start, result.run.wall_s])
+    by_cause = {cause: float(ledger.get(cause, 0.0)) / len(rollouts) for cause in CAUSES}
+    length = late.t_end - late.t_start
+    rollout_s = float(length[late.name == "rollout"].mean())
+    if option.schedule == "in_flight":  # a step's rollout lasts as long as the step: what counts is the engines' work
+        rollout_s = sum(by_cause[cause] for cause in ROLLOUT if cause != "wait_tail") / own_gpus
+    ends = [np.sort(of_step.to_numpy()) for _, of_step in rows.groupby("step").t_end]
+    tail_s = float(np.mean([own[-1] - own[math.ceil(0.9 * len(own)) - 1] for own in ends]))
+    return Estimate(
+        step_s=float(lasted.mean()),
+        rollout_s=rollout_s,
+        training_s=float(length[late.name.isin(TRAINING)].sum()) / len(rollouts),
+        noise=float(lasted.std(ddof=1) / lasted.mean() / np.sqrt(len(lasted))) if len(lasted) > 1 else 0.0,
+        finished_rows=float(rows.finished.sum()) / len(rollouts),
+        trained_tokens=float(rows.trained_tokens.sum()) / len(rollouts),
+        tail_share=tail_s / max(rollout_s, 1e-12),
+        visits=len(rows) / max(1, int(rows.finished.sum())),
+        gpu_seconds=by_cause,
+        beside=beside,
+    )
