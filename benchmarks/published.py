@@ -9,6 +9,7 @@ docs/results/published.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -299,8 +300,8 @@ def draw(table: pd.DataFrame) -> style.Figure:
     """Simulated over reported, with the band of the length law."""
     scored = table[table.error.notna()].reset_index(drop=True)
     figure, (axes,) = style.subplots(width=8.0, height=0.26 * len(scored) + 1.2)
-    colours = dict(zip(scored.case.unique(), (style.BLUE, style.VERMILION, style.ORANGE, style.GREEN, style.PURPLE,
-                                              style.SKY, style.BLACK), strict=False))  # fmt: skip
+    palette = itertools.cycle((style.BLUE, style.VERMILION, style.ORANGE, style.GREEN, style.PURPLE, style.SKY))
+    colours = dict(zip(scored.case.unique(), palette, strict=False))
     for place, row in scored.iterrows():
         ratio = [row[name] / row.reported for name in ("least", "simulated", "most")]
         axes.plot([ratio[0], ratio[2]], [place, place], "-", color=colours[row.case], linewidth=1.2)

@@ -86,9 +86,18 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     profile.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
 
     calibrate = add("calibrate", _calibrate, "fit a cost model to one or more runs; print the quality of the fit")
-    calibrate.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    calibrate.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or verl:LOG, or trl:LOG")
     calibrate.add_argument("--output", type=Path, help="calibration file (default: calibration.json in the first RUN)")
     calibrate.add_argument("--json", action="store_true", help="print the calibration as JSON")
+    calibrate.add_argument("--engines", type=int, default=1, help="of a log: rollout engines (1)")
+    calibrate.add_argument("--rows-per-step", type=int, help="of a log that does not tell: responses of a step")
+    calibrate.add_argument("--transfer", type=Path, metavar="FILE", help="also write efficiency factors (TOML) that "
+                           "costs of another model or GPU can use; needs --model and --gpu of the RUN")  # fmt: skip
+    calibrate.add_argument("--model", help="of the RUN: a bundled name or a config.json")
+    calibrate.add_argument("--gpu", help="of the RUN: a bundled name or a TOML file")
+    calibrate.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of each of the RUN's engines (1)")
+    calibrate.add_argument("--trainer-gpus", type=int, default=1, help="GPUs that trained in the RUN (1)")
+    calibrate.add_argument("--engine", default="vllm", help="whose factors to start from: vllm, sglang, trtllm")
 
     simulate = add("simulate", _simulate, "simulate an experiment; --section.key value overrides", overrides=True)
     simulate.add_argument("experiment", type=Path, help="TOML file")
@@ -169,9 +178,18 @@ def _profile(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _calibrate(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from tppo.commands.calibrate import run_calibration
+    from tppo.commands.calibrate import Target, run_calibration
 
-    run_calibration(options.runs, options.output, as_json=options.json)
+    target = None
+    if options.transfer is not None:
+        if options.model is None or options.gpu is None:
+            raise InputError("tppo calibrate: --transfer needs --model and --gpu, those of the RUN")
+        target = Target(options.transfer, options.model, options.gpu, options.tensor_parallel, options.trainer_gpus,
+                        options.engine)  # fmt: skip
+    run_calibration(
+        options.runs, options.output, as_json=options.json, engines=options.engines,
+        rows_per_step=options.rows_per_step, target=target,
+    )  # fmt: skip
     return 0
 
 

@@ -13,6 +13,7 @@ from profiling.errors import ConfigError
 from profiling.settings import check_settings
 from profiling.writer import write_atomically
 from simulator.plan import Answer, Question, answer
+from tppo.commands.output import table_console
 
 LISTS = ("gpus", "steps_ratio", "schedules", "windows", "factors", "tensor_parallel")
 """Fields that take several values with commas."""
@@ -67,9 +68,7 @@ def run_plan(options: argparse.Namespace) -> None:
 
 
 def print_answer(question: Question, found: Answer) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=170)
+    console = table_console()
     horizon = f"{question.steps} steps" if question.steps else f"{question.finished_rows} finished responses"
     table = Table(title=f"{question.model} on {question.gpu}, {horizon}: P50 (P10 to P90)", title_justify="left")
     for name in ("GPUs", "schedule", "TP", "hours", "dollars", "MWh", "idle", "headroom", "x step", "x response",

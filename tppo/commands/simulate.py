@@ -4,12 +4,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from profiling.settings import parse_overrides
 from profiling.writer import refuse_a_run
 from simulator import load_experiment, simulate
+from tppo.commands.output import table_console
 
 
 def run_simulation(path: Path, words: Sequence[str], *, output: Path | None, as_json: bool) -> None:
@@ -35,4 +35,4 @@ def run_simulation(path: Path, words: Sequence[str], *, output: Path | None, as_
         if seconds:
             share = seconds / summary["gpu_seconds"]
             table.add_row(f"ledger: {cause}", f"{seconds:,.6g} GPU s ({share:.1%})")
-    Console().print(table)
+    table_console().print(table)

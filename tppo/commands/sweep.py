@@ -10,6 +10,7 @@ from rich.table import Table
 from profiling.errors import ConfigError
 from profiling.settings import parse_overrides
 from simulator.sweep import cells_of, parse_vary, run_cells
+from tppo.commands.output import table_console
 
 SHOWN = ("wall_seconds", "rollout_seconds", "seconds_per_trained_token", "engine_idle_fraction", "staleness_mean")
 
@@ -46,7 +47,7 @@ def run_sweep(
             shown.add_column(name, justify="right")
         for row in table[names].itertuples(index=False):
             shown.add_row(*map(_shown, row))
-        Console().print(shown)
+        table_console().print(shown)
         print(output / "sweep.parquet")
     for row in failed.to_dict("records"):
         cell = ", ".join(f"{name} = {row[name]}" for name in varied)
