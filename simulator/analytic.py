@@ -101,7 +101,7 @@ class AnalyticEngineCosts:
     def step_s(self, batch: np.ndarray | int) -> np.ndarray | float:
         """Of a decode step of `batch` rows, apart from what grows with their context."""
         parts = self.parts(batch)
-        return parts.products + parts.all_reduce + parts.layers + parts.rows
+        return parts.products + parts.all_reduce + parts.layers + parts.rows + self.efficiency.step_s
 
     @cached_property
     def context_token_s(self) -> float:

@@ -190,28 +190,31 @@ class Rollout:
         chunk = settings.chunk_tokens if settings.prefill == "chunked" else None
         limits = settings.max_rows_per_engine, self.costs.kv_tokens
         self._engines = [Engine(self.costs.engine, *limits, self._shared, chunk) for _ in range(settings.engines)]
-        new_here: list[Job] = []
-        for admission in plan.admissions:
-            row = self.rows[admission.row]
-            tokens = min(admission.budget_tokens, row.length - row.response_tokens)
-            job = Job(row.row, row.prompt_tokens + row.response_tokens, tokens, resumed=row.response_tokens > 0)
-            if settings.prefix_reuse:
-                job.group = row.row // self.samples
-                job.shared_blocks = row.prompt_tokens // BLOCK_TOKENS
-            if self.schedule.in_flight and row.engine is not None:
-                self._engines[row.engine].submit(job)  # where it ran before the weights came
-            else:
-                new_here.append(job)
-        self.deal(new_here)
+        rows = self.rows
+        jobs: list[Job] = []
+        for number, done, budget in plan.admissions:
+            row = rows[number]
+            jobs.append(Job(number, row.prompt_tokens + done, min(budget, row.length - done), done > 0))
+        if settings.prefix_reuse:
+            for job in jobs:
+                job.group = job.row // self.samples
+                job.shared_blocks = rows[job.row].prompt_tokens // BLOCK_TOKENS
+        if self.schedule.in_flight:  # where it ran before the weights came
+            ran = [job for job in jobs if rows[job.row].engine is not None]
+            jobs = [job for job in jobs if rows[job.row].engine is None]
+            for job in ran:
+                self._engines[rows[job.row].engine or 0].submit(job)
+        self.deal(jobs)
 
     def deal(self, jobs: list[Job]) -> None:
         """One to each engine in turn, or all of a prompt; with a shared queue to the engine that has the fewest, until
         the slots are taken: the rest wait for the first that is free."""
         if self.settings.dispatch != "shared_queue":
-            by_prompt = self.settings.dispatch == "by_prompt"
+            engines = len(self._engines)
             for place, job in enumerate(jobs):
-                number = job.row // self.samples if by_prompt else place
-                self._engines[number % len(self._engines)].submit(job)
+                if self.settings.dispatch == "by_prompt":
+                    place = job.row // self.samples
+                self._engines[place % engines].queue.append(job)
             return
         capacity = self.settings.max_rows_per_engine or math.inf
         loads = [(len(engine.queue), number) for number, engine in enumerate(self._engines)]

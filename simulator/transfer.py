@@ -22,7 +22,7 @@ WIDER = 0.1
 
 
 ROLLOUT_SHARES = ("weight_bandwidth", "kv_bandwidth", "decode_gemm", "link", "prefill_gemm", "prefill_attention")
-ROLLOUT_SECONDS = ("layer_s", "row_s", "collective_s", "collective_per_doubling_s", "prefill_layer_s",
+ROLLOUT_SECONDS = ("step_s", "layer_s", "row_s", "collective_s", "collective_per_doubling_s", "prefill_layer_s",
                    "prefill_step_s", "prefill_collective_s")  # fmt: skip
 
 

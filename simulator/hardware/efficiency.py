@@ -27,6 +27,8 @@ class Efficiency(Settings):
     roofline_norm: float = Field(gt=1, le=20)
     """p of (memory ** p + arithmetic ** p) ** (1 / p), the time of matrix products: 1 adds the two, infinity takes the
     longer."""
+    step_s: NonNegativeFloat
+    """Decode: of a step, whatever the batch: the host schedules while the GPU waits."""
     layer_s: NonNegativeFloat
     """Decode: of a layer, whatever the batch: kernels that are bound by their launch."""
     row_s: NonNegativeFloat

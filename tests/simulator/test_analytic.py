@@ -19,7 +19,8 @@ GPU = Gpu(name="toy", family="hopper", bf16_flops=1e15, memory_bytes=80e9, memor
           link_bytes_per_s=800e9, network_bytes_per_s=40e9)  # fmt: skip
 FACTORS = load_efficiency("hopper", "vllm")[0].model_copy(
     update={
-        "weight_bandwidth": 0.8, "kv_bandwidth": 0.9, "decode_gemm": 0.5, "roofline_norm": 2.0, "layer_s": 1e-5,
+        "weight_bandwidth": 0.8, "kv_bandwidth": 0.9, "decode_gemm": 0.5, "roofline_norm": 2.0, "step_s": 3e-4,
+        "layer_s": 1e-5,
         "row_s": 2e-6, "collective_s": 4e-6, "collective_per_doubling_s": 1e-6, "link": 0.5, "prefill_gemm": 0.5,
         "prefill_attention": 0.25, "prefill_layer_s": 2e-5, "prefill_step_s": 1e-3, "prefill_collective_s": 6e-6,
         "train_gemm": 0.4, "train_attention": 0.2, "network": 0.5, "optimizer_bandwidth": 0.5,
@@ -38,7 +39,7 @@ def test_a_decode_step_by_hand():
     products = math.hypot(memory, arithmetic)
     cache = 60_000 * (28 * 2 * 512 * 2) / 2 / (2e12 * 0.9)
     sent = 30 * 3584 * 2 * 2 * (2 - 1) / 2 / (400e9 * 0.5)
-    expected = products + cache + 2 * 28 * (4e-6 + sent) + 28 * 1e-5 + 30 * 2e-6
+    expected = products + cache + 2 * 28 * (4e-6 + sent) + 28 * 1e-5 + 30 * 2e-6 + 3e-4
     costs = AnalyticEngineCosts(MODEL, GPU, FACTORS, tensor_parallel=2)
     assert costs.decode_s(batch=30, context_tokens=60_000, steps=1) == pytest.approx(expected, rel=1e-12)
     four = AnalyticEngineCosts(MODEL, GPU, FACTORS, tensor_parallel=4)
