@@ -159,8 +159,8 @@ def draw(factors: Efficiency) -> style.Figure:
             axes.plot(1e3 * rows.seconds[mask], 1e3 * seconds[mask], ".", color=colour, markersize=4, label=label)
         ends = np.array([rows.seconds.min(), rows.seconds.max()]) * 1e3
         axes.plot(ends, ends, "-", color=style.BLACK, linewidth=0.8)
-        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(xscale="log", yscale="log", xlabel=f"{kind}, other tool (ms)", ylabel="analytic model (ms)")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         style.legend(axes, columns=1)
     figure.suptitle("Analytic costs against another tool's, vLLM")
     return figure
