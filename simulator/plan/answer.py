@@ -14,10 +14,12 @@ from profiling.errors import ConfigError, ToolkitError
 from simulator.hardware import Gpu, load_gpu
 from simulator.hardware.efficiency import load_efficiency
 from simulator.lengths import read_lengths
+from simulator.models import load_model
 from simulator.plan.estimate import Estimate, estimate
 from simulator.plan.money import hours, paid_gpus, watts
 from simulator.plan.options import Option, options_of
 from simulator.plan.question import Question
+from simulator.workload import lengths_of_run
 
 NINETY = 1.6449
 """Standard deviations on either side that hold 90 % of a normal distribution."""
@@ -53,7 +55,9 @@ class Draws:
         factors, _ = load_efficiency(gpu.family, question.engine, question.efficiency)
         of_mean = question.mean_uncertainty
         if question.lengths is not None:  # standard error of a pilot's mean
-            values = np.minimum(read_lengths(question.lengths, question.lengths_column), question.max_response_tokens)
+            pilot = question.lengths
+            drawn = lengths_of_run(pilot)[0] if pilot.is_dir() else read_lengths(pilot, question.lengths_column)
+            values = np.minimum(drawn, question.max_response_tokens)
             of_mean = (
                 NINETY * float(values.std(ddof=1) / values.mean() / math.sqrt(len(values))) if len(values) > 1 else 0.5
             )
@@ -174,7 +178,19 @@ def _row(question: Question, gpu: Gpu, option: Option, own: Estimate | str, draw
         "idle_share": own.idle_share, "first_idle_cause": own.first_idle_cause, "tail_share": own.tail_share,
         "seconds_per_step": own.step_s, "rollout_seconds_per_step": own.rollout_s,
         "training_seconds_per_step": own.training_s,
+        "policy_update_mfu": _utilisation(question, gpu, option, own),
     }  # fmt: skip
+
+
+def _utilisation(question: Question, gpu: Gpu, option: Option, own: Estimate) -> dict[str, float] | None:
+    """Model FLOPs of the policy update / (seconds x training GPUs x dense BF16 peak), nothing for recomputation.
+    causal: three forward passes, attention over the pairs there are. verl: verl's own count, of full squares."""
+    if option.experiment is None or not own.update_s:
+        return None
+    model = load_model(question.model)
+    peak = own.update_s * option.experiment.cluster.training_gpus * gpu.bf16_flops
+    causal = 3 * model.forward_flops(own.processed_tokens, own.processed_pairs)
+    return {"causal": causal / peak, "verl": model.verl_flops(own.processed_tokens, own.processed_squares) / peak}
 
 
 def _compare(

@@ -34,6 +34,14 @@ class Estimate:
     """Steps that a row takes part in."""
     gpu_seconds: dict[str, float]
     """By cause, all GPUs."""
+    update_s: float
+    """Of training_s, update_policy."""
+    processed_tokens: float
+    """Of the rows that the policy update processes, with their context; and of those, for n tokens a row:"""
+    processed_pairs: float
+    """n (n + 1) / 2"""
+    processed_squares: float
+    """n ** 2"""
     beside: bool
     """Rollout and training run beside each other, on GPUs of their own."""
 
@@ -73,6 +81,8 @@ def estimate(option: Option) -> Estimate:
     rollout_s = float(length[late.name == "rollout"].mean())
     if option.schedule == "in_flight":  # a step's rollout lasts as long as the step: what counts is the engines' work
         rollout_s = sum(by_cause[cause] for cause in ROLLOUT if cause != "wait_tail") / own_gpus
+    trained = rows[rows.finished] if option.experiment.trains_whole_responses else rows
+    n = (trained.context_before + trained.tokens).to_numpy(float)
     ends = [np.sort(of_step.to_numpy()) for _, of_step in rows.groupby("step").t_end]
     tail_s = float(np.mean([own[-1] - own[math.ceil(0.9 * len(own)) - 1] for own in ends]))
     return Estimate(
@@ -85,5 +95,9 @@ def estimate(option: Option) -> Estimate:
         tail_share=tail_s / max(rollout_s, 1e-12),
         visits=len(rows) / max(1, int(rows.finished.sum())),
         gpu_seconds=by_cause,
+        update_s=float(length[late.name == "update_policy"].sum()) / len(rollouts),
+        processed_tokens=float(n.sum()) / len(rollouts),
+        processed_pairs=float((n * (n + 1) / 2).sum()) / len(rollouts),
+        processed_squares=float((n * n).sum()) / len(rollouts),
         beside=beside,
     )

@@ -48,7 +48,7 @@ class Question(Settings):
     sigma: PositiveFloat = 0.8
     """Of the logarithm of response lengths."""
     lengths: Path | None = None
-    """CSV or Parquet of response lengths (a pilot run's) instead of the lognormal law."""
+    """A pilot's response lengths instead of the lognormal law: CSV, Parquet, or a run directory (with its prompts)."""
     lengths_column: str = "tokens"
     mean_uncertainty: float = Field(0.15, ge=0, lt=1)
     """Relative, of the mean length, where no lengths are given: 90 % are believed to lie within."""
@@ -114,6 +114,8 @@ class Question(Settings):
 
     def response_tokens(self) -> dict[str, Any]:
         """The length law of an experiment; with drift, its mean over the horizon."""
+        if self.lengths is not None and self.lengths.is_dir():
+            return {"kind": "run", "path": str(self.lengths.resolve())}
         if self.lengths is not None:
             return {"kind": "empirical", "file": str(self.lengths.resolve()), "column": self.lengths_column,
                     "order": "sampled"}  # fmt: skip

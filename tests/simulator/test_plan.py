@@ -77,6 +77,23 @@ def test_a_pilots_lengths_narrow_the_interval(tmp_path):
     assert own.lengths.std() < 0.01
 
 
+def test_a_pilot_run_is_taken_with_its_lengths(tmp_path):
+    (option, *_) = options_of(Question(**SMALL | {"windows": (800,)}))
+    simulate(option.experiment).write(tmp_path / "pilot")
+    own = answer(Question(**SMALL | {"gpus": (8,), "windows": (800,), "lengths": tmp_path / "pilot"}))
+    plain = answer(Question(**SMALL | {"gpus": (8,), "windows": (800,)}))
+    assert own.rows[0]["hours"]["p50"] == pytest.approx(plain.rows[0]["hours"]["p50"], rel=0.05)
+    assert not any("response lengths" in text for text in own.assumptions)
+
+
+def test_utilisation_in_both_conventions(found):
+    """The policy update runs at the factors' share of the peak, of which a fourth is recomputation."""
+    for row in found.rows:
+        mfu = row["policy_update_mfu"]
+        assert 0.02 < mfu["causal"] < 0.75 * 0.45
+        assert mfu["verl"] > mfu["causal"]
+
+
 def test_skipping_start_up_gives_the_same_steps():
     (_, option, *_) = options_of(Question(**SMALL | {"windows": (800,)}))
     startup = option.experiment.make_schedule().startup_steps(3000)
