@@ -1,0 +1,234 @@
+"""How right the profiler's estimates are, against a workload that is known: `simulated sensor`, no GPU.
+
+python -m benchmarks.profiler [--workloads 200] [--steps 30] [--record]
+
+A stand-in for NVML's library (tests/profiling/fake_nvml.c) is really loaded by nvidia-ml-py and polled every 100 ms of
+virtual time. Workloads are random: steps of about 12 s, whose phases vary by a quarter in length and a tenth in how
+busy they keep the GPU; rollouts fade. --record writes docs/results/profiler.
+"""
+
+import argparse
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.record_results import ROOT, markdown
+from profiling.estimators import (
+    WINDOWS_TO_INTEGRATE,
+    Pieces,
+    Windows,
+    busy_by_phase,
+    energy_by_phase,
+    windows_of_polls,
+)
+
+RESULTS = ROOT / "docs" / "results" / "profiler"
+LIBRARY = ROOT / "tests" / "profiling" / "fake_nvml.c"
+POLL_S, WINDOW_S, RING_S = 0.1, 1.0, 1 / 6
+PHASES = {
+    "rollout": (6.0, 0.80, 420.0), "reward": (0.9, 0.0, 70.0), "logprob_forward": (1.2, 0.95, 560.0),
+    "update_policy": (2.4, 0.92, 650.0), "update_value": (1.1, 0.90, 620.0), "weight_sync": (0.4, 0.30, 250.0),
+}  # fmt: skip
+"""Phase -> seconds, busy, watts; each workload scales and varies them."""
+FADES = (1.2, 1.1, 1.0, 0.7)
+"""Quarters of a rollout: rows leave it, so it keeps the GPU less busy towards its end."""
+BUSY_GOAL, ENERGY_GOAL, COVERAGE, RESOLVED_GOAL = 0.02, 0.03, 0.95, 0.8
+
+
+def load_library(folder: Path) -> ctypes.CDLL:
+    """Build the stand-in and load it before nvidia-ml-py looks for libnvidia-ml.so.1."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise SystemExit("no C compiler to build the stand-in NVML library")
+    target = folder / "libnvidia-ml.so.1"
+    command = [compiler, "-O2", "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1", "-o", str(target), str(LIBRARY)]
+    subprocess.run(command, check=True)
+    os.environ["FAKE_NVML_WINDOW"] = str(WINDOW_S)
+    library = ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)
+    number = ctypes.c_double
+    library.sim_set_time.argtypes = [number]
+    library.sim_add.argtypes = [ctypes.c_int, number, number, number, number]
+    library.sim_integral.argtypes = [ctypes.c_int, ctypes.c_int, number, number]
+    library.sim_integral.restype = number
+    return library
+
+
+def workload(library: ctypes.CDLL, random: np.random.Generator, steps: int) -> pd.DataFrame:
+    """Set a random workload; its phases."""
+    library.sim_clear()
+    scale = {name: random.uniform(0.5, 1.5) for name in PHASES}
+    t, rows = float(random.uniform(0.5, 1.5)), []
+    for step in range(1, steps + 1):
+        for name, (seconds, busy, watts) in PHASES.items():
+            length = seconds * scale[name] * random.uniform(0.75, 1.25)
+            share = float(np.clip(busy * random.uniform(0.9, 1.1), 0.0, 1.0))
+            power = watts * random.uniform(0.9, 1.1)
+            parts = FADES if name == "rollout" else (1.0,)
+            for place, factor in enumerate(parts):
+                begin, end = (t + length * n / len(parts) for n in (place, place + 1))
+                library.sim_add(0, begin, end, min(1.0, share * factor), power * factor)
+            rows.append((name, step, t, t + length))
+            t += length
+    return pd.DataFrame(rows, columns=["name", "step", "t_start", "t_end"])
+
+
+def polled(library: ctypes.CDLL, random: np.random.Generator, until: float) -> pd.DataFrame:
+    """Readings about every POLL_S, late by some milliseconds, through nvidia-ml-py. A sampler's clock and a sensor's
+    are never in step for long: each workload polls up to 3 % faster or slower."""
+    import pynvml as nvml
+
+    handle = nvml.nvmlDeviceGetHandleByIndex(0)
+    rows = []
+    for t in np.arange(random.uniform(0, POLL_S), until + 1.0, POLL_S * random.uniform(0.97, 1.03)):
+        late = t + abs(random.normal(0, 0.003))
+        library.sim_set_time(late)
+        rows.append((late, nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+                     nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3))  # fmt: skip
+    return pd.DataFrame(rows, columns=["t", "utilisation", "energy_joules"])
+
+
+def ring(library: ctypes.CDLL, until: float) -> Windows:
+    """The driver's own samples, read every ten seconds."""
+    import pynvml as nvml
+
+    handle = nvml.nvmlDeviceGetHandleByIndex(0)
+    ends, busy, seen = [], [], 0
+    for t in np.arange(10.0, until + 11.0, 10.0):
+        library.sim_set_time(float(t))
+        _, samples = nvml.nvmlDeviceGetSamples(handle, nvml.NVML_GPU_UTILIZATION_SAMPLES, seen)
+        for one in samples:
+            seen = one.timeStamp
+            ends.append(one.timeStamp / 1e6)
+            busy.append(one.sampleValue.uiVal / 100)
+    end = np.array(ends)
+    return Windows(end - RING_S, end, np.array(busy))
+
+
+def compared(library: ctypes.CDLL, seed: int, steps: int) -> list[dict[str, Any]]:
+    """One workload: a row for every phase and quantity."""
+    random = np.random.default_rng(seed)
+    phases = workload(library, random, steps)
+    until = float(phases.t_end.max())
+    samples = polled(library, random, until)
+    pieces = Pieces.of(phases)
+    t, joules = samples.t.to_numpy(), samples.energy_joules.to_numpy()
+    windows = windows_of_polls(t, samples.utilisation.to_numpy(), WINDOW_S)
+    naive = {
+        name: float(samples.utilisation[_inside(own, t)].mean()) for name, own in phases.groupby("name", sort=False)
+    }
+    found = {
+        "busy, 1 s window": (busy_by_phase(pieces, windows), 0, WINDOW_S),
+        "busy, sample ring": (busy_by_phase(pieces, ring(library, until)), 0, RING_S),
+        "energy": (energy_by_phase(pieces, t, joules), 1, None),
+    }
+    rows = []
+    for quantity, (estimates, what, window) in found.items():
+        for name, own in phases.groupby("name", sort=False):
+            seconds = own.t_end - own.t_start
+            spent = [library.sim_integral(0, what, a, b) for a, b in zip(own.t_start, own.t_end, strict=True)]
+            truth = sum(spent) / (1.0 if what else seconds.sum())
+            got = estimates[str(name)]
+            rows.append(
+                {
+                    "seed": seed, "quantity": quantity, "phase": name, "seconds": float(seconds.mean()),
+                    "spans": window is not None and float(seconds.mean()) >= WINDOWS_TO_INTEGRATE * window,
+                    "method": got.method, "truth": truth, "value": got.value,
+                    "error": None if got.value is None else (got.value - truth) / (truth if what else 1.0),
+                    "covered": got.low is not None and got.low - 1e-9 <= truth <= (got.high or 0.0) + 1e-9,
+                    "has interval": got.low is not None,
+                    "bucketed error": naive[str(name)] - truth if not what else None,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def _inside(phases: pd.DataFrame, t: np.ndarray) -> np.ndarray:
+    place = np.searchsorted(phases.t_start.to_numpy(), t, "right") - 1
+    return (place >= 0) & (t < phases.t_end.to_numpy()[np.maximum(place, 0)])
+
+
+def run(workloads: int, steps: int) -> pd.DataFrame:
+    import pynvml as nvml
+
+    with tempfile.TemporaryDirectory() as folder:
+        library = load_library(Path(folder))
+        nvml.nvmlInit()
+        rows = [row for seed in range(workloads) for row in compared(library, seed, steps)]
+        nvml.nvmlShutdown()
+    return pd.DataFrame(rows)
+
+
+def totals(rows: pd.DataFrame) -> pd.DataFrame:
+    lines = []
+    for (quantity, phase), own in rows.groupby(["quantity", "phase"], sort=False):
+        resolved, bounded = own[own.value.notna()], own[own["has interval"]]
+        errors = resolved.error.astype(float)
+        lines.append(
+            {
+                "quantity": quantity, "phase": phase, "seconds (mean)": own.seconds.mean(),
+                "resolved": f"{len(resolved)} of {len(own)}",
+                "methods": ", ".join(sorted(own.method.unique())),
+                "median |error|": float(errors.abs().median()) if len(resolved) else None,
+                "95th percentile |error|": float(errors.abs().quantile(0.95)) if len(resolved) else None,
+                "interval covers": float(bounded.covered.mean()) if len(bounded) else None,
+                "bucketing instead, median |error|": own["bucketed error"].astype(float).abs().median(),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def verdicts(rows: pd.DataFrame) -> list[str]:
+    busy = rows[rows.quantity == "busy, 1 s window"]
+    resolved = busy[busy.value.notna()]
+    spans = busy[busy.spans]
+    energy = rows[(rows.quantity == "energy") & (rows.seconds >= 1.0)]
+    known = rows[rows["has interval"]]
+    checks = [
+        ("busy within 2 points where resolved (95th percentile)", resolved.error.astype(float).abs().quantile(0.95),
+         BUSY_GOAL, False),
+        ("phases that span three windows resolved", spans.value.notna().mean(), RESOLVED_GOAL, True),
+        ("energy of phases of 1 s and more within 3 % (95th percentile)",
+         energy.error.astype(float).abs().quantile(0.95), ENERGY_GOAL, False),
+        ("intervals that hold the truth", known.covered.mean(), COVERAGE, True),
+    ]  # fmt: skip
+    return [
+        f"{name}: {value:.3f} (goal {goal}): {'reached' if (value >= goal if least else value <= goal) else 'missed'}"
+        for name, value, goal, least in checks
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--record", action="store_true", help="write docs/results/profiler")
+    options = parser.parse_args()
+    rows = run(options.workloads, options.steps)
+    table = totals(rows)
+    page = "\n\n".join(
+        [
+            "# Estimates against the truth (simulated sensor)",
+            f"Written by `python -m benchmarks.profiler --record`: {options.workloads} random workloads of "
+            f"{options.steps} steps of about 12 s, polled every 100 ms. No GPU: a library with NVML's ABI and "
+            "documented sensor windows, loaded by nvidia-ml-py. Busy errors are in points (one: 1 % of the time), "
+            "energy errors relative. Bucketing is what is usually done: the mean of the readings within a phase.",
+            markdown(table),
+            "Goals: " + "; ".join(verdicts(rows)) + ".",
+        ]
+    )
+    print(page)
+    if options.record:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        table.to_csv(RESULTS / "profiler.csv", index=False)
+        (RESULTS / "README.md").write_text(page + "\n")
+
+
+if __name__ == "__main__":
+    main()
