@@ -5,10 +5,13 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from profiling.attribution import device_estimates
 from profiling.errors import ConfigError
 from profiling.ledger import Cluster, build_ledger
 from profiling.phases import Profiler
@@ -68,7 +71,30 @@ def _print(run: Run, wall_s: float, code: int) -> None:
             _mean(samples.memory_bytes.dropna().nlargest(1) / 2**30, ".1f"),
         )
     notes = [record["text"] for record in run.trace if record["type"] == "note"]
-    Console().print(table, *notes, sep="\n")
+    Console().print(table, by_phase(run), *notes, sep="\n")
+
+
+def by_phase(run: Run) -> Table:
+    """Device and phase: seconds, busy, joules, watts with intervals; `unresolved` where nothing can be said."""
+    table = Table(title="by phase, 95 % intervals", title_justify="left")
+    for column in ("device", "phase", "seconds", "busy", "energy, J", "mean power, W"):
+        table.add_column(column, justify="left" if column in ("device", "phase") else "right")
+    estimates = device_estimates(run)
+    for (device, phase), own in estimates.groupby(["device", "phase"], sort=False):
+        known = own.set_index("quantity")
+        seconds = float(own.seconds.iloc[0])
+        busy = _interval(known.loc["busy"], 100.0, " %") if "busy" in known.index else "-"
+        joules = _interval(known.loc["joules"], 1.0, "") if "joules" in known.index else "-"
+        watts = _interval(known.loc["joules"], 1 / seconds, "") if "joules" in known.index else "-"
+        table.add_row(str(device), str(phase), f"{seconds:.1f}", busy, joules, watts)
+    return table
+
+
+def _interval(estimate: "pd.Series[Any]", scale: float, unit: str) -> str:
+    if estimate.value is None or pd.isna(estimate.value):
+        return "unresolved"
+    value, low, high = (scale * float(estimate[name]) for name in ("value", "low", "high"))
+    return f"{value:.3g}{unit} ({low:.3g} to {high:.3g})"
 
 
 def _mean(values: "object", form: str) -> str:

@@ -347,13 +347,3 @@ def _from_power(power: tuple[float, float, float] | None, seconds: float) -> Est
     if (high - low) / 2 > RESOLVED_ENERGY * max(value, 1e-9):
         return Estimate(None, low, high, "unresolved", seconds)
     return Estimate(value, low, high, "regression", seconds)
-
-
-def as_records(estimates: dict[str, Estimate], quantity: str, device: str) -> list[dict[str, object]]:
-    """Rows of profiling.schema.ESTIMATES."""
-    return [
-        {"device": device, "phase": name, "quantity": quantity, "value": own.value, "low": own.low, "high": own.high,
-         "method": own.method, "seconds": own.seconds}
-        for name, own in estimates.items()
-        if name
-    ]  # fmt: skip

@@ -70,7 +70,10 @@ class Profiler:
 
     def __enter__(self) -> "Profiler":
         if self._interval_s is not None:
-            self._sampler = SamplerProcess(self.writer.path, interval_s=self._interval_s, zero_s=self._zero)
+            self._sampler = SamplerProcess(
+                self.writer.path, interval_s=self._interval_s, zero_s=self._zero,
+                note=lambda text: self.trace({"type": "note", "text": text}),
+            )  # fmt: skip
             note = self._sampler.start()
             if note:
                 self.trace({"type": "note", "text": note})

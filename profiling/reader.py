@@ -109,6 +109,11 @@ class Run:
         return self._table("devices")
 
     @cached_property
+    def windows(self) -> pd.DataFrame:
+        """Empty where no driver keeps samples of its own."""
+        return self._table("windows")
+
+    @cached_property
     def ledger(self) -> pd.DataFrame | None:
         """None for a run that has not ended."""
         path = self.path / "ledger.parquet"

@@ -68,7 +68,6 @@ class Sampler:
                 written = time.perf_counter()
         self.tick()
         self.write_part()
-        self.report()
         for source in self.sources:
             source.close()
 
@@ -80,6 +79,12 @@ class Sampler:
         self.last_s = t
 
     def write_part(self) -> None:
+        now = time.perf_counter() - self.zero_s
+        windows = [window for source in self.sources for window in source.windows(now)]
+        if windows:
+            own = {name: [getattr(window, name) for window in windows] for name in schema.WINDOWS.names}
+            write_parquet(self.directory / "windows" / f"part-{self.part:06d}.parquet", own, schema.WINDOWS)
+        self.report()  # its time says that the sampler lives
         if not self.rows:
             return
         columns: dict[str, list[Any]] = {"t": [t for t, _ in self.rows]}

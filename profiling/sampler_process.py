@@ -1,35 +1,69 @@
-"""Starts the sampler beside a run and stops it."""
+"""Starts the sampler beside a run, starts it again when it dies or hangs, and stops it."""
 
 import json
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 10.0
+HANGS_AFTER_S = 20.0
+"""Without a word from the sampler, which reports every five seconds: a driver call that never returns."""
+WATCH_EVERY_S = 1.0
+BACK_OFF_S = (1.0, 5.0, 25.0, 120.0)
+"""Between restarts; after the last of them there is none."""
 
 
 class SamplerProcess:
-    def __init__(self, directory: Path, *, interval_s: float, zero_s: float) -> None:
+    """`note`: told of what happens, for the trace."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        interval_s: float,
+        zero_s: float,
+        note: Callable[[str], None] = lambda text: None,
+        hangs_after_s: float = HANGS_AFTER_S,
+        back_off_s: tuple[float, ...] = BACK_OFF_S,
+    ) -> None:
         self.directory = directory
+        self.restarts = 0
         self._command = [
             sys.executable, "-m", "profiling.sampler",
             "--output", str(directory), "--interval", str(interval_s), "--zero", repr(zero_s),
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
+        self._note = note
+        self._hangs_after_s, self._back_off_s = hangs_after_s, back_off_s
+        self._earlier: list[dict[str, Any]] = []
+        """Reports of samplers that died."""
+        self._last_report = 0, time.monotonic()
+        """Time stamp of the newest report, and when it was first seen."""
+        self._stop = threading.Event()
+        self._watcher: threading.Thread | None = None
 
     def start(self) -> str | None:
         """Start it and wait for its first sample. Returns a note for the trace: no GPU, or no sampler and why."""
+        note = self._launch()
+        if self._process is not None:
+            self._watcher = threading.Thread(target=self._watch, name="sampler watcher", daemon=True)
+            self._watcher.start()
+        return note
+
+    def _launch(self) -> str | None:
         (self.directory / "sampler.json").unlink(missing_ok=True)
         try:
             self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
         except OSError as error:
             return f"no device samples: the sampler did not start: {error}"
         deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            report = self.report()
+        while time.monotonic() < deadline and not self._stop.is_set():
+            report = self._report()
             if report is not None:
                 return report["note"]
             if self._process.poll() is not None:
@@ -37,20 +71,71 @@ class SamplerProcess:
             time.sleep(0.01)
         return f"no device samples after {START_TIMEOUT_S:.0f} s"
 
+    def _watch(self) -> None:
+        """Until the run ends: a sampler that died or does not report any more is replaced, later every time."""
+        while not self._stop.wait(min(WATCH_EVERY_S, self._hangs_after_s / 4)):
+            fault = self._fault()
+            if fault is None:
+                continue
+            self._kill()
+            if (report := self._report()) is not None:
+                self._earlier.append(report)
+            if self.restarts == len(self._back_off_s):
+                self._note(f"the sampler {fault} again; no more device samples")
+                return
+            wait_s = self._back_off_s[self.restarts]
+            self.restarts += 1
+            self._note(f"the sampler {fault}; it is started again in {wait_s:g} s")
+            if self._stop.wait(wait_s):
+                return
+            if (note := self._launch()) is not None:
+                self._note(note)
+
+    def _fault(self) -> str | None:
+        assert self._process is not None
+        if (code := self._process.poll()) is not None:
+            return f"ended with exit code {code}"
+        try:
+            written = (self.directory / "sampler.json").stat().st_mtime_ns
+        except OSError:
+            return None  # it has not reported yet; _launch waited for that
+        if written != self._last_report[0]:  # by our own clock: the host's may be set meanwhile
+            self._last_report = written, time.monotonic()
+        silent_s = time.monotonic() - self._last_report[1]
+        return f"hung for {silent_s:.0f} s" if silent_s > self._hangs_after_s else None
+
+    def _kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
     def stop(self) -> dict[str, Any] | None:
-        """End it; its own account of what it did, or None when it left none."""
+        """End it; its own account of what it did, or None when it left none. With restarts, what all of them did."""
         if self._process is None:
             return None
+        self._stop.set()
+        if self._watcher is not None:
+            self._watcher.join(START_TIMEOUT_S)
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        if not self._process.stdin.closed:
+            self._process.stdin.close()
         try:
             self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        return self.report()
+        report = self._report()
+        if not self._earlier:
+            return report
+        report = report or self._earlier.pop()
+        for name in ("ticks", "missed_ticks", "cpu_seconds"):
+            report[name] += sum(earlier[name] for earlier in self._earlier)
+        firsts = [own["first_sample_s"] for own in (*self._earlier, report) if own["first_sample_s"] is not None]
+        return {**report, "first_sample_s": min(firsts, default=None), "restarts": self.restarts}
 
-    def report(self) -> dict[str, Any] | None:
+    def _report(self) -> dict[str, Any] | None:
         try:
             return json.loads((self.directory / "sampler.json").read_bytes())
         except (OSError, ValueError):

@@ -6,6 +6,7 @@
     rollouts/step-N.parquet ROLLOUTS: a row per (response, step)
     engine/step-N.parquet   ENGINE: decode spans of constant batch, and prefills
     devices/part-N.parquet  DEVICES: samples of GPUs and of the host
+    windows/part-N.parquet  WINDOWS: what a GPU's driver sampled itself
     ledger.parquet          LEDGER: GPU-seconds by step, GPU and cause
     summary.json            totals
 
@@ -126,6 +127,13 @@ DEVICES = _columns(
     ),
 )
 
+WINDOWS = _columns(
+    ("t_begin", _FLOAT),
+    ("t_end", _FLOAT),
+    ("device", _TEXT),  # GPU UUID
+    ("utilisation", _FLOAT),  # fraction of the time between t_begin and t_end with a kernel running
+)
+
 LEDGER = _columns(
     ("step", _INT),  # -1: outside every step
     ("gpu", _INT),
@@ -133,8 +141,8 @@ LEDGER = _columns(
     ("seconds", _FLOAT),
 )
 
-TABLES = {"rollouts": ROLLOUTS, "engine": ENGINE, "devices": DEVICES}
-PART_NAMES = {"rollouts": "step", "engine": "step", "devices": "part"}
+TABLES = {"rollouts": ROLLOUTS, "engine": ENGINE, "devices": DEVICES, "windows": WINDOWS}
+PART_NAMES = {"rollouts": "step", "engine": "step", "devices": "part", "windows": "part"}
 
 TRACE_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "header": {

@@ -18,6 +18,16 @@ class Sample:
     event_reasons: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Utilisation that a driver measured itself, over a time of its own. Seconds from the start of the run."""
+
+    device: str
+    t_begin: float
+    t_end: float
+    utilisation: float
+
+
 METRICS = tuple(name for name in Sample.__slots__ if name != "device")
 
 
@@ -44,5 +54,9 @@ class Source(Protocol):
     def devices(self) -> list[Device]: ...
 
     def read(self) -> list[Sample]: ...
+
+    def windows(self, now_s: float) -> list[Window]:
+        """What the driver has sampled since the last call. now_s: the run's clock."""
+        ...
 
     def close(self) -> None: ...

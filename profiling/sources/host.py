@@ -2,7 +2,7 @@
 
 import psutil
 
-from profiling.sources import Capabilities, Device, Sample
+from profiling.sources import Capabilities, Device, Sample, Window
 
 
 class HostSource:
@@ -24,6 +24,9 @@ class HostSource:
                 memory_bytes=float(psutil.virtual_memory().used),
             )
         ]
+
+    def windows(self, now_s: float) -> list[Window]:
+        return []
 
     def close(self) -> None:
         pass

@@ -1,12 +1,13 @@
 """NVIDIA GPUs through nvidia-ml-py. A metric that a GPU does not have is None with a reason, never 0."""
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pynvml as nvml
 
-from profiling.sources import Capabilities, Device, Sample
+from profiling.sources import Capabilities, Device, Sample, Window
 
 STATES = {
     nvml.NVML_ERROR_NOT_SUPPORTED: "not supported",
@@ -24,6 +25,10 @@ READERS: dict[str, Callable[[Any], float]] = {
     "temperature_c": lambda h: float(nvml.nvmlDeviceGetTemperature(h, nvml.NVML_TEMPERATURE_GPU)),
     "event_reasons": lambda h: nvml.nvmlDeviceGetCurrentClocksEventReasons(h),
 }
+
+
+LONGEST_WINDOW_S = 1.5
+"""Between two of the driver's samples that follow each other."""
 
 
 class NoDriver(Exception):
@@ -46,12 +51,17 @@ class NvmlSource:
             device = Device(_text(nvml.nvmlDeviceGetUUID(handle)), _text(nvml.nvmlDeviceGetName(handle)), index)
             self._handles.append((device, handle))
         self._handles = visible(self._handles, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        self._lost: set[str] = set()
+        self._ring_read_us = {device.uuid: 0 for device, _ in self._handles}
+        """Time of the last of the driver's samples that was read."""
 
     def devices(self) -> list[Device]:
         return [device for device, _ in self._handles]
 
     def read(self) -> list[Sample]:
+        """A GPU that was lost is looked for again at every reading."""
         samples = []
+        self._handles = [(device, self._found_again(device, handle)) for device, handle in self._handles]
         for device, handle in self._handles:
             values: dict[str, Any] = {}
             for metric, reader in READERS.items():
@@ -60,9 +70,50 @@ class NvmlSource:
                     state = "ok"
                 except nvml.NVMLError as error:
                     state = STATES.get(error.value, str(error))
+                    if state == "lost":
+                        self._lost.add(device.uuid)
                 self.capabilities.note(device.uuid, metric, state)
             samples.append(Sample(device.uuid, **values))
         return samples
+
+    def windows(self, now_s: float) -> list[Window]:
+        """The driver's ring of utilisation samples, a sixth of a second each; kept for some twenty seconds."""
+        zero_us = 1e6 * (time.time() - now_s)
+        found = []
+        for device, handle in self._handles:
+            last = self._ring_read_us[device.uuid]
+            try:
+                _, samples = nvml.nvmlDeviceGetSamples(handle, nvml.NVML_GPU_UTILIZATION_SAMPLES, last)
+                state = "ok"
+            except nvml.NVMLError as error:
+                samples, state = [], STATES.get(error.value, str(error))
+                if error.value == nvml.NVML_ERROR_NOT_FOUND:  # none since the last time
+                    state = "ok"
+            self.capabilities.note(device.uuid, "utilisation_windows", state)
+            for sample in samples:
+                stamp = int(sample.timeStamp)
+                if 0 < stamp - last <= 1e6 * LONGEST_WINDOW_S:  # after a gap nobody knows when the window began
+                    found.append(
+                        Window(
+                            device.uuid,
+                            (last - zero_us) / 1e6,
+                            (stamp - zero_us) / 1e6,
+                            sample.sampleValue.uiVal / 100,
+                        )
+                    )
+                last = max(last, stamp)
+            self._ring_read_us[device.uuid] = last
+        return [window for window in found if window.t_begin >= 0]
+
+    def _found_again(self, device: Device, handle: Any) -> Any:
+        if device.uuid not in self._lost:
+            return handle
+        try:
+            handle = nvml.nvmlDeviceGetHandleByUUID(device.uuid)
+        except nvml.NVMLError:
+            return handle
+        self._lost.discard(device.uuid)
+        return handle
 
     def close(self) -> None:
         nvml.nvmlShutdown()

@@ -1,0 +1,65 @@
+"""Which phase drew how much energy and kept each device how busy: the estimators applied to a run directory."""
+
+import numpy as np
+import pandas as pd
+
+from profiling.estimators import Pieces, Windows, busy_by_phase, energy_by_phase, windows_of_polls
+from profiling.ledger import innermost_phases
+from profiling.reader import Run
+
+HOST = "host"
+SENSOR_WINDOW_S = 1.0
+"""Of a GPU's utilisation where its driver keeps no samples of its own: the longer of the two that NVML documents."""
+COLUMNS = ["device", "phase", "seconds", "quantity", "value", "low", "high", "method"]
+
+
+def device_estimates(run: Run) -> pd.DataFrame:
+    """A row for each device, phase and quantity: `busy` (fraction of the phase's time) and, of GPUs, `joules`; 95 %
+    intervals; value null where it is `unresolved`. Phases nest: each moment belongs to the innermost.
+
+    Empty for a run without phases or samples.
+    """
+    samples = run.devices
+    if run.phases.empty or samples.empty:
+        return pd.DataFrame(columns=COLUMNS)
+    end = run.trailer["t"] if run.trailer else float(samples.t.max())
+    pieces = Pieces.of(_named_pieces(run, float(end)))
+    rows = []
+    for device, own in samples.groupby("device", sort=False):
+        t, busy = own.t.to_numpy(float), own.utilisation.to_numpy(float)
+        found = [("busy", busy_by_phase(pieces, _windows(run, str(device), t, busy)))]
+        if device != HOST and own.energy_joules.notna().any():
+            found.append(("joules", energy_by_phase(pieces, t, own.energy_joules.to_numpy(float))))
+        for quantity, estimates in found:
+            rows += [
+                (device, name, e.seconds, quantity, e.value, e.low, e.high, e.method)
+                for name, e in estimates.items()
+                if name
+            ]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _named_pieces(run: Run, end: float) -> pd.DataFrame:
+    """The trainer's phases as the ledger has them; a program's own names, as they nest, where it has others."""
+    known = innermost_phases(run.phases, end)
+    if (known.name != "").any():
+        return known
+    phases = run.phases[run.phases.t_end > run.phases.t_start]
+    edges = np.unique(np.concatenate([[0.0, end], phases.t_start.clip(0, end), phases.t_end.clip(0, end)]))
+    names = np.full(len(edges) - 1, "", dtype=object)
+    steps = np.zeros(len(edges) - 1, dtype=int)
+    for phase in phases.sort_values("depth", kind="stable").itertuples():
+        first, last = np.searchsorted(edges, [phase.t_start, phase.t_end])
+        names[first:last], steps[first:last] = phase.name, phase.step
+    return pd.DataFrame({"name": names, "step": steps, "t_start": edges[:-1], "t_end": edges[1:]})
+
+
+def _windows(run: Run, device: str, t: np.ndarray, busy: np.ndarray) -> Windows:
+    """What each reading is the mean of: the time since the one before on the host, the driver's own samples where it
+    keeps them, else the sensor's window."""
+    if device == HOST:
+        return Windows(t[:-1], t[1:], busy[1:])
+    own = run.windows[run.windows.device == device]
+    if len(own):
+        return Windows(own.t_begin.to_numpy(), own.t_end.to_numpy(), own.utilisation.to_numpy())
+    return windows_of_polls(t, busy, SENSOR_WINDOW_S)

@@ -1,0 +1,194 @@
+"""Estimates against a workload that is known: through the stand-in library (`simulated sensor`), and by hand."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from profiling.attribution import device_estimates
+from profiling.estimators import Pieces, Windows, busy_by_phase, energy_by_phase, windows_of_polls
+from profiling.reader import Run
+from profiling.sampler_process import SamplerProcess
+from tests.profiling.test_nvml_source import environment, library  # noqa: F401  (a fixture)
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def measured(library):  # noqa: F811
+    """The benchmark's own table over a few workloads, in a process of its own: it loads the stand-in library."""
+    code = "import benchmarks.profiler as b; print(b.run(12, 24).to_json(orient='records'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return pd.DataFrame(json.loads(done.stdout))
+
+
+def test_busy_is_within_two_points_where_it_is_resolved(measured):
+    busy = measured[measured.quantity == "busy, 1 s window"]
+    resolved = busy[busy.value.notna()]
+    assert resolved.error.astype(float).abs().quantile(0.95) < 0.02
+    assert busy[busy.spans].value.notna().mean() >= 0.8
+    assert resolved.error.astype(float).abs().max() < 0.035
+    # Bucketing the same readings is off by tens of points for a phase that is idle.
+    assert busy[busy.phase == "reward"]["bucketed error"].astype(float).abs().median() > 0.3
+
+
+def test_the_drivers_own_samples_resolve_every_phase(measured):
+    ring = measured[measured.quantity == "busy, sample ring"]
+    assert ring.value.notna().mean() > 0.95
+    assert ring.error.astype(float).abs().max() < 0.02
+
+
+def test_energy_is_within_three_per_cent_for_phases_of_a_second(measured):
+    energy = measured[(measured.quantity == "energy") & (measured.seconds >= 1.0)]
+    assert energy.value.notna().all()
+    assert energy.error.astype(float).abs().quantile(0.95) < 0.03
+
+
+def test_intervals_hold_the_truth_at_least_as_often_as_they_say(measured):
+    known = measured[measured["has interval"]]
+    assert known.covered.mean() >= 0.95
+    for _, own in known.groupby("quantity"):
+        assert own.covered.mean() >= 0.93
+
+
+def pieces(*phases):
+    return Pieces.of(pd.DataFrame(phases, columns=["name", "step", "t_start", "t_end"]))
+
+
+def test_a_phase_that_was_idle_reads_idle_whatever_its_neighbours():
+    """Ten steps of 5 s busy and 3 s idle; windows of a second. Half of the readings in the idle phase's first second
+    still show its neighbour."""
+    steps = [(name, s, 8.0 * s + a, 8.0 * s + b) for s in range(10) for name, a, b in (("busy", 0, 5), ("idle", 5, 8))]
+    end = np.arange(1.0, 80.0)
+    windows = Windows(end - 1, end, np.where((end - 1) % 8 < 5, 1.0, 0.0))
+    found = busy_by_phase(pieces(*steps), windows)
+    assert (found["busy"].value, found["idle"].value) == (1.0, 0.0)
+    assert found["idle"].method == "integration"
+
+
+def test_one_step_cannot_tell_short_phases_apart():
+    found = busy_by_phase(
+        pieces(("a", 1, 0.0, 0.6), ("b", 1, 0.6, 1.2)), Windows(np.array([0.1]), np.array([1.1]), np.array([0.5]))
+    )
+    assert found["a"].value is None
+    assert found["a"].method == "unresolved"
+
+
+def test_the_offset_of_windows_is_found_from_when_readings_change():
+    t = np.arange(0.0, 60.0, 0.1) + 0.03
+    ends = np.floor((t - 0.37) / 1.0) + 0.37  # windows end at .37
+    busy = np.round(0.5 + 0.4 * np.sin(ends), 2)
+    windows = windows_of_polls(t, busy, 1.0)
+    assert np.abs((windows.end - 0.37 + 0.5) % 1.0 - 0.5).max() < 0.05
+    assert windows.busy == pytest.approx(np.round(0.5 + 0.4 * np.sin(np.round(windows.end - 0.37) + 0.37), 2))
+
+
+def test_energy_of_a_long_phase_is_the_counters_difference():
+    t = np.arange(0.0, 20.0, 0.1)
+    counter = np.where(t < 5, 100 * t, np.where(t < 15, 500 + 400 * (t - 5), 4500 + 100 * (t - 15)))
+    found = energy_by_phase(pieces(("low", 1, 0, 5), ("high", 1, 5, 15), ("end", 1, 15, 20)), t, counter, tick_s=1e-6)
+    assert found["high"].value == pytest.approx(4000, rel=1e-6)
+    assert found["low"].value == pytest.approx(500, rel=1e-3)
+    assert found["high"].low <= 4000 <= found["high"].high
+
+
+def test_readings_that_are_missing_are_left_out():
+    t = np.arange(0.0, 20.0, 0.1)
+    counter = 100 * t
+    counter[::3] = np.nan
+    found = energy_by_phase(pieces(("all", 1, 0, 20.0)), t, counter, tick_s=1e-6)
+    assert found["all"].value == pytest.approx(2000, rel=1e-2)
+    assert energy_by_phase(pieces(("all", 1, 0, 20.0)), t, np.full(200, np.nan))["all"].value is None
+
+
+PROFILED = """
+import sys, time
+from profiling import Profiler
+with Profiler(sys.argv[1], sampler_interval_s=0.1) as profiler:
+    time.sleep(float(sys.argv[2]))
+    for step in range(1, 4):
+        for name in ("rollout", "update_policy"):
+            with profiler.phase(name, step=step):
+                time.sleep(0.8)
+"""
+
+
+def test_a_live_run_is_attributed_from_its_directory(library, tmp_path):  # noqa: F811
+    """A real sampler process on the stand-in library: the first GPU draws 400 W all the time, the second is idle."""
+    work = tmp_path / "work"
+    work.write_text("0 0 1000 0.9 400\n")
+    own = environment(library, FAKE_NVML_WORK=str(work))
+    subprocess.run([sys.executable, "-c", PROFILED, str(tmp_path / "run"), "0"], env=own, cwd=ROOT, check=True)
+    run = Run(tmp_path / "run")
+    assert len(run.windows) > 20
+    found = device_estimates(run).set_index(["device", "phase", "quantity"])
+    busy = found.loc[("GPU-0000-0", "rollout", "busy")]
+    assert busy.value == pytest.approx(0.9, abs=0.02)
+    joules = found.loc[("GPU-0000-0", "rollout", "joules")]
+    assert joules.value == pytest.approx(400 * joules.seconds, rel=0.1)
+    assert joules.low <= 400 * joules.seconds <= joules.high
+    assert found.loc[("GPU-0000-1", "update_policy", "busy")].value == pytest.approx(0, abs=0.01)
+    assert ("host", "rollout", "busy") in found.index
+
+
+def test_a_lost_gpu_is_null_and_found_again(library, tmp_path):  # noqa: F811
+    work = tmp_path / "work"
+    work.write_text("0 0 1000 0.5 300\n")
+    own = environment(library, FAKE_NVML_WORK=str(work), FAKE_NVML_LOST="1.5,2.5")
+    subprocess.run([sys.executable, "-c", PROFILED, str(tmp_path / "run"), "0"], env=own, cwd=ROOT, check=True)
+    run = Run(tmp_path / "run")
+    first = run.devices[run.devices.device == "GPU-0000-0"]
+    gone = first.power_watts.isna()
+    assert 5 <= gone.sum() <= 15
+    assert not gone.iloc[0]
+    assert not gone.iloc[-1]
+    assert run.devices[run.devices.device == "GPU-0000-1"].power_watts.notna().all()
+    assert run.trailer["sampler"]["capabilities"]["GPU-0000-0"]["power_watts"] == "ok"
+
+
+def wait_until(true, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_sampler_that_is_killed_is_replaced_and_nothing_is_lost(tmp_path):
+    notes = []
+    sampler = SamplerProcess(
+        tmp_path, interval_s=0.05, zero_s=time.perf_counter(), note=notes.append, back_off_s=(0.1,)
+    )
+    sampler.start()
+    time.sleep(0.3)
+    os.kill(sampler._process.pid, signal.SIGKILL)
+    wait_until(lambda: sampler.restarts == 1 and sampler._report() is not None)
+    time.sleep(0.3)
+    os.kill(sampler._process.pid, signal.SIGKILL)
+    wait_until(lambda: len(notes) >= 2 and "no more device samples" in notes[-1])
+    report = sampler.stop()
+    assert report["restarts"] == 1
+    assert report["ticks"] >= 2
+    assert "ended with exit code -9; it is started again in 0.1 s" in notes[0]
+
+
+def test_a_driver_call_that_never_returns_is_noticed(library, tmp_path, monkeypatch):  # noqa: F811
+    """The sampler hangs in the driver after its first report; the run goes on and says so."""
+    for name, value in environment(library, "nvmlDeviceGetSamples=-1").items():
+        monkeypatch.setenv(name, value)
+    work = tmp_path / "work"
+    work.write_text("0 0 1000 0.5 300\n")
+    monkeypatch.setenv("FAKE_NVML_WORK", str(work))
+    notes = []
+    sampler = SamplerProcess(tmp_path, interval_s=0.1, zero_s=time.perf_counter(), note=notes.append,
+                             hangs_after_s=6.0, back_off_s=())  # fmt: skip
+    sampler.start()
+    wait_until(lambda: notes, 30)
+    assert "the sampler hung for" in notes[0]
+    sampler.stop()
