@@ -50,7 +50,8 @@ def describe(fault: ErrorDetails, model: type[BaseModel]) -> str:
     keys = without_tags(model, [str(part) for part in fault["loc"]])
     name = ".".join(keys) or "the file"
     if fault["type"] == "extra_forbidden":
-        near = get_close_matches(keys[-1], sibling_keys(model, keys[:-1]), n=1, cutoff=0.4)
+        siblings = sibling_keys(model, [str(part) for part in fault["loc"]][:-1])
+        near = get_close_matches(keys[-1], siblings, n=1, cutoff=0.4)
         hint = f"; did you mean '{'.'.join([*keys[:-1], near[0]])}'?" if near else ""
         return f"unknown key '{name}'{hint}"
     if fault["type"] == "missing":

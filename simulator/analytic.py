@@ -185,9 +185,17 @@ class AnalyticCosts:
             )
         if self.model.heads % own:
             raise ConfigError(f"cost.tensor_parallel = {own}: does not divide {self.model.heads} attention heads")
+        kv_heads = self.model.kv_heads
+        if not self.model.latent_dim and own % kv_heads and kv_heads % own:
+            raise ConfigError(
+                f"cost.tensor_parallel = {own}: engines split {kv_heads} heads of keys and values over a divisor or a "
+                "multiple of them"
+            )
         groups = settings.trainer_tensor_parallel * settings.trainer_pipeline_parallel
         if settings.trainer == "fsdp" and groups > 1:
-            raise ConfigError("cost.trainer_tensor_parallel: needs cost.trainer = 'megatron'")
+            raise ConfigError(
+                "cost.trainer_tensor_parallel and trainer_pipeline_parallel: need cost.trainer = 'megatron'"
+            )
         if self.trainer_gpus and self.trainer_gpus % groups:
             raise ConfigError(f"cost: {self.trainer_gpus} training GPUs do not divide into groups of {groups}")
 

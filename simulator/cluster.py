@@ -234,7 +234,7 @@ class TrainingRun:
 
     def spend(self, step: int, phases: Iterator[tuple[str, float]]) -> Process:
         for name, seconds in phases:
-            if seconds > 0:
+            if seconds > 0 or name == "checkpoint":  # a run restarts from one that took no time all the same
                 start = self.wall_s
                 yield self.env.timeout(seconds)
                 self.log.phases.append((name, step, start, self.wall_s))

@@ -78,7 +78,7 @@ class OversampleSchedule(Settings):
 
 class AsynchronousSchedule(Settings):
     kind: Literal["asynchronous"]
-    max_staleness: PositiveInt = 1
+    max_staleness: int = Field(1, ge=1, le=1000)
     """Updates between sampling a row and training on it; our trainer runs 1. In flight: steps' worth of rows that may
     be started ahead."""
     in_flight_update: bool = False

@@ -134,7 +134,9 @@ def lognormal_mu(lengths: LognormalLengths, cap: float) -> float:
         )
     if sigma == 0:
         return float(np.log(target))
-    return float(brentq(lambda mu: capped_mean(mu, sigma, cap) - target, np.log(target) - 1, np.log(cap) + 60))
+    # Uncapped, the mean would be the target at log(target) - sigma ** 2 / 2; the cap only lowers it.
+    least = np.log(target) - sigma**2 / 2 - 1
+    return float(brentq(lambda mu: capped_mean(mu, sigma, cap) - target, least, np.log(cap) + 60))
 
 
 def capped_mean(mu: float, sigma: float, cap: float) -> float:

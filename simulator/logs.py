@@ -20,6 +20,8 @@ from simulator.calibrate import Calibration, Observations, fit
 from simulator.costs import PHASE_COSTS
 
 LONGEST_LINE = 1 << 20
+MOST = 1e15
+"""Seconds, tokens or steps: more is a broken log."""
 KINDS = ("verl", "trl")
 VERL_PHASES = {
     "timing_s/old_log_prob": "logprob_forward",
@@ -161,7 +163,15 @@ def calibrate_logs(kind: str, paths: Sequence[Path], *, engines: int, rows_per_s
     parts = [together(table, engines, rows_per_step, place) for place, table in enumerate(tables)]
     fits = {name: fit(_joined([part[name] for part in parts if name in part])) for name in
             dict.fromkeys(name for part in parts for name in part)}  # fmt: skip
-    if fits.get("decode") is None:
+    decode = fits.get("decode")
+    if decode is not None and decode.observations <= len(decode.coefficients) + 1:
+        raise DataError(
+            f"{paths[0]}: {decode.observations} steps are too few to tell {len(decode.coefficients)} costs apart; "
+            "give a longer log"
+        )
+    if decode is not None and not decode.total_measured_s:
+        raise DataError(f"{paths[0]}: its rollouts took no time")
+    if decode is None:
         raise DataError(f"{paths[0]}: no step has all that the rollout's fit needs")
     costs = {key: value for own in fits.values() if own for key, value in own.coefficients.items()}
     tested = pd.concat([table["timing_s/testing"] for table in tables if "timing_s/testing" in table] or
@@ -178,7 +188,7 @@ def _verl(table: pd.DataFrame, engines: int, rows_per_step: int | None, place: i
     elif "perf/total_num_tokens" in table:
         rows = table["perf/total_num_tokens"] / (prompts + table["response_length/mean"])
     else:
-        raise DataError("verl log: has no perf/total_num_tokens; give --rows-per-step")
+        raise DataError("a verl log without perf/total_num_tokens does not tell its rows; give --rows-per-step")
     responses = rows * table["response_length/mean"]
     processed = rows * (prompts + table["response_length/mean"])
     found = {
@@ -217,7 +227,7 @@ def _observed(
 ) -> Observations:
     """Steps where the timer and all of the work are known."""
     columns = pd.concat([table[timer], *work, table.step], axis=1).dropna().to_numpy(float)
-    columns = columns[(columns[:, 0] >= 0) & np.isfinite(columns).all(axis=1)]
+    columns = columns[(columns >= 0).all(axis=1) & (columns < MOST).all(axis=1)]
     steps = columns[:, -1].astype(np.int64) + place * 10**9
     return Observations(names, columns[:, 1:-1], columns[:, 0], np.ones(len(columns)), steps)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from profiling.errors import DataError
+from profiling.errors import ConfigError, DataError
 from profiling.reader import Run
 from simulator.analytic import AnalyticEngineCosts
 from simulator.calibrate import Calibration, phase_observations
@@ -17,6 +17,8 @@ from simulator.hardware import Gpu
 from simulator.hardware.efficiency import Efficiency
 from simulator.models import Model
 
+BEYOND_THE_PEAK = 1.2
+"""A share of a peak that measurement errors do not explain."""
 WIDER = 0.1
 """Added to the uncertainty of either side: the target differs from the run in what one number cannot say."""
 
@@ -41,6 +43,11 @@ def transfer(run: Run, calibration: Calibration, model: Model, gpu: Gpu, start: 
     spans = run.engine[run.engine.step >= 1]
     if spans.empty:
         raise DataError(f"{run.path}: has no engine records of training steps; factors cannot be taken from it")
+    if tensor_parallel < 1 or trainer_gpus < 0 or model.heads % tensor_parallel:
+        raise ConfigError(
+            f"--tensor-parallel {tensor_parallel}, --trainer-gpus {trainer_gpus}: must be at least 1, and divide the "
+            f"{model.heads} attention heads"
+        )
     costs = AnalyticEngineCosts(model, gpu, start, tensor_parallel=tensor_parallel)
     decode = spans[spans.kind == "decode"]
     prefill = spans[spans.kind == "prefill"]
@@ -53,11 +60,18 @@ def transfer(run: Run, calibration: Calibration, model: Model, gpu: Gpu, start: 
     )
     measured = float((spans.t_end - spans.t_start).sum())
     slower = measured / expected
-    training = _training_slower(run, model, gpu, start, trainer_gpus)
-    changes = {name: _share(getattr(start, name) / slower) for name in ROLLOUT_SHARES}
-    changes |= {name: getattr(start, name) * slower for name in ROLLOUT_SECONDS}
+    training = _training_slower(run, calibration, model, gpu, start, trainer_gpus)
+    shares = {name: getattr(start, name) / slower for name in ROLLOUT_SHARES}
     if training is not None:
-        changes |= {name: _share(getattr(start, name) / training) for name in ("train_gemm", "train_attention")}
+        shares |= {name: getattr(start, name) / training for name in ("train_gemm", "train_attention")}
+    worst = max(shares, key=lambda name: shares[name])
+    if shares[worst] > BEYOND_THE_PEAK:
+        raise ConfigError(
+            f"{run.path}: would need {worst} = {shares[worst]:.3g}, beyond the peak of {gpu.name}; is --model "
+            f"{model.name}, --gpu {gpu.name} with {tensor_parallel} GPUs an engine what the run used?"
+        )
+    changes = {name: min(1.0, share) for name, share in shares.items()}
+    changes |= {name: getattr(start, name) * slower for name in ROLLOUT_SECONDS}
     source = f"fitted to the run {run.path.name} ({', '.join(calibration.runs)}), all factors of a side by one number"
     efficiency = start.model_copy(
         update={
@@ -70,11 +84,6 @@ def transfer(run: Run, calibration: Calibration, model: Model, gpu: Gpu, start: 
         }
     )  # fmt: skip
     return Transfer(efficiency, slower, training)
-
-
-def _share(value: float) -> float:
-    """A share of a peak cannot pass it."""
-    return float(min(1.0, value))
 
 
 def _wider(uncertainty: float) -> float:
@@ -90,10 +99,14 @@ def _spread(run: Run) -> float:
     return float(np.quantile(np.abs(rate / rate.median() - 1), 0.9)) if len(rate) > 1 else 0.1
 
 
-def _training_slower(run: Run, model: Model, gpu: Gpu, start: Efficiency, trainer_gpus: int) -> float | None:
-    """Measured seconds of update_policy / those of four passes' FLOPs at the start's factors."""
+def _training_slower(
+    run: Run, calibration: Calibration, model: Model, gpu: Gpu, start: Efficiency, trainer_gpus: int
+) -> float | None:
+    """What update_policy took per token, as the calibration fits it (its base, optimizer steps, apart), / four passes'
+    FLOPs at the start's factors."""
     observed = phase_observations(run, "update_policy")
-    if not len(observed.seconds) or not trainer_gpus:
+    fitted = calibration.costs.get("policy_update_per_token_s", 0.0)
+    if not len(observed.seconds) or not trainer_gpus or not fitted:
         return None
     rows = run.rollouts[~run.rollouts.discarded]
     context = (rows.context_before + rows.tokens).astype(float)
@@ -104,4 +117,4 @@ def _training_slower(run: Run, model: Model, gpu: Gpu, start: Efficiency, traine
     attention = model.attention_flops(pairs, tokens)
     peak = gpu.bf16_flops * trainer_gpus
     expected = 4 * (flops / (peak * start.train_gemm) + attention / (peak * start.train_attention))
-    return float(observed.seconds.sum()) / expected
+    return fitted * tokens / expected

@@ -87,7 +87,9 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
 
     calibrate = add("calibrate", _calibrate, "fit a cost model to one or more runs; print the quality of the fit")
     calibrate.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or verl:LOG, or trl:LOG")
-    calibrate.add_argument("--output", type=Path, help="calibration file (default: calibration.json in the first RUN)")
+    calibrate.add_argument(
+        "--output", type=Path, help="calibration file (default: calibration.json in the first RUN; of logs, here)"
+    )
     calibrate.add_argument("--json", action="store_true", help="print the calibration as JSON")
     calibrate.add_argument("--engines", type=int, default=1, help="of a log: rollout engines (1)")
     calibrate.add_argument("--rows-per-step", type=int, help="of a log that does not tell: responses of a step")
@@ -95,8 +97,10 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
                            "costs of another model or GPU can use; needs --model and --gpu of the RUN")  # fmt: skip
     calibrate.add_argument("--model", help="of the RUN: a bundled name or a config.json")
     calibrate.add_argument("--gpu", help="of the RUN: a bundled name or a TOML file")
-    calibrate.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of each of the RUN's engines (1)")
-    calibrate.add_argument("--trainer-gpus", type=int, default=1, help="GPUs that trained in the RUN (1)")
+    calibrate.add_argument(
+        "--tensor-parallel", type=int, help="GPUs of each of the RUN's engines (as its header says)"
+    )
+    calibrate.add_argument("--trainer-gpus", type=int, help="GPUs that trained in the RUN (as its header says)")
     calibrate.add_argument("--engine", default="vllm", help="whose factors to start from: vllm, sglang, trtllm")
 
     simulate = add("simulate", _simulate, "simulate an experiment; --section.key value overrides", overrides=True)

@@ -3,11 +3,14 @@
 import difflib
 from pathlib import Path
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from profiling.errors import ConfigError
 from profiling.settings import Settings, load_settings
 
+LEAST = {"bf16_flops": 1e11, "memory_bytes": 1e8, "memory_bytes_per_s": 1e9, "link_bytes_per_s": 1e6,
+         "network_bytes_per_s": 1e6}  # fmt: skip
+"""Below these a number is in another unit."""
 GPUS = Path(__file__).parent / "gpus"
 
 
@@ -17,7 +20,7 @@ class Gpu(Settings):
     name: str
     family: str
     """Architecture; efficiency factors are looked up by it (simulator/hardware/factors)."""
-    gpus_per_node: PositiveInt = 8
+    gpus_per_node: int = Field(8, ge=1, le=1024)
     """GPUs that reach each other over the fast link."""
     bf16_flops: PositiveFloat
     """Dense, FLOP per second."""
@@ -41,6 +44,13 @@ class Gpu(Settings):
     def check_peaks(self) -> "Gpu":
         if self.fp8_flops is not None and self.fp8_flops < self.bf16_flops:
             raise ValueError(f"fp8_flops = {self.fp8_flops:g} is below bf16_flops = {self.bf16_flops:g}")
+        if self.idle_watts is not None and self.tdp_watts is not None and self.idle_watts > self.tdp_watts:
+            raise ValueError(f"idle_watts = {self.idle_watts:g} is above tdp_watts = {self.tdp_watts:g}")
+        for name, least in LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(
+                    f"{name} = {value:g} is below {least:g}; give bytes, FLOP/s and bytes/s, not GB or TFLOP/s"
+                )
         return self
 
     def need(self, field: str, what_for: str) -> float:
@@ -63,10 +73,12 @@ def load_gpu(source: str | Path) -> Gpu:
     path = Path(source)
     if path.suffix == ".toml":
         return load_settings(path, Gpu)
+    if not str(source).strip() or len(str(source)) > 255:
+        raise ConfigError(f"GPU {str(source)[:40]!r}: name one of {', '.join(gpu_names())}, or a .toml file")
     known = {own.stem: own for own in GPUS.glob("*.toml")}
     wanted = str(source).lower().replace("_", "-").replace(" ", "-")
     if wanted in known:
         return load_settings(known[wanted], Gpu)
-    near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.3)
+    near = [name for name in known if name.startswith(wanted)] or difflib.get_close_matches(wanted, known, 1, 0.5)
     hint = f"; did you mean '{load_settings(known[near[0]], Gpu).name}'?" if near else ""
-    raise ConfigError(f"GPU '{source}': neither a .toml file nor one of {', '.join(gpu_names())}{hint}")
+    raise ConfigError(f"GPU {str(source)!r}: neither a .toml file nor one of {', '.join(gpu_names())}{hint}")

@@ -10,7 +10,8 @@ from profiling.settings import Settings, load_settings
 
 FILES = Path(__file__).parent / "factors"
 
-Share = Field(gt=0, le=1)
+Share = Field(ge=1e-4, le=1)
+Seconds = Field(ge=0, le=10)
 
 
 class Efficiency(Settings):
@@ -27,23 +28,23 @@ class Efficiency(Settings):
     roofline_norm: float = Field(gt=1, le=20)
     """p of (memory ** p + arithmetic ** p) ** (1 / p), the time of matrix products: 1 adds the two, infinity takes the
     longer."""
-    step_s: NonNegativeFloat
+    step_s: float = Seconds
     """Decode: of a step, whatever the batch: the host schedules while the GPU waits."""
-    layer_s: NonNegativeFloat
+    layer_s: float = Seconds
     """Decode: of a layer, whatever the batch: kernels that are bound by their launch."""
-    row_s: NonNegativeFloat
+    row_s: float = Seconds
     """Decode: of a row and step: sampling and scheduling."""
-    collective_s: NonNegativeFloat
+    collective_s: float = Seconds
     """Decode: of an all-reduce among two GPUs, whatever its size."""
-    collective_per_doubling_s: NonNegativeFloat
+    collective_per_doubling_s: float = Seconds
     """Decode: added with every doubling of the GPUs."""
     link: float = Share
     """Of half the link's two-way bandwidth, in all-reduces."""
     prefill_gemm: float = Share
     prefill_attention: float = Share
-    prefill_layer_s: NonNegativeFloat
-    prefill_step_s: NonNegativeFloat
-    prefill_collective_s: NonNegativeFloat
+    prefill_layer_s: float = Seconds
+    prefill_step_s: float = Seconds
+    prefill_collective_s: float = Seconds
     train_gemm: float = Share
     """Training: of the dense peak, in what is executed (recomputation included)."""
     train_attention: float = Share
@@ -69,9 +70,11 @@ ASSUMED_UNCERTAINTY = 0.3
 def load_efficiency(family: str, engine: str, own: Path | None = None) -> tuple[Efficiency, str | None]:
     """(factors, the family that they are borrowed from, or None). own: a file to use instead."""
     if own is not None:
+        if not own.is_file():
+            raise ConfigError(f"{own}: no such file of efficiency factors")
         return load_settings(own, Efficiency), None
     path = FILES / f"{family}-{engine}.toml"
-    if path.is_file():
+    if path.name in {file.name for file in FILES.glob("*.toml")}:
         return load_settings(path, Efficiency), None
     borrowed = FILES / f"hopper-{engine}.toml"
     if not borrowed.is_file():

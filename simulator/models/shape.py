@@ -151,9 +151,13 @@ def load_model(source: str | Path) -> Model:
 
     Raises ConfigError naming the file and what is missing, or the nearest bundled name.
     """
+    if not str(source).strip() or len(str(source)) > 1000:
+        raise ConfigError(f"model {str(source)[:40]!r}: name a config.json, its folder, or a bundled model")
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"
+        if not path.is_file():
+            raise ConfigError(f"{path.parent}: holds no config.json")
     if path.is_file():
         return model_from_config(_read(path), name=path.parent.name if path.name == "config.json" else path.stem,
                                  where=str(path))  # fmt: skip
@@ -166,7 +170,9 @@ def load_model(source: str | Path) -> Model:
         return model_from_config(_read(own), name=names[wanted], where=str(own))
     near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.4)
     hint = f"; did you mean '{names[near[0]]}'?" if near else ""
-    raise ConfigError(f"model '{source}': no such config.json, and not one of the {len(names)} bundled models{hint}")
+    raise ConfigError(
+        f"model {str(source)!r}: no such config.json, and not one of the {len(names)} bundled models{hint}"
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -199,7 +205,9 @@ class _Config:
 
     def flag(self, key: str, *, default: bool) -> bool:
         value = self.values.get(key)
-        return default if value is None else bool(value)
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(f"{self.where}: {key} = {str(value)[:40]!r} is neither true nor false")
+        return default if value is None else value
 
 
 def model_from_config(values: Mapping[str, Any], *, name: str, where: str) -> Model:
@@ -229,6 +237,8 @@ def _attention(config: _Config, kind: str, hidden: int, heads: int) -> dict[str,
     kv_heads = config.number("num_key_value_heads", default=heads)
     if heads % kv_heads:
         raise ConfigError(f"{config.where}: {heads} attention heads cannot share {kv_heads} heads of keys and values")
+    if config.values.get("head_dim") is None and hidden % heads:
+        raise ConfigError(f"{config.where}: hidden_size = {hidden} does not divide into {heads} heads; give head_dim")
     dim = config.number("head_dim", default=max(1, hidden // heads))
     bias = kind in QKV_BIAS or config.flag("attention_bias", default=False)
     bias_of_output = (kind == "gpt_oss") or (config.flag("attention_bias", default=False) and kind != "qwen2")
@@ -272,13 +282,20 @@ def _mlps(config: _Config, kind: str, hidden: int, layers: int) -> dict[str, int
         bias = config.flag("mlp_bias", default=False) * (2 * inner + hidden)
         return {"dense_layers": layers, "dense_mlp_parameters": 3 * hidden * inner + bias}
     experts = config.number("num_experts", "n_routed_experts")
+    if config.number("num_experts_per_tok") > experts:
+        raise ConfigError(f"{config.where}: num_experts_per_tok is above the {experts} experts")
     inner = config.number("moe_intermediate_size")
     shared = config.number("n_shared_experts", default=0) * inner if kind in LATENT else 0
     if kind in LATENT:
-        dense_layers = min(config.number("first_k_dense_replace", default=0), layers)
+        dense_layers = config.number("first_k_dense_replace", default=0)
+        if dense_layers > layers:
+            raise ConfigError(f"{config.where}: first_k_dense_replace = {dense_layers} is above {layers} layers")
     else:
         every = config.number("decoder_sparse_step", default=1)
-        only_dense = set(config.values.get("mlp_only_layers") or [])
+        listed = config.values.get("mlp_only_layers") or []
+        if not isinstance(listed, list) or not all(isinstance(layer, int) for layer in listed):
+            raise ConfigError(f"{config.where}: mlp_only_layers is not a list of layers")
+        only_dense = set(listed)
         dense_layers = sum(layer in only_dense or (layer + 1) % every != 0 for layer in range(layers))
     return {
         "dense_layers": dense_layers,
@@ -291,12 +308,17 @@ def _mlps(config: _Config, kind: str, hidden: int, layers: int) -> dict[str, int
 def _windows(config: _Config, kind: str, layers: int) -> tuple[int, int]:
     """(window, layers that have one)."""
     kinds = config.values.get("layer_types")
-    if isinstance(kinds, list):
-        sliding = sum(entry == "sliding_attention" for entry in kinds[:layers])
+    if kinds is not None:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or len(kinds) != layers or any(entry not in known for entry in kinds):
+            raise ConfigError(f"{config.where}: layer_types must be {layers} times one of {', '.join(known)}")
+        sliding = sum(entry == "sliding_attention" for entry in kinds)
+    elif kind in ("qwen2", "qwen3", "qwen3_moe") and config.flag("use_sliding_window", default=False):
+        sliding = max(0, layers - config.number("max_window_layers", default=28))
     elif kind == "gpt_oss":
         sliding = (layers + 1) // 2  # every other one, from the first
     elif kind == "mistral" and config.values.get("sliding_window"):
         sliding = layers
     else:
-        sliding = 0  # Qwen's sliding_window is off unless use_sliding_window says otherwise
+        sliding = 0
     return (config.number("sliding_window"), sliding) if sliding else (0, 0)

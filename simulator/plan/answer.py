@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from profiling.errors import ConfigError, ToolkitError
+from simulator.failures import MOST_TRIES
 from simulator.hardware import Gpu, load_gpu
 from simulator.hardware.efficiency import load_efficiency
 from simulator.lengths import read_lengths
@@ -86,7 +87,8 @@ def answer(question: Question, each: Callable[[int, int], None] = lambda done, o
     """each(done, of): called after every option. Raises ConfigError when nothing can be run."""
     gpu = load_gpu(question.gpu)
     options = options_of(question)
-    estimates = _estimates(options, each)
+    known = _estimates(options, each)
+    estimates = [_never_ends(question, option, own) for option, own in zip(options, known, strict=True)]
     draws = Draws.of(question, gpu)
     rows = [_row(question, gpu, option, own, draws) for option, own in zip(options, estimates, strict=True)]
     possible = [place for place, own in enumerate(estimates) if isinstance(own, Estimate)]
@@ -125,6 +127,20 @@ def _one(option: Option) -> Estimate | str:
         return estimate(option)
     except ToolkitError as error:
         return str(error)
+
+
+def _never_ends(question: Question, option: Option, own: Estimate | str) -> Estimate | str:
+    """Its estimate, or why failures never let it end."""
+    if isinstance(own, str) or question.mtbf_hours is None:
+        return own
+    steps = question.checkpoint_every or _steps(question, own)
+    stretch_h, mean_h = own.step_s * steps / 3600, question.mtbf_hours / option.gpus
+    if stretch_h > mean_h * math.log(MOST_TRIES):
+        return (
+            f"{stretch_h:.3g} h without a checkpoint fail more than {MOST_TRIES} times on average ({option.gpus} GPUs "
+            f"fail every {mean_h:.3g} h); set checkpoint_every"
+        )
+    return own
 
 
 def _steps(question: Question, own: Estimate) -> float:
@@ -283,10 +299,10 @@ def _what_decides(
     worst = max(spread, key=lambda name: spread[name])
     low, high = np.percentile(_hours(question, options[best], own, draws.only(worst)), [10, 90])
     label = f"{options[best].label} on {options[best].gpus} GPUs"
-    return (
-        f"{names[worst]}: alone it moves {label} from {low:.3g} to {high:.3g} hours (P10 to P90); this option is the "
-        f"cheapest in {rows[best]['probability_cheapest']:.0%} of the draws"
-    )
+    moves = f"{names[worst]}: alone it moves {label} from {low:.3g} to {high:.3g} hours (P10 to P90)"
+    if not rows[best]["probability_cheapest"]:
+        return f"{moves}; no option meets the deadline of {question.deadline_hours:g} hours"
+    return f"{moves}; this option is the cheapest in {rows[best]['probability_cheapest']:.0%} of the draws"
 
 
 def _best_window(

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from profiling.errors import ConfigError
 from profiling.schema import CAUSES
 from simulator.plan.options import Option
-from simulator.run import simulate
+from simulator.run import Result, simulate
 
 IDLE = ("wait_tail", "wait_rollout", "wait_train", "wait_other", "switch", "down")
 """Causes in which a GPU does no work. Empty slots of a decode step are not idle: the step costs almost the same."""
@@ -61,6 +62,14 @@ class Estimate:
         return worst if self.gpu_seconds[worst] > 0 else None
 
 
+def _trained_in_flight(result: Result, startup: int) -> tuple[float, float]:
+    """(rows, their response tokens) that the steps after start-up trained on."""
+    rows = result.rollouts[result.rollouts.finished]
+    length = (rows.context_before + rows.tokens - rows.prompt_tokens).to_numpy()
+    late = rows.row.map(result.run.trained_at).to_numpy(float) > startup
+    return float(late.sum()), float(length[late].sum())
+
+
 def estimate(option: Option) -> Estimate:
     """Raises ConfigError or ConservationError as `simulate` does."""
     assert option.experiment is not None
@@ -81,6 +90,14 @@ def estimate(option: Option) -> Estimate:
     rollout_s = float(length[late.name == "rollout"].mean())
     if option.schedule == "in_flight":  # a step's rollout lasts as long as the step: what counts is the engines' work
         rollout_s = sum(by_cause[cause] for cause in ROLLOUT if cause != "wait_tail") / own_gpus
+    finished, trained_tokens = float(rows.finished.sum()), float(rows.trained_tokens.sum())
+    if option.schedule == "in_flight":  # what finished last waits for steps that are not simulated
+        finished, trained_tokens = _trained_in_flight(result, startup)
+    if not finished:
+        raise ConfigError(
+            f"{option.label}: no row finished in {len(rollouts)} steps after start-up; the window is too short for "
+            "responses of this length"
+        )
     trained = rows[rows.finished] if option.experiment.trains_whole_responses else rows
     n = (trained.context_before + trained.tokens).to_numpy(float)
     ends = [np.sort(of_step.to_numpy()) for _, of_step in rows.groupby("step").t_end]
@@ -90,8 +107,8 @@ def estimate(option: Option) -> Estimate:
         rollout_s=rollout_s,
         training_s=float(length[late.name.isin(TRAINING)].sum()) / len(rollouts),
         noise=float(lasted.std(ddof=1) / lasted.mean() / np.sqrt(len(lasted))) if len(lasted) > 1 else 0.0,
-        finished_rows=float(rows.finished.sum()) / len(rollouts),
-        trained_tokens=float(rows.trained_tokens.sum()) / len(rollouts),
+        finished_rows=finished / len(rollouts),
+        trained_tokens=trained_tokens / len(rollouts),
         tail_share=tail_s / max(rollout_s, 1e-12),
         visits=len(rows) / max(1, int(rows.finished.sum())),
         gpu_seconds=by_cause,

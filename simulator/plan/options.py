@@ -16,6 +16,9 @@ from simulator.plan.question import Question
 
 MEASURED_STEPS = 2
 """Simulated beyond start-up; twice as many for schedules that train beside the rollout."""
+ROWS_TO_MEASURE = 1000
+"""More steps are simulated until so many rows have been started in them, up to:"""
+MOST_STEPS = 40
 LONG_ROWS_THAT_FIT = 8
 FAR = 2.0
 """Beyond this many times of what the factors were fitted on is far outside."""
@@ -44,7 +47,7 @@ def options_of(question: Question) -> list[Option]:
     sizes = question.tensor_parallel or (fewest_gpus_of_an_engine(question, model, gpu),)
     found = [
         option
-        for gpus, size in itertools.product(question.gpus, sizes)
+        for gpus, size in itertools.product(dict.fromkeys(question.gpus), dict.fromkeys(sizes))
         for option in _with(question, model, gpu, gpus, size)
     ]
     if all(option.fault for option in found):
@@ -56,18 +59,20 @@ def options_of(question: Question) -> list[Option]:
 
 def fewest_gpus_of_an_engine(question: Question, model: Model, gpu: Gpu) -> int:
     """Raises ConfigError when not even a whole node holds the model."""
-    fault: ConfigError | None = None
+    fault, fits = "no number of GPUs divides its heads", 0
     row = question.prompt_tokens + question.max_response_tokens
     for size in range(1, gpu.gpus_per_node + 1):
-        if model.heads % size:
-            continue
-        costs = AnalyticCosts(_cost(question, size), engine_gpus=size, trainer_gpus=0, engines=1)
         try:
-            if costs.kv_tokens(row) >= LONG_ROWS_THAT_FIT * row or size == gpu.gpus_per_node:
+            costs = AnalyticCosts(_cost(question, size), engine_gpus=size, trainer_gpus=0, engines=1)
+            if costs.kv_tokens(row) >= LONG_ROWS_THAT_FIT * row:
                 return size
+            fits = size  # a few rows at a time
         except ConfigError as error:
-            fault = error
-    raise ConfigError(f"{fault}")
+            if "divide" not in str(error) and "divisor" not in str(error):
+                fault = str(error)
+    if fits:
+        return fits
+    raise ConfigError(fault)
 
 
 def refuse_what_is_far_outside(question: Question, gpu: Gpu) -> None:
@@ -117,7 +122,10 @@ def _with(question: Question, model: Model, gpu: Gpu, gpus: int, size: int) -> I
         engines = (gpus - trainers) // size
         own = Option(gpus, name, label, size, window)
         if engines < 1 or (beside and trainers < 1) or (gpus - trainers) % size:
-            yield Option(**{**vars(own), "fault": f"{gpus} GPUs do not divide into engines of {size}"})
+            fault = f"{gpus} GPUs do not divide into engines of {size}"
+            if beside and gpus <= size:
+                fault = f"rollout and training need GPUs of their own: at least {2 * size}"
+            yield Option(**{**vars(own), "fault": fault})
             continue
         cluster: dict[str, Any] = {"engines": engines, "gpus_per_engine": size, "prefix_reuse": False}
         if beside:
@@ -143,7 +151,8 @@ def _with(question: Question, model: Model, gpu: Gpu, gpus: int, size: int) -> I
             startup = first.make_schedule().startup_steps(question.max_response_tokens)
             for memory, remedy in zip(memories, ("split an engine over more GPUs", "train on more GPUs"), strict=True):
                 memory.check(gpu, remedy)
-            steps = startup + MEASURED_STEPS * (2 if beside else 1)
+            measured = max(MEASURED_STEPS, min(MOST_STEPS, -(-ROWS_TO_MEASURE // question.rows_per_step)))
+            steps = startup + measured * (2 if beside else 1)
             yield Option(**{**vars(own), "experiment": load_experiment(values, {"workload.steps": steps})})
         except ConfigError as error:
             yield Option(**{**vars(own), "fault": str(error).removeprefix("experiment: ")})

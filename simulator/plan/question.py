@@ -2,12 +2,19 @@
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from profiling.settings import Settings
 
+Gpus = Annotated[int, Field(ge=1, le=16_384)]
+Count = Annotated[int, Field(ge=1, le=10**12)]
+Ratio = Annotated[float, Field(gt=0, le=100)]
+Factor = Annotated[float, Field(ge=1, le=100)]
+Seconds = Annotated[float, Field(ge=0, le=1e7)]
+MOST_ROWS = 200_000
+"""Of a step: more take minutes to simulate."""
 P90 = 1.2816
 """Of a standard normal distribution."""
 
@@ -19,33 +26,33 @@ class Question(Settings):
     """A bundled name, or a config.json."""
     gpu: str
     """A bundled name, or a TOML file."""
-    gpus: tuple[PositiveInt, ...] = Field(min_length=1)
+    gpus: tuple[Gpus, ...] = Field(min_length=1, max_length=100)
     """GPUs in all, several with commas."""
-    steps: PositiveInt | None = None
+    steps: Count | None = None
     """Training steps; or else finished_rows."""
-    finished_rows: PositiveInt | None = None
+    finished_rows: Count | None = None
     """Responses that have to finish, whatever the number of steps."""
-    steps_ratio: tuple[PositiveFloat, PositiveFloat] | None = None
+    steps_ratio: tuple[Ratio, Ratio] | None = None
     """LOW,HIGH: steps that a schedule needs for the score of the synchronous one, per step of that; left out: no
     speed-up at equal score is given."""
     schedules: tuple[ScheduleName, ...] = ("synchronous", "truncated")
     """Of synchronous, truncated, oversample, asynchronous (one step off), in_flight. The synchronous one is always
     there to compare with."""
-    windows: tuple[PositiveInt, ...] | None = None
+    windows: tuple[Count, ...] | None = None
     """Of the truncated schedule; left out: a third, half and two thirds of the longest response."""
-    factors: tuple[PositiveFloat, ...] = (1.5,)
+    factors: tuple[Factor, ...] = (1.5,)
     """Of the oversample schedule."""
-    tensor_parallel: tuple[PositiveInt, ...] | None = None
+    tensor_parallel: tuple[Gpus, ...] | None = None
     """GPUs of an engine; left out: the fewest that hold the weights and eight of the longest rows."""
     trainer_share: float = Field(0.5, gt=0, lt=1)
     """Of the GPUs, for schedules that train beside the rollout."""
-    prompts_per_step: PositiveInt = 512
-    samples_per_prompt: PositiveInt = 16
-    prompt_tokens: NonNegativeInt = 512
-    max_response_tokens: PositiveInt = 24576
-    mean_tokens: PositiveFloat = 8192.0
+    prompts_per_step: int = Field(512, ge=1, le=100_000)
+    samples_per_prompt: int = Field(16, ge=1, le=10_000)
+    prompt_tokens: int = Field(512, ge=0, le=10**7)
+    max_response_tokens: int = Field(24576, ge=1, le=10**7)
+    mean_tokens: float = Field(8192.0, ge=1)
     """Mean response, after the cap."""
-    sigma: PositiveFloat = 0.8
+    sigma: float = Field(0.8, gt=0, le=5)
     """Of the logarithm of response lengths."""
     lengths: Path | None = None
     """A pilot's response lengths instead of the lognormal law: CSV, Parquet, or a run directory (with its prompts)."""
@@ -56,34 +63,34 @@ class Question(Settings):
     """Drift of the mean length over training."""
     engine: Literal["vllm", "sglang", "trtllm"] = "vllm"
     value_model: bool = True
-    mini_batches: PositiveInt = 16
+    mini_batches: int = Field(16, ge=1, le=100_000)
     recompute: Literal["full", "none"] = "full"
     trainer: Literal["fsdp", "megatron"] = "fsdp"
     efficiency: Path | None = None
     """Efficiency factors of one's own (tppo calibrate --transfer writes some)."""
-    reward_p50_s: NonNegativeFloat = 0.0
+    reward_p50_s: Seconds = 0.0
     """Median latency of grading a response."""
-    reward_p90_s: NonNegativeFloat = 0.0
-    reward_workers: PositiveInt = 64
-    evaluation_every: NonNegativeInt = 0
-    evaluation_s: NonNegativeFloat = 0.0
-    checkpoint_every: NonNegativeInt = 0
-    checkpoint_s: NonNegativeFloat = 0.0
-    weight_sync_s: NonNegativeFloat | None = None
+    reward_p90_s: Seconds = 0.0
+    reward_workers: int = Field(64, ge=1, le=10**6)
+    evaluation_every: int = Field(0, ge=0, le=10**9)
+    evaluation_s: Seconds = 0.0
+    checkpoint_every: int = Field(0, ge=0, le=10**9)
+    checkpoint_s: Seconds = 0.0
+    weight_sync_s: Seconds | None = None
     """Left out: the policy's bytes over the network."""
-    switch_s: NonNegativeFloat = 0.0
+    switch_s: Seconds = 0.0
     mtbf_hours: PositiveFloat | None = None
     """Mean hours between failures of one GPU; the cluster fails as many times as often as it has GPUs."""
-    restart_s: NonNegativeFloat = 600.0
-    price_per_hour: NonNegativeFloat | None = None
+    restart_s: Seconds = 600.0
+    price_per_hour: Annotated[float, Field(ge=0, le=1e6)] | None = None
     """US dollars for a GPU-hour, reserved or otherwise; left out: the list price in the GPU's file."""
     deadline_hours: PositiveFloat | None = None
     """Options that miss it with more than half of the draws cannot be the cheapest."""
     whole_nodes: bool = True
     """Pay for whole nodes."""
-    draws: PositiveInt = 2000
+    draws: int = Field(2000, ge=1, le=100_000)
     """Of the uncertain quantities."""
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     extrapolate: bool = False
     """Answer far outside of what the efficiency factors were fitted on."""
 
@@ -94,7 +101,24 @@ class Question(Settings):
         if self.steps_ratio is not None and self.steps_ratio[0] > self.steps_ratio[1]:
             raise ValueError("steps_ratio: LOW,HIGH with LOW at most HIGH")
         if self.lengths is None and self.mean_tokens >= self.max_response_tokens:
-            raise ValueError(f"mean_tokens = {self.mean_tokens:g} is not below max_response_tokens")
+            raise ValueError(
+                f"mean_tokens = {self.mean_tokens:g} is not below max_response_tokens = {self.max_response_tokens}"
+            )
+        if self.rows_per_step > MOST_ROWS:
+            raise ValueError(f"{self.rows_per_step} responses a step: more than {MOST_ROWS} take too long to simulate")
+        for what in ("evaluation", "checkpoint"):
+            if getattr(self, f"{what}_s") and not getattr(self, f"{what}_every"):
+                raise ValueError(f"{what}_s: never happens without {what}_every")
+        if "restart_s" in self.model_fields_set and self.mtbf_hours is None:
+            raise ValueError("restart_s: never happens without mtbf_hours")
+        if self.lengths is not None and not self.lengths.is_dir() and not self.lengths.is_file():
+            raise ValueError(f"lengths = {str(self.lengths)!r}: no such file or run directory")
+        if self.lengths is not None and self.model_fields_set & {"mean_tokens", "sigma", "mean_uncertainty"}:
+            raise ValueError(
+                "mean_tokens, sigma and mean_uncertainty: lengths take their place; leave one or the other out"
+            )
+        if abs(self.length_growth_per_step * (self.steps or 0)) > 20:
+            raise ValueError("length_growth_per_step: over these steps lengths would change beyond all reason")
         if self.reward_p90_s < self.reward_p50_s:
             raise ValueError(f"reward_p90_s = {self.reward_p90_s:g} is below reward_p50_s = {self.reward_p50_s:g}")
         if self.length_growth_per_step and self.lengths is not None:
@@ -107,9 +131,9 @@ class Question(Settings):
 
     @property
     def window_list(self) -> tuple[int, ...]:
-        if self.windows is not None:
-            return self.windows
         longest = self.max_response_tokens
+        if self.windows is not None:  # one at the longest response or above is the synchronous run
+            return tuple(dict.fromkeys(window for window in self.windows if window < longest))
         return tuple(dict.fromkeys(max(1, round(longest * share)) for share in (1 / 3, 1 / 2, 2 / 3)))
 
     def response_tokens(self) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def test_a_cache_from_memory_holds_back_rows_that_do_not_fit():
         ({"workload": {"max_response_tokens": 200_000}}, "exceed the 131072 positions of Qwen2.5-7B"),
         ({"cluster": {"kv_tokens_per_engine": 10**7}}, "tokens of Qwen2.5-7B fit beside the weights on 1 x H100-SXM"),
         ({"cluster": {"engines": 1}}, "training on H100-SXM:"),
-        ({"cost": {"trainer_tensor_parallel": 2}}, "needs cost.trainer = 'megatron'"),
+        ({"cost": {"trainer_tensor_parallel": 2}}, "need cost.trainer = 'megatron'"),
         ({"cost": {"trainer": "megatron", "trainer_pipeline_parallel": 3}}, "do not divide into groups of 3"),
         ({"cost": {"efficiency": "/no/such.toml"}}, "/no/such.toml: no such file"),
     ],

@@ -92,3 +92,10 @@ def test_failures_that_cannot_be_are_one_line(cost, message):
     with pytest.raises(ConfigError) as error:
         simulate(experiment(**cost))
     assert message in str(error.value)
+
+
+def test_a_checkpoint_that_takes_no_time_is_one_all_the_same():
+    often, never = (
+        simulate(experiment(checkpoint_s=0.0, checkpoint_every=every, **FAILING)).run.wall_s for every in (1, 0)
+    )
+    assert often < 0.2 * never

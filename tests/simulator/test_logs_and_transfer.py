@@ -146,6 +146,8 @@ def test_costs_come_back_from_trls_log(tmp_path):
         ("verl", "a.csv", "", "cannot be read as CSV"),
         ("verl", "a.log", "step:1 - timing_s/gen:2.0 - response_length/mean:3 - response_length/max:4\n",
          "give --rows-per-step"),
+        ("verl", "a.log", "step:1 - timing_s/gen:2.0 - response_length/mean:3 - response_length/max:4 - "
+         "perf/total_num_tokens:30\n", "1 steps are too few to tell 2 costs apart"),
         ("trl", "trainer_state.json", "[1]", "is not a trainer_state.json"),
         ("trl", "trainer_state.json", '{"log_history": 3}', "holds no step of a trl log"),
         ("trl", "a.log", "{'loss': 1, 'num_tokens': 5}\n", "have no step_time"),
@@ -193,6 +195,27 @@ def experiment(efficiency=None, gpu="H100-SXM", model="Qwen2.5-1.5B"):
     )  # fmt: skip
 
 
+def test_a_transfer_from_the_wrong_model_is_refused(tmp_path, capsys):
+    simulate(experiment()).write(tmp_path / "run")
+    words = [
+        "calibrate",
+        str(tmp_path / "run"),
+        "--transfer",
+        str(tmp_path / "x.toml"),
+        "--gpu",
+        "H100-SXM",
+        "--model",
+    ]
+    assert main([*words, "Qwen2.5-14B"]) == 2
+    assert "beyond the peak of H100-SXM; is --model Qwen2.5-14B" in capsys.readouterr().err
+    assert main([*words, "Qwen2.5-1.5B", "--tensor-parallel", "5"]) == 2
+    assert "--tensor-parallel 5" in capsys.readouterr().err
+    assert main([*words, "Qwen2.5-1.5B"]) == 0
+    assert "1.00 times the seconds of the factors for hopper and vllm, training 1.0" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 def test_a_slower_machine_transfers_to_another_gpu_and_model(tmp_path, capsys):
     """A run at 0.8 of every rate and 1.25 times every overhead: the transfer finds that, and its prediction of another
     model on another GPU is what a simulation with those very factors gives."""
@@ -211,7 +234,7 @@ def test_a_slower_machine_transfers_to_another_gpu_and_model(tmp_path, capsys):
     assert found.training_slower == pytest.approx(1.5, rel=0.02)
     assert found.efficiency.rollout_uncertainty > 0.1
     words = ["calibrate", str(tmp_path / "run"), "--transfer", str(tmp_path / "mine.toml"), "--model", "Qwen2.5-1.5B",
-             "--gpu", "H100-SXM", "--trainer-gpus", "8"]  # fmt: skip
+             "--gpu", "H100-SXM"]  # fmt: skip
     assert main(words) == 0
     assert "1.25 times the seconds" in " ".join(capsys.readouterr().err.split())
     predicted = simulate(experiment(tmp_path / "mine.toml", "H200", "Qwen2.5-7B")).summary()

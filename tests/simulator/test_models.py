@@ -97,6 +97,9 @@ def test_verls_convention_counts_the_square_and_both_tables():
         ({"hidden_size": -3}, "hidden_size = '-3' is not a positive whole number"),
         ({"num_hidden_layers": True}, "num_hidden_layers = 'True'"),
         ({"num_key_value_heads": 3}, "14 attention heads cannot share 3 heads"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false' is neither true nor false"),
+        ({"head_dim": None, "num_attention_heads": 15, "num_key_value_heads": 5}, "does not divide into 15 heads"),
+        ({"layer_types": ["full_attention"]}, "layer_types must be 24 times one of"),
         ([1, 2], "holds no table"),
         ("{", "is not a readable config.json"),
     ],
@@ -108,6 +111,28 @@ def test_configs_that_cannot_be_used_are_one_line(tmp_path, values, message):
     path.write_text(values if isinstance(values, str) else json.dumps(values))
     with pytest.raises(ConfigError, match=message):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts_per_tok": 500}, "num_experts_per_tok is above the 128 experts"),
+        ({"mlp_only_layers": 5}, "mlp_only_layers is not a list of layers"),
+    ],
+)
+def test_mixtures_that_cannot_be_are_one_line(tmp_path, change, message):
+    values = json.loads((CONFIGS / "Qwen3-30B-A3B.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=message):
+        load_model(tmp_path)
+
+
+def test_qwens_sliding_window_counts_where_it_is_on(tmp_path):
+    values = json.loads((CONFIGS / "Qwen2.5-7B.json").read_text())
+    values |= {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 20}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert (load_model(tmp_path).window, load_model(tmp_path).window_layers) == (4096, 8)
+    assert load_model("Qwen2.5-7B").window_layers == 0
 
 
 def test_a_name_that_is_not_bundled_names_the_nearest():

@@ -19,6 +19,7 @@ SMALL = {
     "model": "Qwen2.5-0.5B", "gpu": "H100-SXM", "gpus": (8, 16), "steps": 100, "prompts_per_step": 32,
     "samples_per_prompt": 4, "max_response_tokens": 3000, "mean_tokens": 900.0, "draws": 500,
 }  # fmt: skip
+UNSAID = {key: value for key, value in SMALL.items() if key != "mean_tokens"}
 WORDS = [
     "plan", "--model", "Qwen2.5-0.5B", "--gpu", "H100-SXM", "--gpus", "8,16", "--prompts-per-step", "32",
     "--samples-per-prompt", "4", "--max-response-tokens", "3000", "--mean-tokens", "900", "--draws", "500",
@@ -73,14 +74,14 @@ def test_draws_hold_the_stated_intervals():
 def test_a_pilots_lengths_narrow_the_interval(tmp_path):
     path = tmp_path / "pilot.csv"
     path.write_text("tokens\n" + "\n".join(str(500 + i % 700) for i in range(4000)))
-    own = Draws.of(Question(**SMALL | {"lengths": path}), load_gpu("H100-SXM"))
+    own = Draws.of(Question(**UNSAID | {"lengths": path}), load_gpu("H100-SXM"))
     assert own.lengths.std() < 0.01
 
 
 def test_a_pilot_run_is_taken_with_its_lengths(tmp_path):
     (option, *_) = options_of(Question(**SMALL | {"windows": (800,)}))
     simulate(option.experiment).write(tmp_path / "pilot")
-    own = answer(Question(**SMALL | {"gpus": (8,), "windows": (800,), "lengths": tmp_path / "pilot"}))
+    own = answer(Question(**UNSAID | {"gpus": (8,), "windows": (800,), "lengths": tmp_path / "pilot"}))
     plain = answer(Question(**SMALL | {"gpus": (8,), "windows": (800,)}))
     assert own.rows[0]["hours"]["p50"] == pytest.approx(plain.rows[0]["hours"]["p50"], rel=0.05)
     assert not any("response lengths" in text for text in own.assumptions)
@@ -114,11 +115,19 @@ def test_skipping_start_up_gives_the_same_steps():
                  skipped_steps=1)  # fmt: skip
 
 
-def test_a_window_at_the_maximum_is_the_synchronous_run():
-    plain, window = (estimate(option) for option in options_of(Question(**SMALL | {"gpus": (8,), "windows": (3000,)})))
-    assert window.step_s == pytest.approx(plain.step_s)
-    assert window.finished_rows == plain.finished_rows == 128
-    assert plain.visits == 1
+def test_a_window_at_the_maximum_is_the_synchronous_run_and_is_not_listed_twice():
+    own = options_of(Question(**SMALL | {"gpus": (8, 8), "windows": (800, 3000, 800, 9000)}))
+    assert [option.label for option in own] == ["synchronous", "truncated 800"]
+    plain = estimate(own[0])
+    assert (plain.finished_rows, plain.visits) == (128, 1)
+
+
+def test_rows_in_flight_train_as_many_tokens_as_finish():
+    """The last steps train on rows that finished in them or before: no end effect."""
+    own = {"schedules": ("in_flight",), "gpus": (8,)}
+    flight = estimate(options_of(Question(**SMALL | own))[1])
+    assert flight.finished_rows == 128
+    assert flight.trained_tokens == pytest.approx(128 * 900, rel=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -233,19 +242,27 @@ def test_a_model_that_does_not_fit_everywhere_says_where(capsys):
         (["--steps", "10", "--finished-rows", "5"], "either --steps or --finished-rows"),
         ([], "either --steps or --finished-rows"),
         (["--steps", "10", "--gpus", "8,,16"], "--gpus: an empty value between commas"),
-        (["--steps", "0"], "steps"),
+        (["--steps", "0"], "--steps = '0'"),
+        (["--steps", "10", "--gpus", "0"], "--gpus = '0'"),
+        (["--steps", "10", "--gpus", "1000000"], "--gpus = '1000000'"),
+        (["--steps", "10", "--prompts-per-step", "90000"], "360000 responses a step"),
+        (["--steps", "10", "--evaluation-s", "5"], "--evaluation-s: never happens without"),
+        (["--steps", "10", "--restart-s", "5"], "never happens without"),
+        (["--steps", "10", "--mtbf-hours", "0.000001"], "fail more than 10000 times on average"),
+        (["--steps", "10", "--output", "/tmp"], "--output '/tmp': is not a file to write"),
+        (["--steps", "10", "--gpus", "7", "--tensor-parallel", "7"], "over a divisor or a multiple of them"),
         (["--steps", "10", "--windows", "x"], "windows"),
         (["--steps", "10", "--schedules", "fifo"], "schedules"),
         (["--steps", "10", "--steps-ratio", "1.5,1.2"], "LOW,HIGH"),
-        (["--steps", "10", "--mean-tokens", "5000"], "is not below max_response_tokens"),
+        (["--steps", "10", "--mean-tokens", "5000"], "--mean-tokens = 5000 is not below --max-response-tokens = 3000"),
         (["--steps", "10", "--gpu", "B200"], "no efficiency factors of family 'blackwell'"),
         (["--steps", "10", "--max-response-tokens", "100000"], "rows of 100512 tokens, fitted up to 24576"),
         (["--steps", "10", "--model", "Qwen9"], "model 'Qwen9'"),
         (["--steps", "10", "--gpus", "3", "--tensor-parallel", "2"], "3 GPUs do not divide into engines of 2"),
         (["--steps", "10", "--tensor-parallel", "4"], "cost.tensor_parallel = 4: does not divide 14 attention heads"),
         (["--steps", "10", "--lengths", "/no/such.csv"], "/no/such.csv"),
-        (["--steps", "10", "--reward-p50-s", "5", "--reward-p90-s", "1"], "is below reward_p50_s"),
-        (["--steps", "10", "--length-growth-per-step", "9"], "length_growth_per_step"),
+        (["--steps", "10", "--reward-p50-s", "5", "--reward-p90-s", "1"], "= 1 is below --reward-p50-s = 5"),
+        (["--steps", "10", "--length-growth-per-step", "9"], "--length-growth-per-step = '9'"),
     ],
 )  # fmt: skip
 def test_bad_questions_are_one_line(capsys, words, message):
@@ -253,6 +270,21 @@ def test_bad_questions_are_one_line(capsys, words, message):
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--gpus", "8", "--windows", "1", "--prompts-per-step", "1", "--samples-per-prompt", "1"],
+            "8 GPUs, truncated 1: cannot run: truncated 1: no row finished in",
+        ),
+        (["--gpus", "1", "--schedules", "asynchronous"], "cannot run: rollout and training need GPUs of their own"),
+    ],
+)
+def test_an_option_that_cannot_run_does_not_stop_the_others(capsys, words, message):
+    assert main([*WORDS, "--steps", "10", *words]) == 0
+    assert message in capsys.readouterr().out
 
 
 def test_borrowed_factors_are_named_and_wider():

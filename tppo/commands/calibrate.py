@@ -28,8 +28,9 @@ class Target:
     file: Path
     model: str
     gpu: str
-    tensor_parallel: int
-    trainer_gpus: int
+    tensor_parallel: int | None
+    """None: what the run's header says; so for the next."""
+    trainer_gpus: int | None
     engine: str
 
 
@@ -61,6 +62,8 @@ def run_calibration(
         paths = [Path(source) for source in sources]
         calibration = calibrate([Run(path) for path in paths])
         written = output or paths[0] / "calibration.json"
+    if written.is_dir() or not written.name:
+        raise ConfigError(f"--output {str(written)!r}: is not a file to write")
     calibration.save(written)
     if target is not None:
         write_transfer(Run(paths[0]), calibration, target)
@@ -71,11 +74,13 @@ def run_calibration(
 
 
 def write_transfer(run: Run, calibration: Calibration, target: Target) -> None:
-    gpu = load_gpu(target.gpu)
+    gpu, header = load_gpu(target.gpu), run.header
     start, _ = load_efficiency(gpu.family, target.engine)
+    trained_on = header["trainer_gpus"] or header["gpus"]
     found = transfer(
-        run, calibration, load_model(target.model), gpu, start, tensor_parallel=target.tensor_parallel,
-        trainer_gpus=target.trainer_gpus,
+        run, calibration, load_model(target.model), gpu, start,
+        tensor_parallel=header["gpus_per_engine"] if target.tensor_parallel is None else target.tensor_parallel,
+        trainer_gpus=trained_on if target.trainer_gpus is None else target.trainer_gpus,
     )  # fmt: skip
     write_atomically(target.file, to_toml(found.efficiency.model_dump(mode="json")).encode())
     training = "" if found.training_slower is None else f", training {found.training_slower:.2f} times"

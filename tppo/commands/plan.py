@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from pathlib import Path
+import re
 from typing import Any
 
 from rich.console import Console
@@ -49,18 +49,26 @@ def question_of(options: argparse.Namespace) -> Question:
                 raise ConfigError(f"--{name.replace('_', '-')}: an empty value between commas")
         given[name] = value
         _ = field
-    return check_settings(given, Question, where="tppo plan")
+    try:
+        return check_settings(given, Question, where="tppo plan")
+    except ConfigError as error:  # there is no file: name the flag
+        text = str(error).removeprefix("tppo plan: ").removeprefix("the file: ")
+        for name in sorted(Question.model_fields, key=len, reverse=True):
+            text = re.sub(rf"(?<![\w-]){name}(\.\d+)?(?=( = |:|,| and |$))", f"--{name.replace('_', '-')}", text)
+        raise ConfigError(f"tppo plan: {text}") from None
 
 
 def run_plan(options: argparse.Namespace) -> None:
     question = question_of(options)
+    if options.output is not None and (options.output.is_dir() or not options.output.name):
+        raise ConfigError(f"--output {str(options.output)!r}: is not a file to write")
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("simulating options", total=None)
         found = answer(question, lambda done, of: progress.update(task, completed=done, total=of))
     text = json.dumps({"question": question.model_dump(mode="json"), **found.as_dict()}, indent=1, allow_nan=False)
     if options.output is not None:
-        write_atomically(Path(options.output), text.encode())
+        write_atomically(options.output, text.encode())
     if options.json:
         print(text)
     else:
