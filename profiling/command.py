@@ -1,6 +1,7 @@
 """`tppo profile -- COMMAND`: run any program under the sampler."""
 
 import math
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from rich.table import Table
 from profiling.attribution import device_estimates
 from profiling.errors import ConfigError
 from profiling.ledger import Cluster, build_ledger
+from profiling.markers import VARIABLE, read_markers
 from profiling.phases import Profiler
 from profiling.reader import Run
 from profiling.summary import summarise
@@ -28,10 +30,12 @@ def profile_command(argv: Sequence[str], *, interval_s: float, output: Path) -> 
     with Profiler(output, sampler_interval_s=interval_s) as profiler:
         with profiler.phase("command", step=1):
             try:
-                process = subprocess.Popen(argv)
+                process = subprocess.Popen(argv, env={**os.environ, VARIABLE: str(output.resolve())})
             except OSError as error:
                 raise ConfigError(f"{argv[0]}: cannot be run: {error.strerror}") from None
             code = _wait(process)
+        for record in read_markers(output, profiler.zero_s, profiler.now()):
+            profiler.trace(record)
         wall_s = profiler.finish("finished" if code == 0 else "failed")
     run = Run(output)
     cluster = Cluster(engines=1, gpus_per_engine=1)

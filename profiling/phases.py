@@ -48,6 +48,11 @@ class Profiler:
         self._lock = threading.RLock()
         self._open = True
 
+    @property
+    def zero_s(self) -> float:
+        """The monotonic clock at the start of the run."""
+        return self._zero
+
     def now(self) -> float:
         """Seconds since the start of the run."""
         return time.perf_counter() - self._zero

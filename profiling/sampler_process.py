@@ -80,6 +80,7 @@ class SamplerProcess:
             self._kill()
             if (report := self._report()) is not None:
                 self._earlier.append(report)
+                (self.directory / "sampler.json").unlink(missing_ok=True)
             if self.restarts == len(self._back_off_s):
                 self._note(f"the sampler {fault} again; no more device samples")
                 return
@@ -126,14 +127,12 @@ class SamplerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        report = self._report()
-        if not self._earlier:
-            return report
-        report = report or self._earlier.pop()
-        for name in ("ticks", "missed_ticks", "cpu_seconds"):
-            report[name] += sum(earlier[name] for earlier in self._earlier)
-        firsts = [own["first_sample_s"] for own in (*self._earlier, report) if own["first_sample_s"] is not None]
-        return {**report, "first_sample_s": min(firsts, default=None), "restarts": self.restarts}
+        reports = [own for own in (*self._earlier, self._report()) if own is not None]
+        if not reports or not self.restarts:
+            return reports[-1] if reports else None
+        sums = {name: sum(own[name] for own in reports) for name in ("ticks", "missed_ticks", "cpu_seconds")}
+        first = min((own["first_sample_s"] for own in reports if own["first_sample_s"] is not None), default=None)
+        return {**reports[-1], **sums, "first_sample_s": first, "restarts": self.restarts}
 
     def _report(self) -> dict[str, Any] | None:
         try:

@@ -1,0 +1,77 @@
+"""Phases of a program that `tppo profile -- COMMAND` runs: `with phase("rollout", step=3): ...`.
+
+Costs nothing where the program is not profiled. Each process writes a file of its own in the run directory, a line a
+phase, whose times are the host's monotonic clock; the profiler reads them when the command has ended. A process that
+is killed loses the phases that it was in, no others.
+"""
+
+import contextvars
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "TPPO_PROFILE"
+"""Names the run directory to a profiled program; unset: phases are not recorded."""
+
+_depth: contextvars.ContextVar[int] = contextvars.ContextVar("profiling_marker_depth", default=1)
+_lock = threading.Lock()
+_files: dict[tuple[int, str], Any] = {}
+
+
+@contextmanager
+def phase(name: str, step: int) -> Iterator[None]:
+    """Names of profiling.schema.PHASES take part in the idle ledger; any other is attributed all the same."""
+    directory = os.environ.get(VARIABLE)
+    if not directory:
+        yield
+        return
+    token = _depth.set(_depth.get() + 1)
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        end = time.perf_counter()
+        _depth.reset(token)
+        mark(directory, name, step, start, end, _depth.get())
+
+
+def mark(directory: str, name: str, step: int, start: float, end: float, depth: int = 1) -> None:
+    """A phase that is over; times of `time.perf_counter()`. What cannot be written is lost: the program goes on."""
+    line = json.dumps({"name": name, "step": step, "start": start, "end": end, "depth": depth}) + "\n"
+    key = (os.getpid(), directory)  # a forked process has a file of its own
+    with _lock:
+        try:
+            if key not in _files:
+                folder = Path(directory) / "markers"
+                folder.mkdir(exist_ok=True)
+                _files[key] = (folder / f"{key[0]}.jsonl").open("a", buffering=1)
+            _files[key].write(line)
+        except OSError:
+            return
+
+
+def read_markers(directory: Path, zero_s: float, end_s: float) -> list[dict[str, Any]]:
+    """Trace records of all processes' phases, by their ends. zero_s: the clock at the start of the run; end_s: of the
+    run, where a phase that outlives it is cut. Lines that are none are left out."""
+    records = []
+    for path in sorted((directory / "markers").glob("*.jsonl")):
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                one = json.loads(line)
+                start, end = float(one["start"]) - zero_s, min(float(one["end"]) - zero_s, end_s)
+                names = {
+                    "type": "phase",
+                    "name": str(one["name"]),
+                    "step": int(one["step"]),
+                    "depth": int(one["depth"]),
+                }
+            except (ValueError, KeyError, TypeError):
+                continue
+            if end > (start := max(start, 0.0)):
+                records.append({**names, "t_start": start, "t_end": end})
+    return sorted(records, key=lambda record: record["t_end"])

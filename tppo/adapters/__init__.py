@@ -1,0 +1,1 @@
+"""Phases of other trainers, for `tppo profile -- COMMAND`."""
