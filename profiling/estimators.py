@@ -167,10 +167,14 @@ def _integrated_busy(pieces: Pieces, windows: Windows, place: int) -> Estimate |
         return None
     means, weights, spreads, left = [], [], [], []
     for a, b in zip(start[long], end[long], strict=True):
-        inside = windows.busy[(windows.begin >= a - 1e-9) & (windows.end <= b + 1e-9)]
-        if not len(inside):
+        which = np.flatnonzero((windows.begin >= a - 1e-9) & (windows.end <= b + 1e-9))
+        if not len(which):
             continue
-        means.append(inside.mean())
+        inside = windows.busy[which]
+        # The ends, which no whole window saw, go on as the windows next to them.
+        before, after = max(0.0, windows.begin[which[0]] - a), max(0.0, b - windows.end[which[-1]])
+        seen_s = (b - a) - before - after
+        means.append((before * inside[0] + inside.mean() * seen_s + after * inside[-1]) / (b - a))
         weights.append(b - a)
         spreads.append(inside.std(ddof=1) if len(inside) > 1 else 0.05)
         left.append(1 - len(inside) * window_s / (b - a))
@@ -178,8 +182,8 @@ def _integrated_busy(pieces: Pieces, windows: Windows, place: int) -> Estimate |
         return None
     values, weight = np.array(means), np.array(weights) / sum(weights)
     value = float((values * weight).sum())
-    # What no whole window saw (the ends of each occurrence) may differ as windows do from each other; the mean of
-    # those that were seen is uncertain by their spread; occurrences that were left out, by that between occurrences.
+    # What no whole window saw may differ as windows do from each other; the mean of those that were seen is uncertain
+    # by their spread; occurrences that were left out, by that between occurrences.
     own = np.sqrt(np.square(spreads) * (np.square(np.clip(left, 0.0, 1.0)) + 0.15) + QUANTUM**2 / 12)
     error = float(np.sqrt((weight**2 * own**2).sum()))
     unseen = 1 - float((end - start)[long].sum() / (end - start).sum())
