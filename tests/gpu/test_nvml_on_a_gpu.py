@@ -1,7 +1,11 @@
 """Needs an NVIDIA driver; skipped visibly without one."""
 
+import itertools
+import time
+
 import pytest
 
+from profiling.estimators import TICK_S
 from profiling.sources.nvml import NoDriver, NvmlSource
 
 pytestmark = pytest.mark.gpu
@@ -29,3 +33,33 @@ def test_the_energy_counter_never_runs_backwards(source):
     readings = [source.read()[0].energy_joules for _ in range(3)]
     known = [value for value in readings if value is not None]
     assert known == sorted(known)
+
+
+def test_the_drivers_own_samples_follow_each_other(source, capsys):
+    start = time.perf_counter()
+    source.windows(0.0)
+    time.sleep(4.0)
+    windows = source.windows(time.perf_counter() - start)
+    states = {m["utilisation_windows"] for m in source.capabilities.states.values() if "utilisation_windows" in m}
+    if states != {"ok"}:
+        pytest.skip(f"the driver keeps no utilisation samples: {states}")
+    lengths = sorted(window.t_end - window.t_begin for window in windows)
+    with capsys.disabled():
+        print(f"\n  ring cadence {lengths[len(lengths) // 2]:.4f} s, {len(windows)} samples in 4 s")
+    assert 0.01 < lengths[0] <= lengths[-1] < 1.6
+    assert all(0 <= window.utilisation <= 1 for window in windows)
+
+
+def test_the_energy_counters_tick_is_about_what_the_estimators_assume(source, capsys):
+    changes, last, began = [], None, time.perf_counter()
+    while time.perf_counter() - began < 3.0:
+        joules = source.read()[0].energy_joules
+        if joules is None:
+            pytest.skip("this GPU has no energy counter")
+        if joules != last:
+            changes.append(time.perf_counter())
+            last = joules
+    gaps = sorted(b - a for a, b in itertools.pairwise(changes))
+    with capsys.disabled():
+        print(f"\n  energy tick {gaps[len(gaps) // 2]:.4f} s, {len(changes)} changes in 3 s")
+    assert gaps[len(gaps) // 2] < 3 * TICK_S
