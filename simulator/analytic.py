@@ -55,9 +55,11 @@ class AnalyticEngineCosts:
         tensor_parallel: int = 1,
         weight_bytes: float = BF16,
         kv_bytes: float = BF16,
+        expert_parallel: bool = False,
     ) -> None:
         self.model, self.gpu, self.efficiency, self.gpus = model, gpu, efficiency, tensor_parallel
         self.weight_bytes, self.kv_bytes = weight_bytes, kv_bytes
+        self.expert_parallel = expert_parallel
         self.peak = gpu.bf16_flops
         if weight_bytes <= 1:
             self.peak = gpu.need("fp8_flops", "weight_bytes = 1 (fp8)")
@@ -73,9 +75,18 @@ class AnalyticEngineCosts:
         read = (
             np.vectorize(model.parameters_read, otypes=[float])(batch) if model.experts else model.parameters_read(1)
         )
+        multiplied: np.ndarray | float = model.active_parameters * batch
+        if self.expert_parallel and model.experts:
+            own = np.vectorize(model.expert_parameters_read, otypes=[float])(batch)
+            uneven = self._busiest_share(batch) - 1
+            # The busiest GPU holds up the others: more experts of its own are hit, more tokens multiplied with them.
+            all_experts = model.moe_layers * model.experts * model.expert_parameters
+            read = read + np.minimum(own * uneven, all_experts - own)
+            active = model.moe_layers * model.experts_per_token * model.expert_parameters
+            multiplied = multiplied + active * batch * uneven
         size = self.weight_bytes * (read + model.embedding_parameters) / self.gpus
         memory_s = size / (self.gpu.memory_bytes_per_s * has.weight_bandwidth)
-        arithmetic_s = 2 * model.active_parameters * batch / self.gpus / (self.peak * has.decode_gemm)
+        arithmetic_s = 2 * multiplied / self.gpus / (self.peak * has.decode_gemm)
         p = has.roofline_norm
         products = (memory_s**p + arithmetic_s**p) ** (1 / p)
         all_reduce: np.ndarray | float = 0.0
@@ -83,6 +94,12 @@ class AnalyticEngineCosts:
             wait_s = has.collective_s + has.collective_per_doubling_s * (math.log2(self.gpus) - 1)
             all_reduce = 2 * model.layers * (wait_s + self._all_reduced_s(batch))
         return Parts(products, all_reduce, model.layers * has.layer_s, has.row_s * batch + self._windows_s(batch))
+
+    def _busiest_share(self, batch: np.ndarray | int) -> np.ndarray | float:
+        """Tokens that the experts of the busiest of t GPUs get / the mean: with m each on average, about
+        m + sqrt(2 m ln t) of independently drawn ones, and never more than all."""
+        mean = batch * self.model.experts_per_token / self.gpus
+        return np.minimum(1 + np.sqrt(2 * math.log(self.gpus) / mean), self.gpus)
 
     def _all_reduced_s(self, tokens: np.ndarray | float) -> np.ndarray | float:
         """Of sending: a ring moves 2 (t - 1) / t of the data through each GPU's link."""
@@ -170,6 +187,7 @@ class AnalyticCosts:
         self.engine = AnalyticEngineCosts(
             self.model, self.gpu, self.efficiency, tensor_parallel=self.tensor_parallel,
             weight_bytes=settings.weight_bytes, kv_bytes=settings.kv_bytes,
+            expert_parallel=settings.expert_parallel,
         )  # fmt: skip
 
     def _check_parallelism(self, engine_gpus: int) -> None:

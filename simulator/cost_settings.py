@@ -88,6 +88,8 @@ class AnalyticCostSettings(Occasions):
     """A bundled name, or a TOML file relative to the experiment file."""
     tensor_parallel: PositiveInt | None = None
     """GPUs that an engine's weights are split over; left out: all of cluster.gpus_per_engine."""
+    expert_parallel: bool = False
+    """An engine's GPUs hold whole experts, so that the busiest holds up the others, instead of a slice of each."""
     engine: Literal["vllm", "sglang", "trtllm"] = "vllm"
     """Whose efficiency factors."""
     efficiency: Path | None = None

@@ -102,11 +102,15 @@ class Model:
         return self.layers * self.attention_parameters + mlp
 
     def parameters_read(self, tokens: int) -> float:
-        """Of the layers, expected when `tokens` tokens pass together: k of E experts each, drawn evenly."""
+        """Of the layers, expected when `tokens` tokens pass together."""
+        return self._common_parameters + self.expert_parameters_read(tokens)
+
+    def expert_parameters_read(self, tokens: int) -> float:
+        """Of experts: k of E for each token, drawn evenly."""
         if not self.experts:
-            return float(self._common_parameters)
+            return 0.0
         hit = self.experts * (1 - (1 - self.experts_per_token / self.experts) ** tokens)
-        return self._common_parameters + self.moe_layers * hit * self.expert_parameters
+        return self.moe_layers * hit * self.expert_parameters
 
     @property
     def kv_numbers_per_token_and_layer(self) -> int:

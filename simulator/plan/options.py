@@ -92,6 +92,7 @@ def _cost(question: Question, size: int) -> AnalyticCostSettings:
     mean_s, last_s = question.reward_s()
     return AnalyticCostSettings(
         kind="analytic", model=question.model, gpu=question.gpu, tensor_parallel=size, engine=question.engine,
+        expert_parallel=question.expert_parallel,
         value_model=question.value_model, mini_batches=question.mini_batches, recompute=question.recompute,
         trainer=question.trainer, efficiency=question.efficiency, reward_base_s=last_s, reward_per_row_s=mean_s,
         reward_workers=question.reward_workers, weight_sync_s=question.weight_sync_s, switch_s=question.switch_s,

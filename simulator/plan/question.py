@@ -62,6 +62,8 @@ class Question(Settings):
     length_growth_per_step: float = Field(0.0, gt=-0.1, lt=0.1)
     """Drift of the mean length over training."""
     engine: Literal["vllm", "sglang", "trtllm"] = "vllm"
+    expert_parallel: bool = False
+    """An engine's GPUs hold whole experts."""
     value_model: bool = True
     mini_batches: int = Field(16, ge=1, le=100_000)
     recompute: Literal["full", "none"] = "full"

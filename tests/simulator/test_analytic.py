@@ -86,6 +86,27 @@ def test_experts_make_a_decode_step_read_more_as_the_batch_grows():
     assert many < 3 * ten
 
 
+def test_whole_experts_on_each_gpu_wait_for_the_busiest():
+    """30 rows x 8 experts on 4 GPUs: 60 tokens each on average, sqrt(2 x 60 x ln 4) = 12.9 more on the busiest."""
+    model = load_model("Qwen3-30B-A3B")
+    sliced, whole = (
+        AnalyticEngineCosts(model, GPU, FACTORS, tensor_parallel=4, expert_parallel=own) for own in (False, True)
+    )
+    uneven = math.sqrt(2 * 60 * math.log(4)) / 60
+    experts = model.expert_parameters_read(30)
+    more = min(experts * uneven, 48 * 128 * model.expert_parameters - experts)  # there are no more than all of them
+    memory = 2 * (model.parameters_read(30) + more + model.embedding_parameters) / 4 / (2e12 * 0.8)
+    active = 48 * 8 * model.expert_parameters
+    arithmetic = 2 * 30 * (model.active_parameters + active * uneven) / 4 / (1e15 * 0.5)
+    assert float(whole.parts(30).products) == pytest.approx(math.hypot(memory, arithmetic))
+    assert float(sliced.parts(30).products) < float(whole.parts(30).products) < 1.3 * float(sliced.parts(30).products)
+    # A dense model has none, and one GPU holds all.
+    dense = AnalyticEngineCosts(MODEL, GPU, FACTORS, tensor_parallel=2, expert_parallel=True)
+    assert dense.step_s(9) == AnalyticEngineCosts(MODEL, GPU, FACTORS, tensor_parallel=2).step_s(9)
+    alone = AnalyticEngineCosts(model, GPU, FACTORS, expert_parallel=True)
+    assert float(alone.step_s(9)) == pytest.approx(float(AnalyticEngineCosts(model, GPU, FACTORS).step_s(9)))
+
+
 def settings(**changes):
     return AnalyticCostSettings(kind="analytic", model="Qwen2.5-7B", gpu="H100-SXM", **changes)
 
