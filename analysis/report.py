@@ -19,6 +19,7 @@ from analysis.tables import (
     arm_of,
     by_arm,
     comparison_tables,
+    device_table,
     paired_speedup,
     provenance,
     score_table,
@@ -52,6 +53,8 @@ def write_report(
         ),
         _table(f"Time to {target:.0%}", "Mean of three consecutive evaluations.", lambda: score_table(runs, target)),
     ]
+    if not all(run.simulated for run in runs):
+        tables.append(_table("Devices by phase", _DEVICE_NOTE, lambda: device_table(runs)))
     if predictions.exists():
         tables += _prediction_tables(predictions)
     page = (
@@ -69,6 +72,12 @@ def write_report(
     write_atomically(output, page.encode())
     return output
 
+
+_DEVICE_NOTE = (
+    "The first measured run of each arm. Busy: share of a phase's time with a kernel running on the GPU, or of all of "
+    "the host's cores; energy of GPUs. 95 % intervals; unresolved where the sensors are too slow to tell the phase "
+    "from its neighbours."
+)
 
 _PREDICTION_NOTE = (
     "Medians over the target runs; error = (predicted - measured) / measured. Forecast: costs and lengths of the "

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from profiling.attribution import device_estimates, interval_text
 from profiling.errors import DataError
 from profiling.reader import Run
 
@@ -197,3 +198,22 @@ def comparison_tables(predictions: pd.DataFrame) -> dict[tuple[str, str], pd.Dat
             rows.append(row)
         tables[str(source), str(arm)] = pd.DataFrame(rows)
     return tables
+
+
+def device_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Devices by phase, of the first measured run of each arm: busy share and energy, with 95 % intervals;
+    `unresolved` where the sensors cannot tell. Raises DataError when no run was sampled."""
+    rows = []
+    for own in by_arm([run for run in runs if not run.simulated]).values():
+        estimates = device_estimates(own[0])
+        for (device, phase), group in estimates.groupby(["device", "phase"], sort=False):
+            known = group.set_index("quantity")
+            rows.append(
+                {
+                    "run": own[0].name, "device": device, "phase": phase, "seconds": float(group.seconds.iloc[0]),
+                    "busy": interval_text(known, "busy", 100.0, " %"), "energy, J": interval_text(known, "joules"),
+                }
+            )  # fmt: skip
+    if not rows:
+        raise DataError("no device samples")
+    return pd.DataFrame(rows)

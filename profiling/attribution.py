@@ -39,6 +39,18 @@ def device_estimates(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def interval_text(estimates: pd.DataFrame, quantity: str, scale: float = 1.0, unit: str = "") -> str | None:
+    """`value (low to high)`, `unresolved`, or None without such an estimate. estimates: those of one device and phase,
+    by quantity."""
+    if quantity not in estimates.index:
+        return None
+    own = estimates.loc[quantity]
+    if pd.isna(own.value):
+        return "unresolved"
+    value, low, high = (scale * float(own[name]) for name in ("value", "low", "high"))
+    return f"{value:.3g}{unit} ({low:.3g} to {high:.3g})"
+
+
 def _named_pieces(run: Run, end: float) -> pd.DataFrame:
     """The trainer's phases as the ledger has them; a program's own names, as they nest, where it has others."""
     known = innermost_phases(run.phases, end)

@@ -1,4 +1,4 @@
-"""`tppo profile -- COMMAND`: run any program under the sampler."""
+"""`tppo profile -- COMMAND`, `--pid PID`: any program under the sampler."""
 
 import math
 import os
@@ -6,13 +6,12 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
+import psutil
 from rich.console import Console
 from rich.table import Table
 
-from profiling.attribution import device_estimates
+from profiling.attribution import device_estimates, interval_text
 from profiling.errors import ConfigError
 from profiling.ledger import Cluster, build_ledger
 from profiling.markers import VARIABLE, read_markers
@@ -23,8 +22,7 @@ from profiling.summary import summarise
 
 def profile_command(argv: Sequence[str], *, interval_s: float, output: Path) -> int:
     """Run `argv`, sample meanwhile, write a run directory, print what was seen. Returns the command's exit code."""
-    if not 0 < interval_s < math.inf:
-        raise ConfigError(f"--interval {interval_s}: must be above 0 and finite")
+    check_interval(interval_s)
     if shutil.which(argv[0]) is None:
         raise ConfigError(f"{argv[0]}: no such command")
     with Profiler(output, sampler_interval_s=interval_s) as profiler:
@@ -37,7 +35,39 @@ def profile_command(argv: Sequence[str], *, interval_s: float, output: Path) -> 
         for record in read_markers(output, profiler.zero_s, profiler.now()):
             profiler.trace(record)
         wall_s = profiler.finish("finished" if code == 0 else "failed")
-    run = Run(output)
+    write_totals(profiler, wall_s)
+    _print(Run(output), wall_s, f"exit code {code}")
+    return code
+
+
+def profile_process(pid: int, *, interval_s: float, output: Path) -> int:
+    """Sample while the process with this id runs, or until Ctrl-C; it is left alone. Its phases are not known."""
+    check_interval(interval_s)
+    try:
+        process = psutil.Process(pid)
+        name = process.name()
+    except (psutil.Error, ValueError, OverflowError):
+        raise ConfigError(f"--pid {pid}: no such process") from None
+    ended = "ended"
+    with Profiler(output, sampler_interval_s=interval_s) as profiler:
+        with profiler.phase("command", step=1):
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                ended = "still runs"
+        wall_s = profiler.finish("finished")
+    write_totals(profiler, wall_s)
+    _print(Run(output), wall_s, f"{name} ({pid}) {ended}")
+    return 0
+
+
+def check_interval(interval_s: float) -> None:
+    if not 0 < interval_s < math.inf:
+        raise ConfigError(f"--interval {interval_s}: must be above 0 and finite")
+
+
+def write_totals(profiler: Profiler, wall_s: float) -> None:
+    run = Run(profiler.writer.path)
     cluster = Cluster(engines=1, gpus_per_engine=1)
     phases, engine, rollouts = run.phases, run.engine, run.rollouts
     ledger = build_ledger(cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, wall_s=wall_s)
@@ -47,8 +77,6 @@ def profile_command(argv: Sequence[str], *, interval_s: float, output: Path) -> 
         startup_steps=0,
     )  # fmt: skip
     profiler.writer.summary(summary)
-    _print(run, wall_s, code)
-    return code
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
@@ -60,8 +88,8 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
             continue  # the command got Ctrl-C too; it decides
 
 
-def _print(run: Run, wall_s: float, code: int) -> None:
-    table = Table(title=f"{run.path}: {wall_s:.1f} s, exit code {code}", title_justify="left")
+def _print(run: Run, wall_s: float, how: str) -> None:
+    table = Table(title=f"{run.path}: {wall_s:.1f} s, {how}", title_justify="left")
     for column in ("device", "samples", "utilisation", "power, W", "energy, J", "peak memory, GiB"):
         table.add_column(column, justify="left" if column == "device" else "right")
     for device, samples in run.devices.groupby("device", sort=False):
@@ -87,18 +115,12 @@ def by_phase(run: Run) -> Table:
     for (device, phase), own in estimates.groupby(["device", "phase"], sort=False):
         known = own.set_index("quantity")
         seconds = float(own.seconds.iloc[0])
-        busy = _interval(known.loc["busy"], 100.0, " %") if "busy" in known.index else "-"
-        joules = _interval(known.loc["joules"], 1.0, "") if "joules" in known.index else "-"
-        watts = _interval(known.loc["joules"], 1 / seconds, "") if "joules" in known.index else "-"
-        table.add_row(str(device), str(phase), f"{seconds:.1f}", busy, joules, watts)
+        texts = [
+            interval_text(known, "busy", 100.0, " %"), interval_text(known, "joules"),
+            interval_text(known, "joules", 1 / seconds),
+        ]  # fmt: skip
+        table.add_row(str(device), str(phase), f"{seconds:.1f}", *(text or "-" for text in texts))
     return table
-
-
-def _interval(estimate: "pd.Series[Any]", scale: float, unit: str) -> str:
-    if estimate.value is None or pd.isna(estimate.value):
-        return "unresolved"
-    value, low, high = (scale * float(estimate[name]) for name in ("value", "low", "high"))
-    return f"{value:.3g}{unit} ({low:.3g} to {high:.3g})"
 
 
 def _mean(values: "object", form: str) -> str:

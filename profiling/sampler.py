@@ -19,13 +19,17 @@ from typing import Any
 
 from profiling import schema
 from profiling.errors import RunError
-from profiling.sources import Sample, Source
+from profiling.sources import Sample, Source, Window
 from profiling.sources.host import HostSource
 from profiling.sources.nvml import NoDriver, NvmlSource
 from profiling.writer import write_atomically, write_parquet
 
 PART_SECONDS = 5.0
-"""Samples reach the disk at least this often."""
+"""Samples reach the disk at least this often, in the first minutes of a run; then:"""
+LATER_PART_SECONDS, LATER_S = 60.0, 600.0
+"""A day would else be seventeen thousand files."""
+REPORT_SECONDS = 5.0
+"""Between signs of life."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -47,6 +51,7 @@ class Sampler:
         self.zero_s = zero_s
         self.sources, self.note = open_sources()
         self.rows: list[tuple[float, Sample]] = []
+        self.windows: list[Window] = []
         self.part = 1 + max((int(p.stem[5:]) for p in (directory / "devices").glob("part-*.parquet")), default=-1)
         self.ticks = self.missed = 0
         self.first_s: float | None = None
@@ -57,15 +62,20 @@ class Sampler:
         self.tick()
         self.report()
         deadline = time.perf_counter() + self.interval_s
-        written = time.perf_counter()
+        began = written = reported = time.perf_counter()
         while not _input_closed(max(0.0, deadline - time.perf_counter())):
             late = int((time.perf_counter() - deadline) / self.interval_s)
             self.missed += late
             self.tick()
             deadline += (1 + late) * self.interval_s
-            if time.perf_counter() - written >= PART_SECONDS:
+            now = time.perf_counter()
+            if now - written >= (PART_SECONDS if now - began < LATER_S else LATER_PART_SECONDS):
                 self.write_part()
-                written = time.perf_counter()
+                written = reported = now
+            elif now - reported >= REPORT_SECONDS:
+                self.read_windows()
+                self.report()
+                reported = now
         self.tick()
         self.write_part()
         for source in self.sources:
@@ -78,9 +88,14 @@ class Sampler:
         self.first_s = t if self.first_s is None else self.first_s
         self.last_s = t
 
-    def write_part(self) -> None:
+    def read_windows(self) -> None:
+        """Before drivers, which keep some twenty seconds of them, forget them."""
         now = time.perf_counter() - self.zero_s
-        windows = [window for source in self.sources for window in source.windows(now)]
+        self.windows += [window for source in self.sources for window in source.windows(now)]
+
+    def write_part(self) -> None:
+        self.read_windows()
+        windows, self.windows = self.windows, []
         if windows:
             own = {name: [getattr(window, name) for window in windows] for name in schema.WINDOWS.names}
             write_parquet(self.directory / "windows" / f"part-{self.part:06d}.parquet", own, schema.WINDOWS)

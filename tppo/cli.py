@@ -83,6 +83,7 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     profile = add("profile", _profile, "run any command under the sampler")
     profile.add_argument("--interval", type=float, default=0.1, help="seconds between samples")
     profile.add_argument("--output", type=Path, default=Path("runs/profile"), help="run directory")
+    profile.add_argument("--pid", type=int, help="sample beside a process that runs already, until it ends")
     profile.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
 
     calibrate = add("calibrate", _calibrate, "fit a cost model to one or more runs; print the quality of the fit")
@@ -173,11 +174,15 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _profile(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from profiling.command import profile_command
+    from profiling.command import profile_command, profile_process
 
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
+    if options.pid is not None:
+        if words:
+            raise InputError("tppo profile: either --pid or a command")
+        return profile_process(options.pid, interval_s=options.interval, output=options.output)
     if not words:
-        raise InputError("tppo profile: no command; write tppo profile -- COMMAND ...")
+        raise InputError("tppo profile: no command; write tppo profile -- COMMAND ..., or --pid PID")
     return profile_command(words, interval_s=options.interval, output=options.output)
 
 

@@ -12,12 +12,14 @@ from analysis.tables import (
     accuracy_curve,
     arm_of,
     comparison_tables,
+    device_table,
     paired_speedup,
     score_table,
     speed_table,
     steps_to_score,
     time_to_score,
 )
+from profiling import schema
 from profiling.errors import DataError, InputError
 from profiling.ledger import Cluster, build_ledger
 from profiling.phases import plain_header
@@ -214,3 +216,30 @@ def test_a_report_of_a_live_run_says_what_it_leaves_out(tmp_path):
 
 def test_an_arm_is_a_name_without_its_seed(tmp_path):
     assert arm_of(make_run(tmp_path / "tppo-full-s12", accuracies=[0.1])) == "tppo-full"
+
+
+def test_devices_by_phase_stand_in_the_report_with_their_intervals(tmp_path):
+    """A GPU that draws 300 W in every rollout and 100 W else, sampled every 50 ms; busy in rollouts only."""
+    run = make_run(tmp_path / "ppo-s0", accuracies=RISING)
+    t = [0.05 * tick for tick in range(int(2.0 * len(RISING) / 0.05))]
+    rollout = [now % 2.0 < 1.2 for now in t]
+    energy = [sum(0.05 * (300 if on else 100) for on in rollout[:tick]) for tick in range(len(t))]
+    unknown = [None] * len(t)
+    device = ["GPU-1"] * len(t)
+    run_writer = RunWriter(tmp_path / "other", header=plain_header(), config_toml="")
+    columns = dict.fromkeys(schema.DEVICES.names, unknown) | {"t": t, "device": device, "energy_joules": energy}
+    run_writer.table("devices", 0, columns)
+    run_writer.table("windows", 0, {"t_begin": t[:-1], "t_end": t[1:], "device": device[1:],
+                                    "utilisation": [float(on) for on in rollout[:-1]]})  # fmt: skip
+    for part in ("devices", "windows"):
+        (tmp_path / "other" / part).rename(run.path / part)
+    table = device_table([Run(run.path)]).set_index("phase")
+    assert table.loc["rollout", "busy"].startswith("100 %")
+    assert table.loc["update_policy", "busy"].startswith("0 %")
+    joules = float(table.loc["rollout", "energy, J"].split()[0])
+    assert joules == pytest.approx(300 * 1.2 * len(RISING), rel=0.05)
+    text = write_report([Run(run.path)], tmp_path / "report.html").read_text()
+    assert "Devices by phase" in text
+    assert "GPU-1" in text
+    with pytest.raises(DataError, match="no device samples"):
+        device_table([make_run(tmp_path / "tppo-s0", accuracies=RISING)])

@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 import sys
 import textwrap
 import time
@@ -13,6 +14,7 @@ from profiling.command import profile_command
 from profiling.markers import VARIABLE, phase, read_markers
 from profiling.reader import Run
 from tppo.adapters import verl
+from tppo.cli import main
 
 
 def profiled(tmp_path, program):
@@ -137,3 +139,18 @@ def test_verls_timers_become_phases(tmp_path, monkeypatch):
         (name, step) for step in (1, 2) for name in ("rollout", "own", "update_policy")
     ]
     assert os.listdir(tmp_path / "markers") == [f"{os.getpid()}.jsonl"]
+
+
+def test_a_process_that_runs_already_can_be_sampled(tmp_path, capsys):
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.5)"]) as process:
+        assert (
+            main(["profile", "--pid", str(process.pid), "--output", str(tmp_path / "run"), "--interval", "0.1"]) == 0
+        )
+        assert process.wait(5) == 0
+    run = Run(tmp_path / "run")
+    assert 0.3 < run.summary["wall_seconds"] < 5
+    assert f"({process.pid}) ended" in " ".join(capsys.readouterr().out.split())
+    assert main(["profile", "--pid", str(process.pid), "--output", str(tmp_path / "no")]) == 2
+    assert f"--pid {process.pid}: no such process" in capsys.readouterr().err
+    assert main(["profile", "--pid", "1", "--output", str(tmp_path / "no"), "--", "true"]) == 2
+    assert "either --pid or a command" in capsys.readouterr().err
