@@ -16,6 +16,7 @@ from analysis import style
 from analysis.figures import FIGURES
 from analysis.figures._predicted_measured import read_predictions
 from analysis.tables import (
+    alarm_table,
     arm_of,
     by_arm,
     comparison_tables,
@@ -55,6 +56,8 @@ def write_report(
     ]
     if not all(run.simulated for run in runs):
         tables.append(_table("Devices by phase", _DEVICE_NOTE, lambda: device_table(runs)))
+    if not (found := alarm_table(runs)).empty:
+        tables.append(_table("Alarms", "What a run should be told about, worst first.", lambda: found))
     if predictions.exists():
         tables += _prediction_tables(predictions)
     page = (

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from profiling.alarms import alarms
 from profiling.attribution import device_estimates, interval_text
 from profiling.errors import DataError
 from profiling.reader import Run
@@ -217,3 +218,9 @@ def device_table(runs: Sequence[Run]) -> pd.DataFrame:
     if not rows:
         raise DataError("no device samples")
     return pd.DataFrame(rows)
+
+
+def alarm_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Alarms of all runs that have ended; empty where there is none."""
+    rows = [(run.name, text) for run in runs if run.ledger is not None for text in alarms(run.ledger, run)]
+    return pd.DataFrame(rows, columns=["run", "alarm"])

@@ -9,9 +9,11 @@ busy they keep the GPU; rollouts fade. --record writes docs/results/profiler.
 
 import argparse
 import ctypes
+import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -45,18 +47,23 @@ PHASES = {
 """Phase -> seconds, busy, watts; each workload scales and varies them."""
 FADES = (1.2, 1.1, 1.0, 0.7)
 """Quarters of a rollout: rows leave it, so it keeps the GPU less busy towards its end."""
-DAY_GOAL_S = 10.0
+DAY_GOAL_S, CORE_GOAL = 10.0, 0.01
 BUSY_GOAL, ENERGY_GOAL, COVERAGE, RESOLVED_GOAL = 0.02, 0.03, 0.95, 0.8
 
 
-def load_library(folder: Path) -> ctypes.CDLL:
-    """Build the stand-in and load it before nvidia-ml-py looks for libnvidia-ml.so.1."""
+def build_library(folder: Path) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise SystemExit("no C compiler to build the stand-in NVML library")
     target = folder / "libnvidia-ml.so.1"
     command = [compiler, "-O2", "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1", "-o", str(target), str(LIBRARY)]
     subprocess.run(command, check=True)
+    return target
+
+
+def load_library(folder: Path) -> ctypes.CDLL:
+    """The stand-in, loaded before nvidia-ml-py looks for libnvidia-ml.so.1."""
+    target = build_library(folder)
     os.environ["FAKE_NVML_WINDOW"] = str(WINDOW_S)
     library = ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)
     number = ctypes.c_double
@@ -172,6 +179,70 @@ def run(workloads: int, steps: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+STEP = """
+import json, statistics, sys, time
+from pathlib import Path
+import torch
+from profiling.sampler_process import SamplerProcess
+torch.set_num_threads(1)
+a = torch.randn(400, 400)
+def step():
+    begin = time.perf_counter()
+    for _ in range(12):
+        a @ a
+    return time.perf_counter() - begin
+step()
+with_s, without_s = [], []
+sampler = None
+reports = []
+for turn in range(2 * int(sys.argv[2])):
+    directory = Path(sys.argv[1]) / str(turn)
+    if turn % 2:
+        directory.mkdir()
+        sampler = SamplerProcess(directory, interval_s=0.1, zero_s=time.perf_counter())
+        sampler.start()
+        time.sleep(0.3)
+    (with_s if turn % 2 else without_s).append(statistics.median(step() for _ in range(60)))
+    if turn % 2:
+        time.sleep(12.0)
+        reports.append(sampler.stop())
+print(json.dumps({"with": with_s, "without": without_s, "reports": reports}))
+"""
+
+
+def overhead(folder: Path, pairs: int, call_us: int) -> dict[str, float]:
+    """Median step of a small torch program beside the sampler at 100 ms on eight stand-in GPUs, against the same
+    without it, in turns; and the sampler's share of a core, its start-up left out. call_us: that a driver call sleeps.
+    """
+    environment = os.environ | {
+        "LD_LIBRARY_PATH": str(folder), "FAKE_NVML_GPUS": "8", "FAKE_NVML_CALL_US": str(call_us),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    runs = folder / f"overhead-{call_us}"
+    runs.mkdir()
+    done = subprocess.run([sys.executable, "-c", STEP, str(runs), str(pairs)], env=environment, cwd=ROOT,
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    found = json.loads(done.stdout)
+    ratio = np.array(found["with"]) / np.array(found["without"])
+    shares = [
+        (own["cpu_seconds"] - own["start_cpu_seconds"]) / (own["last_sample_s"] - own["first_sample_s"])
+        for own in found["reports"]
+    ]
+    half = 1.96 * float(ratio.std(ddof=1)) / float(np.sqrt(len(ratio)))
+    return {"ratio": float(ratio.mean()), "half": half, "core": float(np.median(shares))}
+
+
+def sleep_cost_us() -> float:
+    """CPU time that a sleep of 200 us costs a process here, whatever it does between them."""
+    times = []
+    for _ in range(5):
+        begin = time.process_time()
+        for _ in range(200):
+            time.sleep(2e-4)
+        times.append((time.process_time() - begin) / 200 * 1e6)
+    return float(np.median(times))
+
+
 def day_long() -> dict[str, float]:
     """A day of eight GPUs at 100 ms (864,000 sweeps), in parts as the sampler writes them: seconds to open it for
     analysis, and the most memory that a part needs."""
@@ -234,11 +305,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", type=int, default=200)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--pairs", type=int, default=5, help="turns with and without the sampler")
     parser.add_argument("--record", action="store_true", help="write docs/results/profiler")
     options = parser.parse_args()
     rows = run(options.workloads, options.steps)
     table = totals(rows)
     day = day_long()
+    with tempfile.TemporaryDirectory() as folder:
+        build_library(Path(folder))
+        cost, own = (overhead(Path(folder), options.pairs, call_us) for call_us in (200, 0))
     page = "\n\n".join(
         [
             "# Estimates against the truth (simulated sensor)",
@@ -248,6 +323,12 @@ def main() -> None:
             "energy errors relative. Bucketing is what is usually done: the mean of the readings within a phase.",
             markdown(table),
             "Goals: " + "; ".join(verdicts(rows)) + ".",
+            f"The sampler at 100 ms beside a small torch program, eight stand-in GPUs whose calls sleep for 200 us: a "
+            f"step takes {cost['ratio']:.3f} +- {cost['half']:.3f} times as long ({options.pairs} pairs, load "
+            f"{os.getloadavg()[0]:.1f}); the sampler uses {cost['core']:.2%} of a core (goal {CORE_GOAL:.0%}: "
+            f"{'reached' if cost['core'] <= CORE_GOAL else 'missed'}), and {own['core']:.2%} where calls return at "
+            f"once. Here a process pays {sleep_cost_us():.0f} us of CPU for a sleep alone; the sampler calls each GPU "
+            "twice every 100 ms (once where its driver keeps utilisation samples), and some ten times more a second.",
             f"A day of eight GPUs at 100 ms ({day['rows']:,} rows) opens in {day['seconds']:.1f} s (goal "
             f"{DAY_GOAL_S:g}: {'reached' if day['seconds'] <= DAY_GOAL_S else 'missed'}); the sampler never holds "
             "more than a minute.",

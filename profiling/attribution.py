@@ -10,12 +10,14 @@ from profiling.reader import Run
 HOST = "host"
 SENSOR_WINDOW_S = 1.0
 """Of a GPU's utilisation where its driver keeps no samples of its own: the longer of the two that NVML documents."""
+COUNTERS = ("sm_activity", "sm_occupancy", "tensor_activity", "dram_activity")
 COLUMNS = ["device", "phase", "seconds", "quantity", "value", "low", "high", "method"]
 
 
 def device_estimates(run: Run) -> pd.DataFrame:
-    """A row for each device, phase and quantity: `busy` (fraction of the phase's time) and, of GPUs, `joules`; 95 %
-    intervals; value null where it is `unresolved`. Phases nest: each moment belongs to the innermost.
+    """A row for each device, phase and quantity: `busy` (fraction of the phase's time); of GPUs, `joules` and what
+    their own counters tell (COUNTERS, fractions); 95 % intervals; value null where it is `unresolved`. Phases nest:
+    each moment belongs to the innermost.
 
     Empty for a run without phases or samples.
     """
@@ -30,6 +32,9 @@ def device_estimates(run: Run) -> pd.DataFrame:
         found = [("busy", busy_by_phase(pieces, _windows(run, str(device), t, busy)))]
         if device != HOST and own.energy_joules.notna().any():
             found.append(("joules", energy_by_phase(pieces, t, own.energy_joules.to_numpy(float))))
+        for metric in COUNTERS:
+            if len((counted := _of_metric(run, str(device), metric)).end):
+                found.append((metric, busy_by_phase(pieces, counted)))
         for quantity, estimates in found:
             rows += [
                 (device, name, e.seconds, quantity, e.value, e.low, e.high, e.method)
@@ -66,12 +71,17 @@ def _named_pieces(run: Run, end: float) -> pd.DataFrame:
     return pd.DataFrame({"name": names, "step": steps, "t_start": edges[:-1], "t_end": edges[1:]})
 
 
+def _of_metric(run: Run, device: str, metric: str) -> Windows:
+    own = run.windows[(run.windows.device == device) & (run.windows.metric == metric)]
+    return Windows(own.t_begin.to_numpy(), own.t_end.to_numpy(), own.value.to_numpy())
+
+
 def _windows(run: Run, device: str, t: np.ndarray, busy: np.ndarray) -> Windows:
     """What each reading is the mean of: the time since the one before on the host, the driver's own samples where it
     keeps them, else the sensor's window."""
     if device == HOST:
         return Windows(t[:-1], t[1:], busy[1:])
-    own = run.windows[run.windows.device == device]
-    if len(own):
-        return Windows(own.t_begin.to_numpy(), own.t_end.to_numpy(), own.utilisation.to_numpy())
+    own = _of_metric(run, device, "utilisation")
+    if len(own.end):
+        return own
     return windows_of_polls(t, busy, SENSOR_WINDOW_S)

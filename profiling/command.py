@@ -11,7 +11,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from profiling.attribution import device_estimates, interval_text
+from profiling.attribution import COUNTERS, device_estimates, interval_text
 from profiling.errors import ConfigError
 from profiling.ledger import Cluster, build_ledger
 from profiling.markers import VARIABLE, read_markers
@@ -20,12 +20,12 @@ from profiling.reader import Run
 from profiling.summary import summarise
 
 
-def profile_command(argv: Sequence[str], *, interval_s: float, output: Path) -> int:
+def profile_command(argv: Sequence[str], *, interval_s: float, output: Path, links: bool = False) -> int:
     """Run `argv`, sample meanwhile, write a run directory, print what was seen. Returns the command's exit code."""
     check_interval(interval_s)
     if shutil.which(argv[0]) is None:
         raise ConfigError(f"{argv[0]}: no such command")
-    with Profiler(output, sampler_interval_s=interval_s) as profiler:
+    with Profiler(output, sampler_interval_s=interval_s, links=links) as profiler:
         with profiler.phase("command", step=1):
             try:
                 process = subprocess.Popen(argv, env={**os.environ, VARIABLE: str(output.resolve())})
@@ -40,7 +40,7 @@ def profile_command(argv: Sequence[str], *, interval_s: float, output: Path) -> 
     return code
 
 
-def profile_process(pid: int, *, interval_s: float, output: Path) -> int:
+def profile_process(pid: int, *, interval_s: float, output: Path, links: bool = False) -> int:
     """Sample while the process with this id runs, or until Ctrl-C; it is left alone. Its phases are not known."""
     check_interval(interval_s)
     try:
@@ -49,7 +49,7 @@ def profile_process(pid: int, *, interval_s: float, output: Path) -> int:
     except (psutil.Error, ValueError, OverflowError):
         raise ConfigError(f"--pid {pid}: no such process") from None
     ended = "ended"
-    with Profiler(output, sampler_interval_s=interval_s) as profiler:
+    with Profiler(output, sampler_interval_s=interval_s, links=links) as profiler:
         with profiler.phase("command", step=1):
             try:
                 process.wait()
@@ -74,7 +74,7 @@ def write_totals(profiler: Profiler, wall_s: float) -> None:
     profiler.writer.ledger({name: ledger[name] for name in ledger.columns})
     summary = summarise(
         cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, ledger=ledger, wall_s=wall_s,
-        startup_steps=0,
+        startup_steps=0, devices=run.devices,
     )  # fmt: skip
     profiler.writer.summary(summary)
 
@@ -112,12 +112,16 @@ def by_phase(run: Run) -> Table:
     for column in ("device", "phase", "seconds", "busy", "energy, J", "mean power, W"):
         table.add_column(column, justify="left" if column in ("device", "phase") else "right")
     estimates = device_estimates(run)
+    counted = [name for name in COUNTERS if (estimates.quantity == name).any()]
+    for name in counted:
+        table.add_column(name.replace("_", " "), justify="right")
     for (device, phase), own in estimates.groupby(["device", "phase"], sort=False):
         known = own.set_index("quantity")
         seconds = float(own.seconds.iloc[0])
         texts = [
             interval_text(known, "busy", 100.0, " %"), interval_text(known, "joules"),
             interval_text(known, "joules", 1 / seconds),
+            *(interval_text(known, name, 100.0, " %") for name in counted),
         ]  # fmt: skip
         table.add_row(str(device), str(phase), f"{seconds:.1f}", *(text or "-" for text in texts))
     return table

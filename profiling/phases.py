@@ -1,7 +1,7 @@
 """Says what a run is doing when: `with profiler.phase("rollout", step=3): ...`.
 
-Costs a few microseconds: records are kept in memory and written when `flush` is called, when a few hundred have
-gathered, and at the end. Safe across threads and asyncio tasks; phases nest, each thread and task for itself.
+Costs a few microseconds: records are kept in memory and written when `flush` is called, every two seconds or a few
+hundred of them, and at the end. Safe across threads and asyncio tasks; phases nest, each thread and task for itself.
 """
 
 import contextvars
@@ -16,7 +16,8 @@ from typing import Any
 from profiling.sampler_process import SamplerProcess
 from profiling.writer import RunWriter
 
-FLUSH_AT_RECORDS = 512
+FLUSH_AT_RECORDS, FLUSH_AFTER_S = 512, 2.0
+"""Whichever comes first: a live view reads what was written."""
 
 _depth: contextvars.ContextVar[int] = contextvars.ContextVar("profiling_phase_depth", default=0)
 
@@ -26,6 +27,7 @@ class Profiler:
 
     Give a directory (a run directory is created) or the `writer` of an existing one. start_s: the run clock's value
     now, for a run that is resumed. sampler_interval_s: seconds between device samples; None: no sampler.
+    links: also sample PCIe and NVLink traffic.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Profiler:
         writer: RunWriter | None = None,
         start_s: float = 0.0,
         sampler_interval_s: float | None = 1.0,
+        links: bool = False,
     ) -> None:
         self._zero = time.perf_counter() - start_s
         if writer is None:
@@ -42,9 +45,10 @@ class Profiler:
                 raise ValueError("a Profiler needs a directory or a writer")
             writer = RunWriter(directory, header=plain_header(), config_toml="")
         self.writer = writer
-        self._interval_s = sampler_interval_s
+        self._interval_s, self._links = sampler_interval_s, links
         self._sampler: SamplerProcess | None = None
         self._records: list[Mapping[str, Any]] = []
+        self._flushed = self._zero
         self._lock = threading.RLock()
         self._open = True
 
@@ -64,19 +68,20 @@ class Profiler:
         """Keep a trace record; it is written later, in this order."""
         with self._lock:
             self._records.append(record)
-            if len(self._records) >= FLUSH_AT_RECORDS:
+            if len(self._records) >= FLUSH_AT_RECORDS or time.perf_counter() - self._flushed >= FLUSH_AFTER_S:
                 self.flush()
 
     def flush(self) -> None:
         with self._lock:
             records, self._records = self._records, []
+            self._flushed = time.perf_counter()
             for record in records:
                 self.writer.trace(record)
 
     def __enter__(self) -> "Profiler":
         if self._interval_s is not None:
             self._sampler = SamplerProcess(
-                self.writer.path, interval_s=self._interval_s, zero_s=self._zero,
+                self.writer.path, interval_s=self._interval_s, zero_s=self._zero, links=self._links,
                 note=lambda text: self.trace({"type": "note", "text": text}),
             )  # fmt: skip
             note = self._sampler.start()

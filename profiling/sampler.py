@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -34,10 +35,10 @@ REPORT_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
-def open_sources() -> tuple[list[Source], str | None]:
+def open_sources(links: bool) -> tuple[list[Source], str | None]:
     """NVML where a driver answers, and the host always; a note when there is no GPU."""
     try:
-        return [NvmlSource(), HostSource()], None
+        return [NvmlSource(links=links), HostSource()], None
     except NoDriver as error:
         return [HostSource()], f"no GPU: host samples only (NVML: {error})"
 
@@ -45,15 +46,17 @@ def open_sources() -> tuple[list[Source], str | None]:
 class Sampler:
     """Reads every source each `interval_s`, on deadlines that do not drift."""
 
-    def __init__(self, directory: Path, interval_s: float, zero_s: float) -> None:
+    def __init__(self, directory: Path, interval_s: float, zero_s: float, *, links: bool = False) -> None:
         self.directory = directory
         self.interval_s = interval_s
         self.zero_s = zero_s
-        self.sources, self.note = open_sources()
+        self.sources, self.note = open_sources(links)
         self.rows: list[tuple[float, Sample]] = []
         self.windows: list[Window] = []
         self.part = 1 + max((int(p.stem[5:]) for p in (directory / "devices").glob("part-*.parquet")), default=-1)
         self.ticks = self.missed = 0
+        self.start_cpu_s = 0.0
+        """Spent on imports, on finding the devices and on getting ready to write."""
         self.first_s: float | None = None
         self.last_s: float | None = None
 
@@ -61,6 +64,9 @@ class Sampler:
         """Sample until standard input closes; the first sample at once, the last one at the end."""
         self.tick()
         self.report()
+        self.read_windows()  # says whether there are any: utilisation is polled where not
+        _warm_up()
+        self.start_cpu_s = time.process_time()
         deadline = time.perf_counter() + self.interval_s
         began = written = reported = time.perf_counter()
         while not _input_closed(max(0.0, deadline - time.perf_counter())):
@@ -83,7 +89,7 @@ class Sampler:
 
     def tick(self) -> None:
         t = time.perf_counter() - self.zero_s
-        self.rows += [(t, sample) for source in self.sources for sample in source.read()]
+        self.rows += [(t, sample) for source in self.sources for sample in source.read(t)]
         self.ticks += 1
         self.first_s = t if self.first_s is None else self.first_s
         self.last_s = t
@@ -113,19 +119,27 @@ class Sampler:
     def report(self) -> None:
         """What was sampled and what it cost, in sampler.json."""
         states = {device: m for source in self.sources for device, m in source.capabilities.states.items()}
-        cpu = os.times()
         content = {
             "devices": [asdict(device) for source in self.sources for device in source.devices()],
             "capabilities": states,
+            "processes": {device: seen for source in self.sources for device, seen in source.processes().items()},
             "note": self.note,
             "interval_s": self.interval_s,
             "ticks": self.ticks,
             "missed_ticks": self.missed,
             "first_sample_s": self.first_s,
             "last_sample_s": self.last_s,
-            "cpu_seconds": cpu.user + cpu.system,
+            "cpu_seconds": time.process_time(),
+            "start_cpu_seconds": self.start_cpu_s,
         }
         write_atomically(self.directory / "sampler.json", (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _warm_up() -> None:
+    """Libraries load what they need for a table when the first one is written: now, not in the middle of the run."""
+    with tempfile.TemporaryDirectory() as folder:
+        columns: dict[str, list[Any]] = {name: [] for name in schema.DEVICES.names}
+        write_parquet(Path(folder) / "part.parquet", columns, schema.DEVICES)
 
 
 def _input_closed(timeout_s: float) -> bool:
@@ -139,12 +153,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="run directory")
     parser.add_argument("--interval", type=float, default=1.0, help="seconds between samples")
     parser.add_argument("--zero", type=float, required=True, help="the monotonic clock at the start of the run")
+    parser.add_argument("--links", action="store_true", help="also PCIe and NVLink traffic")
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's; the pipe tells us
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
-        Sampler(options.output, options.interval, options.zero).run()
+        Sampler(options.output, options.interval, options.zero, links=options.links).run()
     except RunError as error:
         print(f"sampler: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

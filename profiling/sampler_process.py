@@ -27,6 +27,7 @@ class SamplerProcess:
         *,
         interval_s: float,
         zero_s: float,
+        links: bool = False,
         note: Callable[[str], None] = lambda text: None,
         hangs_after_s: float = HANGS_AFTER_S,
         back_off_s: tuple[float, ...] = BACK_OFF_S,
@@ -36,6 +37,7 @@ class SamplerProcess:
         self._command = [
             sys.executable, "-m", "profiling.sampler",
             "--output", str(directory), "--interval", str(interval_s), "--zero", repr(zero_s),
+            *(["--links"] if links else []),
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
         self._note = note
@@ -57,6 +59,7 @@ class SamplerProcess:
 
     def _launch(self) -> str | None:
         (self.directory / "sampler.json").unlink(missing_ok=True)
+        self._last_report = 0, time.monotonic()
         try:
             self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
         except OSError as error:
@@ -99,7 +102,7 @@ class SamplerProcess:
         try:
             written = (self.directory / "sampler.json").stat().st_mtime_ns
         except OSError:
-            return None  # it has not reported yet; _launch waited for that
+            written = 0  # it has not reported yet
         if written != self._last_report[0]:  # by our own clock: the host's may be set meanwhile
             self._last_report = written, time.monotonic()
         silent_s = time.monotonic() - self._last_report[1]

@@ -6,7 +6,7 @@
     rollouts/step-N.parquet ROLLOUTS: a row per (response, step)
     engine/step-N.parquet   ENGINE: decode spans of constant batch, and prefills
     devices/part-N.parquet  DEVICES: samples of GPUs and of the host
-    windows/part-N.parquet  WINDOWS: what a GPU's driver sampled itself
+    windows/part-N.parquet  WINDOWS: what drivers and counters averaged themselves
     ledger.parquet          LEDGER: GPU-seconds by step, GPU and cause
     summary.json            totals
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 PHASES = (
     "down",
@@ -106,12 +106,13 @@ ENGINE = _columns(
     ("waiting", _INT),  # rows that wait for KV blocks meanwhile
 )
 
-DEVICES = _columns(
+DEVICES = _columns(  # null: not known, or not read at this instant (what changes slowly is read once a second)
     ("t", _FLOAT),
     ("device", _TEXT),  # GPU UUID, or "host"
     ("utilisation", _FLOAT),  # fraction of the sensor's last window with a kernel running; host: of all cores
     ("memory_bytes", _FLOAT),
-    ("power_watts", _FLOAT),
+    ("power_watts", _FLOAT),  # the driver's average over a second; on old GPUs at the instant
+    ("power_instant_watts", _FLOAT),
     ("energy_joules", _FLOAT),  # counter since boot or driver load
     ("sm_clock_mhz", _FLOAT),
     ("temperature_c", _FLOAT),
@@ -120,6 +121,7 @@ DEVICES = _columns(
         "utilisation",
         "memory_bytes",
         "power_watts",
+        "power_instant_watts",
         "energy_joules",
         "sm_clock_mhz",
         "temperature_c",
@@ -130,9 +132,24 @@ DEVICES = _columns(
 WINDOWS = _columns(
     ("t_begin", _FLOAT),
     ("t_end", _FLOAT),
-    ("device", _TEXT),  # GPU UUID
-    ("utilisation", _FLOAT),  # fraction of the time between t_begin and t_end with a kernel running
+    ("device", _TEXT),  # GPU UUID, or "host"
+    ("metric", _TEXT),  # of WINDOW_METRICS
+    ("value", _FLOAT),  # its mean between t_begin and t_end
 )
+
+WINDOW_METRICS = {
+    "utilisation": "fraction of the time with a kernel running",
+    "sm_activity": "fraction of the multiprocessors with a warp",
+    "sm_occupancy": "fraction of the warps that could run",
+    "tensor_activity": "fraction of the time in tensor operations",
+    "dram_activity": "fraction of the memory's bandwidth",
+    "pcie_sent_bytes_per_s": "bytes/s",
+    "pcie_received_bytes_per_s": "bytes/s",
+    "nvlink_sent_bytes_per_s": "bytes/s",
+    "nvlink_received_bytes_per_s": "bytes/s",
+    "disk_read_bytes_per_s": "bytes/s",
+    "disk_write_bytes_per_s": "bytes/s",
+}
 
 LEDGER = _columns(
     ("step", _INT),  # -1: outside every step

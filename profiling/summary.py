@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from profiling.energy import energy_totals
 from profiling.ledger import Cluster, innermost_phases, ledger_totals
 
 NOT_TRAINING = ("down", "evaluation", "checkpoint")
@@ -37,15 +38,17 @@ def summarise(
     drawn_mean_tokens: float | None = None,
     trains_whole_responses: bool = False,
     trained_at: Mapping[int, int] | None = None,
+    devices: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
     """Totals and rates. Seconds, tokens, rows; null for what this run cannot tell.
 
     Step 0 (value pre-training) counts in wall_seconds, gpu_seconds and the ledger, not in rows, tokens and rates.
     rollout_seconds: not hidden behind training; generation_busy_seconds: of the engines, hidden or not, each's mean.
     Rates leave out the first `startup_steps` steps (fewer when the run is shorter: `startup_steps` in the result is
-    the number left out), evaluation, checkpoints and failures.
+    the number left out), evaluation, checkpoints and failures. What lies between two steps belongs to the one before.
     drawn_mean_tokens: mean length of the rows drawn, where it is known; else it is known if all rows finished.
     trains_whole_responses: only rows that finished in a step are processed in it, else all of its rows.
+    devices: samples of the GPUs, for energy; null without their counters.
     trained_at: row -> the step that it trained, where finished rows wait for theirs; else they train when they finish.
     """
     rows = rollouts[rollouts.step >= 1]
@@ -71,7 +74,13 @@ def summarise(
     ages, age_weights = _staleness(rows)
     skipped = min(startup_steps, max(steps - 1, 0))
     late = rows.step > skipped
-    step_s = _step_seconds(pieces, skipped)
+    timed = (pieces.step > skipped) & (pieces.step >= 1) & ~pieces.name.isin(NOT_TRAINING)
+    step_s = float(_seconds(pieces[timed]))
+    counts = {
+        "step": steps - skipped,
+        "finished_row": int(rows.finished[late].sum()),
+        "trained_token": int(trained[late.to_numpy()].sum()),
+    }
     return {
         "wall_seconds": wall_s,
         "pretrain_seconds": float(
@@ -94,9 +103,8 @@ def summarise(
         "staleness_max": int(ages[age_weights > 0].max()) if age_weights.sum() else None,
         "length_bias": _length_bias(rows, finished, rows_in, drawn_mean_tokens),
         "startup_steps": skipped,
-        "seconds_per_step": _ratio(step_s, steps - skipped),
-        "seconds_per_finished_row": _ratio(step_s, int(rows.finished[late].sum())),
-        "seconds_per_trained_token": _ratio(step_s, int(trained[late.to_numpy()].sum())),
+        **{f"seconds_per_{name}": _ratio(step_s, count) for name, count in counts.items()},
+        **energy_totals(devices, pieces, timed, counts),
         "ledger": {
             cause: None if cause in NEEDS_RECORDS and not recorded else seconds for cause, seconds in totals.items()
         },
@@ -106,13 +114,6 @@ def summarise(
 
 def _seconds(pieces: pd.DataFrame) -> float:
     return float((pieces.t_end - pieces.t_start).sum())
-
-
-def _step_seconds(pieces: pd.DataFrame, skipped: int) -> float:
-    """Wall seconds of the steps after the first `skipped`, evaluation and checkpoints left out. What lies between
-    two steps belongs to the one before."""
-    late = pieces[(pieces.step > skipped) & (pieces.step >= 1) & ~pieces.name.isin(NOT_TRAINING)]
-    return _seconds(late)
 
 
 def _tail_seconds(rows: pd.DataFrame) -> float:

@@ -83,8 +83,15 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     profile = add("profile", _profile, "run any command under the sampler")
     profile.add_argument("--interval", type=float, default=0.1, help="seconds between samples")
     profile.add_argument("--output", type=Path, default=Path("runs/profile"), help="run directory")
+    profile.add_argument("--links", action="store_true", help="also sample PCIe and NVLink traffic")
     profile.add_argument("--pid", type=int, help="sample beside a process that runs already, until it ends")
     profile.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
+
+    watch = add("watch", _watch, "show a run as it goes on: phases, devices, idle causes, alarms")
+    watch.add_argument("run_directory", type=Path, metavar="RUN")
+    watch.add_argument("--once", action="store_true", help="print the run so far and exit")
+    watch.add_argument("--prometheus", type=int, metavar="PORT", help="also serve /metrics at this port")
+    watch.add_argument("--bind", default="127.0.0.1", help="address of --prometheus (only this machine)")
 
     calibrate = add("calibrate", _calibrate, "fit a cost model to one or more runs; print the quality of the fit")
     calibrate.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or verl:LOG, or trl:LOG")
@@ -180,10 +187,17 @@ def _profile(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.pid is not None:
         if words:
             raise InputError("tppo profile: either --pid or a command")
-        return profile_process(options.pid, interval_s=options.interval, output=options.output)
+        return profile_process(options.pid, interval_s=options.interval, output=options.output, links=options.links)
     if not words:
         raise InputError("tppo profile: no command; write tppo profile -- COMMAND ..., or --pid PID")
-    return profile_command(words, interval_s=options.interval, output=options.output)
+    return profile_command(words, interval_s=options.interval, output=options.output, links=options.links)
+
+
+def _watch(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from profiling.watch import watch
+
+    watch(options.run_directory, once=options.once, port=options.prometheus, host=options.bind)
+    return 0
 
 
 def _calibrate(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -181,8 +181,10 @@ class EvaluationConfig(Settings):
 class ProfileConfig(Settings):
     sampler: bool = True
     """Sample GPUs (or the host) from a process of its own."""
-    interval_s: PositiveFloat = 0.5
-    """Seconds between samples."""
+    interval_s: PositiveFloat = 1.0
+    """Seconds between samples; 0.1 in a run that a simulation is calibrated on."""
+    links: bool = False
+    """Sample PCIe and NVLink traffic too."""
 
 
 class RunConfig(Settings):

@@ -81,7 +81,7 @@ def finish_run(writer: RunWriter, schedule: Schedule, config: RunConfig, wall_s:
     summary = summarise(
         cluster=cluster, phases=run.phases, engine=run.engine, rollouts=run.rollouts, ledger=ledger, wall_s=wall_s,
         startup_steps=schedule.startup_steps(config.rollout.max_response_tokens),
-        trains_whole_responses=recipe_of(config).policy_tokens == "finished_rows",
+        trains_whole_responses=recipe_of(config).policy_tokens == "finished_rows", devices=run.devices,
     )  # fmt: skip
     writer.ledger({name: ledger[name] for name in ledger.columns})
     writer.summary(summary)

@@ -71,6 +71,7 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
         writer=writer,
         start_s=progress["time_s"] if progress else 0.0,
         sampler_interval_s=config.profile.interval_s if config.profile.sampler else None,
+        links=config.profile.links,
     )
     with profiler:
         sampling = sampling_of(config, tokenizer)

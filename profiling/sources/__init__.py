@@ -1,17 +1,19 @@
 """Where device samples come from. A source names its devices and its metrics' states, and reads them all at once."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One reading of one device; None for what could not be read. Units as in profiling.schema.DEVICES."""
+    """One reading of one device; None for what could not be read, or is read less often. Units as in
+    profiling.schema.DEVICES."""
 
     device: str
     utilisation: float | None = None
     memory_bytes: float | None = None
     power_watts: float | None = None
+    power_instant_watts: float | None = None
     energy_joules: float | None = None
     sm_clock_mhz: float | None = None
     temperature_c: float | None = None
@@ -20,15 +22,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Utilisation that a driver measured itself, over a time of its own. Seconds from the start of the run."""
+    """The mean of a metric over a time that its counter defines, not our clock. Seconds from the start of the run."""
 
     device: str
+    metric: str
+    """One of profiling.schema.WINDOW_METRICS, in its unit."""
     t_begin: float
     t_end: float
-    utilisation: float
-
-
-METRICS = tuple(name for name in Sample.__slots__ if name != "device")
+    value: float
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,21 @@ class Device:
     uuid: str
     name: str
     index: int
+    part_of: str | None = None
+    """UUID of the GPU that this is a MIG instance of."""
 
 
 @dataclass
 class Capabilities:
-    """Metric -> ok, not supported, no permission, missing symbol, lost, or another NVML error's name; per device."""
+    """Metric -> ok, not supported, no permission, missing symbol, lost, stale, or another error's name; per device."""
 
     states: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def note(self, device: str, metric: str, state: str) -> None:
         self.states.setdefault(device, {})[metric] = state
+
+    def state(self, device: str, metric: str) -> str | None:
+        return self.states.get(device, {}).get(metric)
 
 
 class Source(Protocol):
@@ -53,10 +59,16 @@ class Source(Protocol):
 
     def devices(self) -> list[Device]: ...
 
-    def read(self) -> list[Sample]: ...
+    def read(self, now_s: float) -> list[Sample]:
+        """What changes fast at every call, what changes slowly once a second. now_s: the run's clock."""
+        ...
 
     def windows(self, now_s: float) -> list[Window]:
-        """What the driver has sampled since the last call. now_s: the run's clock."""
+        """What drivers and counters have averaged themselves since the last call."""
+        ...
+
+    def processes(self) -> dict[str, list[dict[str, Any]]]:
+        """Device -> the programs seen on it so far: pid, name, most memory in bytes."""
         ...
 
     def close(self) -> None: ...

@@ -1,32 +1,55 @@
-"""The host's CPU and memory through psutil: what is left to measure where there is no GPU."""
+"""The host's CPU, memory and disk through psutil: what is left to measure where there is no GPU."""
+
+from typing import Any
 
 import psutil
 
 from profiling.sources import Capabilities, Device, Sample, Window
+
+HOST = "host"
+SLOW_S = 1.0
+"""Between readings of memory."""
 
 
 class HostSource:
     def __init__(self) -> None:
         self.capabilities = Capabilities()
         for metric in ("utilisation", "memory_bytes"):
-            self.capabilities.note("host", metric, "ok")
+            self.capabilities.note(HOST, metric, "ok")
         psutil.cpu_percent()  # starts the interval that the first reading ends
+        self._memory_due_s = 0.0
+        self._disk: tuple[float, int, int] | None = None
 
     def devices(self) -> list[Device]:
-        return [Device("host", f"{psutil.cpu_count()} CPU cores", 0)]
+        return [Device(HOST, f"{psutil.cpu_count()} CPU cores", 0)]
 
-    def read(self) -> list[Sample]:
+    def read(self, now_s: float) -> list[Sample]:
         """CPU time of all cores since the last reading, as a fraction of all cores; memory in use."""
-        return [
-            Sample(
-                "host",
-                utilisation=psutil.cpu_percent() / 100,
-                memory_bytes=float(psutil.virtual_memory().used),
-            )
-        ]
+        memory = None
+        if now_s >= self._memory_due_s:
+            memory = float(psutil.virtual_memory().used)
+            self._memory_due_s = now_s + SLOW_S
+        return [Sample(HOST, utilisation=psutil.cpu_percent() / 100, memory_bytes=memory)]
 
     def windows(self, now_s: float) -> list[Window]:
-        return []
+        """Bytes a second that all disks together read and wrote since the last call."""
+        counters = psutil.disk_io_counters()
+        state = "not supported" if counters is None else "ok"
+        for metric in ("disk_read_bytes_per_s", "disk_write_bytes_per_s"):
+            self.capabilities.note(HOST, metric, state)
+        if counters is None:
+            return []
+        before, self._disk = self._disk, (now_s, counters.read_bytes, counters.write_bytes)
+        if before is None or now_s <= before[0]:
+            return []
+        seconds = now_s - before[0]
+        return [
+            Window(HOST, "disk_read_bytes_per_s", before[0], now_s, (counters.read_bytes - before[1]) / seconds),
+            Window(HOST, "disk_write_bytes_per_s", before[0], now_s, (counters.write_bytes - before[2]) / seconds),
+        ]
+
+    def processes(self) -> dict[str, list[dict[str, Any]]]:
+        return {}
 
     def close(self) -> None:
         pass

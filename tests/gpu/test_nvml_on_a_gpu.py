@@ -22,7 +22,7 @@ def source():
 
 
 def test_a_real_gpu_answers_within_its_physical_limits(source):
-    for sample in source.read():
+    for sample in source.read(0.0):
         assert sample.device.startswith("GPU-")
         assert sample.utilisation is None or 0 <= sample.utilisation <= 1
         assert sample.power_watts is None or 5 < sample.power_watts < 2000
@@ -30,7 +30,7 @@ def test_a_real_gpu_answers_within_its_physical_limits(source):
 
 
 def test_the_energy_counter_never_runs_backwards(source):
-    readings = [source.read()[0].energy_joules for _ in range(3)]
+    readings = [source.read(0.0)[0].energy_joules for _ in range(3)]
     known = [value for value in readings if value is not None]
     assert known == sorted(known)
 
@@ -53,7 +53,7 @@ def test_the_drivers_own_samples_follow_each_other(source, capsys):
 def test_the_energy_counters_tick_is_about_what_the_estimators_assume(source, capsys):
     changes, last, began = [], None, time.perf_counter()
     while time.perf_counter() - began < 3.0:
-        joules = source.read()[0].energy_joules
+        joules = source.read(0.0)[0].energy_joules
         if joules is None:
             pytest.skip("this GPU has no energy counter")
         if joules != last:

@@ -6,6 +6,9 @@
  * Time: seconds since the library was loaded, or what sim_set_time says.
  * Sensors: utilisation is the mean over the last whole window (FAKE_NVML_WINDOW, 1 s) and over sixths of a second in
  * the sample ring; energy is the integral of power up to the last tick (FAKE_NVML_TICK, 0.1 s).
+ * GPM: SMs are as active as the GPU is busy, warps half, tensor cores 0.6 and DRAM 0.3 of that; links carry 100 MiB/s.
+ * FAKE_NVML_GPUS (2, at most 8) devices; GPU 0 is cut into FAKE_NVML_MIG (0) instances; every call on one waits FAKE_NVML_CALL_US microseconds, as for a driver.
+ * FAKE_NVML_CLOCK="at,by": stamps move by so many seconds at that time, as when the host's clock is set.
  * Faults: FAKE_NVML_FAULTS="function=code;..." makes a function fail with that return code, on GPU 1 only with
  * "function@1=code"; code -1 never returns. FAKE_NVML_LOST="from,to": GPU 0 is lost between these seconds. */
 #define _GNU_SOURCE
@@ -15,7 +18,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define GPUS 2
+#define GPUS 8
 #define SEGMENTS 65536
 #define IDLE_WATTS 70.0
 #define RING_S (1.0 / 6)
@@ -27,10 +30,17 @@ typedef struct { unsigned long long total, free, used; } memory;
 typedef union { double d; unsigned ui; unsigned long long ull; } value;
 typedef struct { unsigned long long timestamp_us; value v; } sample;
 typedef struct { int gpu; double start, end, busy, watts; } segment;
+typedef struct { unsigned field, scope; long long stamp_us, latency_us; unsigned kind; int code; value v; } field_value;
+typedef struct { unsigned pid; unsigned long long bytes; unsigned instance, compute; } process;
+typedef struct { unsigned version, supported; } gpm_support;
+typedef struct { double t; int gpu; } snapshot;
+typedef struct { unsigned id; int code; double value; char *texts[3]; } gpm_metric;
+typedef struct { unsigned version, count; snapshot *first, *second; gpm_metric metrics[]; } gpm_request;
 
-static device devices[GPUS] = {{0}, {1}};
+static device devices[GPUS] = {{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}};
+static device instances[GPUS] = {{100}, {101}, {102}, {103}, {104}, {105}, {106}, {107}};  /* of GPU 0 */
 static segment *segments;
-static int count_of_segments, work_is_read;
+static int count_of_segments, work_is_read, within_a_call;
 static double loaded_at = -1, time_is = -1;
 
 /* ---- the truth ---- */
@@ -93,6 +103,10 @@ static int fault(const char *function, const device *d) {
     char own[128];
     int code = 0;
     double from, to;
+    if (d && !within_a_call) {
+        int wait_us = (int)setting("FAKE_NVML_CALL_US", 0);
+        if (wait_us > 0) usleep(wait_us);
+    }
     if (d && d->index == 0 && lost && sscanf(lost, "%lf,%lf", &from, &to) == 2 && now() >= from && now() < to) return 15;
     for (int pass = 0; faults && pass < 2; pass++) {
         if (pass == 1 && !d) break;
@@ -112,7 +126,12 @@ int nvmlInitWithFlags(unsigned flags) { (void)flags; FAULT(NULL); now(); read_wo
 int nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
 int nvmlShutdown(void) { return 0; }
 const char *nvmlErrorString(int code) { return code == 9 ? "Driver Not Loaded" : "some NVML error"; }
-int nvmlDeviceGetCount_v2(unsigned *count) { FAULT(NULL); *count = GPUS; return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) {
+    FAULT(NULL);
+    int n = (int)setting("FAKE_NVML_GPUS", 2);
+    *count = n < 1 ? 1 : n > GPUS ? GPUS : n;
+    return 0;
+}
 int nvmlDeviceGetHandleByIndex_v2(unsigned i, device **d) { FAULT(&devices[i]); *d = &devices[i]; return 0; }
 int nvmlDeviceGetHandleByUUID(const char *uuid, device **d) {
     int index = uuid[strlen(uuid) - 1] - '0';
@@ -121,10 +140,29 @@ int nvmlDeviceGetHandleByUUID(const char *uuid, device **d) {
     return 0;
 }
 int nvmlDeviceGetName(device *d, char *text, unsigned n) { (void)d; snprintf(text, n, "Stand-in GPU"); return 0; }
-int nvmlDeviceGetUUID(device *d, char *text, unsigned n) { snprintf(text, n, "GPU-0000-%d", d->index); return 0; }
+int nvmlDeviceGetUUID(device *d, char *text, unsigned n) {
+    FAULT(d);
+    snprintf(text, n, d->index >= 100 ? "MIG-0000-%d" : "GPU-0000-%d", d->index % 100);
+    return 0;
+}
+
+int nvmlDeviceGetMaxMigDeviceCount(device *d, unsigned *count) { (void)d; *count = 7; return 0; }
+int nvmlDeviceGetMigMode(device *d, unsigned *now_, unsigned *later) {
+    FAULT(d);
+    *now_ = *later = d->index == 0 && setting("FAKE_NVML_MIG", 0) > 0;
+    return 0;
+}
+int nvmlDeviceGetMigDeviceHandleByIndex(device *d, unsigned i, device **own) {
+    (void)d;
+    if (i >= setting("FAKE_NVML_MIG", 0)) return 6;
+    *own = &instances[i];
+    return 0;
+}
+int nvmlDeviceGetGpuInstanceId(device *d, unsigned *id) { *id = d->index - 100; return 0; }
 
 int nvmlDeviceGetUtilizationRates(device *d, utilization *u) {
     FAULT(d);
+    if (d->index >= 100) return 3;
     u->gpu = 40 + d->index;
     u->memory = 7;
     if (count_of_segments) {
@@ -141,9 +179,12 @@ int nvmlDeviceGetSamples(device *d, int type, unsigned long long after, int *kin
     double offset = time_is >= 0 ? 0 : wall(CLOCK_REALTIME) - now();
     long last = (long)(now() / RING_S + 1e-9), first = last > RING_LENGTH ? last - RING_LENGTH + 1 : 1;
     unsigned n = 0;
+    double set_at = 1e18, set_by = 0;
+    const char *clock = getenv("FAKE_NVML_CLOCK");
+    if (clock) sscanf(clock, "%lf,%lf", &set_at, &set_by);
     *kind = 1;
     for (long i = first; i <= last; i++) {
-        unsigned long long stamp = (unsigned long long)((offset + i * RING_S) * 1e6);
+        unsigned long long stamp = (unsigned long long)((offset + i * RING_S + (i * RING_S >= set_at ? set_by : 0)) * 1e6);
         if (stamp <= after) continue;
         if (out) {
             if (n >= *count) break;
@@ -162,6 +203,7 @@ int nvmlDeviceGetMemoryInfo(device *d, memory *m) { FAULT(d); m->total = 100; m-
 
 int nvmlDeviceGetPowerUsage(device *d, unsigned *mw) {
     FAULT(d);
+    if (d->index >= 100) return 3;
     *mw = 250500;
     if (count_of_segments) *mw = (unsigned)(1e3 * sim_integral(d->index, 1, now() - 0.1, now()) / 0.1);
     return 0;
@@ -169,6 +211,7 @@ int nvmlDeviceGetPowerUsage(device *d, unsigned *mw) {
 
 int nvmlDeviceGetTotalEnergyConsumption(device *d, unsigned long long *mj) {
     FAULT(d);
+    if (d->index >= 100) return 3;
     *mj = 1234500;
     if (count_of_segments)
         *mj += (unsigned long long)(1e3 * sim_integral(d->index, 1, 0, last_multiple(now(), setting("FAKE_NVML_TICK", 0.1))));
@@ -178,3 +221,56 @@ int nvmlDeviceGetTotalEnergyConsumption(device *d, unsigned long long *mj) {
 int nvmlDeviceGetClockInfo(device *d, unsigned kind, unsigned *mhz) { FAULT(d); *mhz = kind == 1 ? 1980 : 0; return 0; }
 int nvmlDeviceGetTemperature(device *d, unsigned sensor, unsigned *c) { FAULT(d); (void)sensor; *c = 41; return 0; }
 int nvmlDeviceGetCurrentClocksEventReasons(device *d, unsigned long long *r) { FAULT(d); *r = 4; return 0; }
+
+/* Fields: energy, and power over 0.1 s as average and as instant. Each obeys its own function's faults too. */
+int nvmlDeviceGetFieldValues(device *d, int n, field_value *fields) {
+    FAULT(d);
+    within_a_call = 1;
+    for (int i = 0; i < n; i++) {
+        unsigned mw = 0;
+        unsigned long long mj = 0;
+        field_value *f = &fields[i];
+        f->kind = 3;
+        f->v.ull = 0;
+        if (f->field == 83) { f->code = nvmlDeviceGetTotalEnergyConsumption(d, &mj); f->v.ull = mj; }
+        else if (f->field == 185 || f->field == 186) {
+            f->code = nvmlDeviceGetPowerUsage(d, &mw);
+            f->kind = 1;
+            f->v.ui = mw;
+        } else f->code = 2;
+    }
+    within_a_call = 0;
+    return 0;
+}
+
+int nvmlDeviceGetComputeRunningProcesses_v3(device *d, unsigned *count, process *out) {
+    FAULT(d);
+    int shared = d->index == 1 && getenv("FAKE_NVML_SHARED") != NULL, fits = out && *count > 0;
+    *count = shared;
+    if (!shared) return 0;
+    if (!fits) return 7;
+    out[0] = (process){(unsigned)getpid(), 1 << 30, ~0u, ~0u};
+    return 0;
+}
+
+int nvmlDeviceGetPcieThroughput(device *d, unsigned counter, unsigned *kib) { FAULT(d); *kib = 1000 + counter; return 0; }
+
+/* ---- GPM: a snapshot is a time and a GPU ---- */
+
+int nvmlGpmQueryDeviceSupport(device *d, gpm_support *s) { FAULT(d); s->supported = 1; return 0; }
+int nvmlGpmSampleAlloc(snapshot **s) { *s = calloc(1, sizeof **s); return 0; }
+int nvmlGpmSampleFree(snapshot *s) { free(s); return 0; }
+int nvmlGpmSampleGet(device *d, snapshot *s) { FAULT(d); *s = (snapshot){now(), d->index}; return 0; }
+int nvmlGpmMigSampleGet(device *d, unsigned instance, snapshot *s) { (void)instance; return nvmlGpmSampleGet(d, s); }
+int nvmlGpmMetricsGet(gpm_request *r) {
+    static const double shares[] = {[2] = 1.0, [3] = 0.5, [5] = 0.6, [10] = 0.3};
+    double seconds = r->second->t - r->first->t;
+    if (seconds < 0.1) return 2;
+    double busy = count_of_segments ? sim_integral(r->first->gpu, 0, r->first->t, r->second->t) / seconds : 0.4;
+    for (unsigned i = 0; i < r->count; i++) {
+        unsigned id = r->metrics[i].id;
+        r->metrics[i].code = 0;
+        r->metrics[i].value = id == 20 || id == 21 || id == 60 || id == 61 ? 100.0 : id <= 10 ? 100 * busy * shares[id] : 0;
+    }
+    return 0;
+}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -193,3 +194,32 @@ def test_a_driver_call_that_never_returns_is_noticed(library, tmp_path, monkeypa
     wait_until(lambda: notes, 30)
     assert "the sampler hung for" in notes[0]
     sampler.stop()
+
+
+def test_a_sampler_that_hangs_before_its_first_sample_is_noticed(library, tmp_path, monkeypatch):  # noqa: F811
+    for name, value in environment(library, "nvmlDeviceGetFieldValues=-1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("profiling.sampler_process.START_TIMEOUT_S", 1.0)
+    notes = []
+    sampler = SamplerProcess(tmp_path, interval_s=0.1, zero_s=time.perf_counter(), note=notes.append,
+                             hangs_after_s=2.0, back_off_s=())  # fmt: skip
+    assert sampler.start() == "no device samples after 1 s"
+    wait_until(lambda: notes)
+    assert "the sampler hung for" in notes[0]
+    assert sampler.stop() is None
+
+
+def test_a_full_disk_stops_the_sampler_and_space_lets_it_go_on(tmp_path):
+    notes, unlimited = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    sampler = SamplerProcess(tmp_path, interval_s=0.02, zero_s=time.perf_counter(), note=notes.append,
+                             back_off_s=(0.1,))  # fmt: skip
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, unlimited[1]))  # the sampler inherits it
+    try:
+        sampler.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    wait_until(lambda: notes)
+    assert "ended with exit code 1; it is started again in 0.1 s" in notes[0]
+    wait_until(lambda: list((tmp_path / "devices").glob("part-*.parquet")))
+    report = sampler.stop()
+    assert report["restarts"] == 1

@@ -21,7 +21,7 @@ try:
 except NoDriver as error:
     print(json.dumps({"no driver": str(error)}))
 else:
-    samples = [asdict(sample) for sample in source.read()]
+    samples = [asdict(sample) for sample in source.read(0.0)]
     print(json.dumps({"samples": samples, "states": source.capabilities.states}))
     source.close()
 """
@@ -59,9 +59,11 @@ def test_every_metric_is_read_in_its_unit(library):
     got = read(library)
     assert got["samples"][1] == {
         "device": "GPU-0000-1", "utilisation": 0.41, "memory_bytes": 70.0, "power_watts": 250.5,
+        "power_instant_watts": 250.5,
         "energy_joules": 1234.5, "sm_clock_mhz": 1980.0, "temperature_c": 41.0, "event_reasons": 4,
     }  # fmt: skip
     assert set(got["states"]["GPU-0000-0"].values()) == {"ok"}
+    assert {"gpm", "energy_joules", "power_instant_watts"} <= set(got["states"]["GPU-0000-0"])
 
 
 def test_what_a_gpu_cannot_tell_is_null_with_the_reason(library):
@@ -81,8 +83,96 @@ def test_what_a_gpu_cannot_tell_is_null_with_the_reason(library):
     assert states["GPU-0000-0"]["utilisation"] == "lost"
 
 
-def test_a_library_without_a_driver_means_no_gpu(library):
-    assert "no driver" in read(library, "nvmlInitWithFlags=9")
+@pytest.mark.parametrize("code", [9, 12, 18], ids=["not loaded", "no library", "version mismatch"])
+def test_a_library_without_a_driver_means_no_gpu(library, code):
+    assert "no driver" in read(library, f"nvmlInitWithFlags={code}")
+
+
+def test_an_old_driver_without_fields_is_read_metric_by_metric(library):
+    got = read(library, "nvmlDeviceGetFieldValues=13;nvmlGpmQueryDeviceSupport=3;nvmlDeviceGetMemoryInfo=25")
+    first, states = got["samples"][0], got["states"]["GPU-0000-0"]
+    assert (first["power_watts"], first["energy_joules"]) == (250.5, 1234.5)
+    assert (first["power_instant_watts"], states["power_instant_watts"]) == (None, "missing symbol")
+    assert (states["gpm"], states["memory_bytes"]) == ("not supported", "version mismatch")
+
+
+def test_a_gpu_that_cannot_be_opened_does_not_hide_the_others(library):
+    got = read(library, "nvmlDeviceGetUUID@0=4")
+    assert [s["device"] for s in got["samples"]] == ["GPU-0000-1"]
+    assert got["states"]["GPU 0"] == {"all": "no permission"}
+
+
+def test_a_mig_instance_comes_with_its_gpu_which_alone_counts_energy(library):
+    everything = read(library, FAKE_NVML_MIG="2")
+    assert [s["device"] for s in everything["samples"]] == ["GPU-0000-0", "MIG-0000-0", "MIG-0000-1", "GPU-0000-1"]
+    got = read(library, FAKE_NVML_MIG="2", CUDA_VISIBLE_DEVICES="MIG-0000-1")
+    gpu, instance = got["samples"]
+    assert (gpu["device"], instance["device"]) == ("GPU-0000-0", "MIG-0000-1")
+    assert gpu["energy_joules"] == 1234.5
+    assert (instance["energy_joules"], instance["utilisation"], instance["memory_bytes"]) == (None, None, 70.0)
+    assert got["states"]["MIG-0000-1"]["energy_joules"] == "not supported"
+    assert got["states"]["MIG-0000-1"]["gpm"] == "ok"
+
+
+OVER_TIME = """
+import json, sys, time
+from profiling.sources.nvml import NvmlSource
+source = NvmlSource(links=True)
+real, step_s, zero = time.time, float(sys.argv[1]), time.perf_counter()
+found, states = [], []
+for turn in range(int(sys.argv[2])):
+    if turn == 4:
+        time.time = lambda: real() + step_s
+    now = time.perf_counter() - zero
+    samples = source.read(now)
+    found += source.windows(now)
+    states.append(source.capabilities.state(samples[0].device, "energy_joules"))
+    time.sleep(0.6)
+print(json.dumps({"windows": [[w.device, w.metric, w.t_begin, w.t_end, w.value] for w in found], "states": states,
+                  "processes": source.processes(), "end": time.perf_counter() - zero}))
+"""
+
+
+def over_time(library, clock_step_s=0.0, turns=4, **extra):
+    done = subprocess.run([sys.executable, "-c", OVER_TIME, str(clock_step_s), str(turns)],
+                          env=environment(library, **extra), capture_output=True, text=True, check=True)  # fmt: skip
+    return json.loads(done.stdout)
+
+
+def test_gpm_and_links_are_means_between_two_readings(library):
+    got = over_time(library, turns=3, FAKE_NVML_SHARED="1")
+    own = [w for w in got["windows"] if w[0] == "GPU-0000-0"]
+    values = {w[1]: w[4] for w in own}
+    assert values["sm_activity"] == pytest.approx(0.4)
+    assert values["dram_activity"] == pytest.approx(0.12)
+    assert values["nvlink_sent_bytes_per_s"] == 100 * 2**20
+    first = next(w for w in own if w[1] == "sm_activity")
+    assert first[3] - first[2] == pytest.approx(0.6, abs=0.2)
+    assert [p["memory_bytes"] for p in got["processes"]["GPU-0000-1"]] == [2**30]
+    assert "GPU-0000-0" not in got["processes"]
+
+
+def test_pcie_traffic_without_gpm_is_read_from_its_counters(library):
+    got = over_time(library, turns=2, FAKE_NVML_FAULTS=";nvmlGpmQueryDeviceSupport=3;")
+    values = {w[1]: w[4] for w in got["windows"]}
+    assert values == {"pcie_sent_bytes_per_s": 1000 * 1024, "pcie_received_bytes_per_s": 1001 * 1024}
+
+
+def test_an_energy_counter_that_stands_still_is_stale(library):
+    assert over_time(library, turns=7)["states"][::6] == ["ok", "stale"]
+
+
+@pytest.mark.parametrize("step_s", [-3600.0, 3600.0])
+def test_a_clock_that_is_set_loses_no_more_than_the_windows_that_nobody_can_place(library, tmp_path, step_s):
+    work = tmp_path / "work"
+    work.write_text("0 0 1000 0.5 300\n")
+    clock = {"FAKE_NVML_CLOCK": f"2.1,{step_s}"}  # between the fourth reading and the fifth
+    got = over_time(library, clock_step_s=step_s, turns=8, FAKE_NVML_WORK=str(work), **clock)
+    ring = [w for w in got["windows"] if w[:2] == ["GPU-0000-0", "utilisation"]]
+    assert all(-0.01 <= w[2] < w[3] <= got["end"] and w[3] - w[2] < 1.6 for w in ring)
+    assert ring[0][2] < 1.0
+    assert ring[-1][3] > 3.5  # goes on after the step
+    assert {w[4] for w in ring} == {0.5}
 
 
 def test_cuda_visible_devices_chooses_by_index_or_uuid(library):

@@ -78,8 +78,8 @@ def test_a_bad_line_is_named_by_file_line_and_field(writer, line, fault):
 
 def test_a_trace_of_another_schema_version_is_refused(writer):
     path = writer.path / "trace.jsonl"
-    path.write_text(path.read_text().replace('"schema":2', '"schema":99'))
-    with pytest.raises(DataError, match="schema version 99 is not 2"):
+    path.write_text(path.read_text().replace('"schema":3', '"schema":99'))
+    with pytest.raises(DataError, match="schema version 99 is not 3"):
         _ = Run(writer.path).trace
 
 

@@ -12,6 +12,7 @@ from tppo.config import (
     LoopConfig,
     ModelConfig,
     OptimizerConfig,
+    ProfileConfig,
     RolloutConfig,
     RunConfig,
     ValueConfig,
@@ -52,6 +53,7 @@ class Regime(Settings):
             optimizer=self.optimizer,
             train=self.train.model_copy(update={"seed": seed, "stop_at_accuracy": self.target_accuracy}),
             evaluation=self.evaluation,
+            profile=ProfileConfig(interval_s=0.1),  # simulations are calibrated on these runs
         )
 
 

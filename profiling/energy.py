@@ -1,0 +1,48 @@
+"""Joules of a run and of its steps, from the GPUs' energy counters."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from profiling.estimators import TICK_S
+
+
+def joules_by_piece(devices: pd.DataFrame, pieces: pd.DataFrame) -> np.ndarray | None:
+    """Joules that all GPUs together drew in each of the pieces (t_start, t_end), in their order.
+
+    A counter shows its last tick: a reading is half a tick old on average, so the error of a piece is some half a tick
+    at each end. Before the first reading and after the last one the counter goes on at the mean power of the whole.
+    None without counters, or where one of them ran backwards (its driver was loaded again).
+    """
+    total = np.zeros(len(pieces))
+    counters = devices[devices.energy_joules.notna()]
+    if counters.empty:
+        return None
+    for _, own in counters.groupby("device", sort=False):
+        t, joules = own.t.to_numpy(float) - TICK_S / 2, own.energy_joules.to_numpy(float)
+        if len(t) < 2 or t[-1] <= t[0] or (np.diff(joules) < 0).any():
+            return None
+        power = (joules[-1] - joules[0]) / (t[-1] - t[0])
+
+        def drawn_until(at: pd.Series, t: np.ndarray = t, joules: np.ndarray = joules, power: float = power):  # type: ignore[no-untyped-def]
+            moment = at.to_numpy(float)
+            outside = np.minimum(0.0, moment - t[0]) + np.maximum(0.0, moment - t[-1])
+            return np.interp(moment, t, joules) + power * outside
+
+        total += drawn_until(pieces.t_end) - drawn_until(pieces.t_start)
+    return total
+
+
+def energy_totals(
+    devices: pd.DataFrame | None, pieces: pd.DataFrame, late: pd.Series, counts: Mapping[str, int]
+) -> dict[str, float | None]:
+    """`energy_joules` of the whole run and, for each of `counts`, joules of the pieces chosen by `late` per one."""
+    joules = None if devices is None else joules_by_piece(devices, pieces)
+    if joules is None:
+        return {"energy_joules": None, **{f"joules_per_{name}": None for name in counts}}
+    chosen = float(joules[late.to_numpy(bool)].sum())
+    return {
+        "energy_joules": float(joules.sum()),
+        **{f"joules_per_{name}": chosen / count if count > 0 else None for name, count in counts.items()},
+    }

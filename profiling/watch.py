@@ -1,0 +1,208 @@
+"""`tppo watch RUN`: a run as it goes on, read from its directory only: a terminal view, and metrics for Prometheus.
+
+A trainer is not touched by it: another process, which reads what the run has written.
+"""
+
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from prometheus_client.core import CollectorRegistry, CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import start_http_server
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from profiling.alarms import alarms
+from profiling.errors import ConfigError, ToolkitError
+from profiling.ledger import Cluster, build_ledger
+from profiling.reader import Run
+
+REFRESH_S = 2.0
+RECENT_S = 5.0
+"""Of samples, of which a device's bar shows the mean."""
+LARGEST_CAUSES = 8
+PREFIX = "tppo"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run so far."""
+
+    run: Run
+    step: int
+    """Of the last one that is complete."""
+    wall_s: float
+    """Up to its end."""
+    ledger: pd.DataFrame
+    """Of the complete steps."""
+
+
+def snapshot(path: Path) -> Snapshot:
+    """Raises DataError. The step that is going on is left out: its records are not written yet."""
+    run = Run(path)
+    phases, engine = run.phases, run.engine
+    step = int(engine.step.max()) if len(engine) else int(phases.step.max()) if len(phases) else 0
+    phases = phases[phases.step <= step]
+    wall_s = run.trailer["t"] if run.trailer else float(phases.t_end.max()) if len(phases) else 0.0
+    header = run.header
+    cluster = Cluster(header["engines"], header["gpus_per_engine"], header["trainer_gpus"])
+    ledger = build_ledger(cluster=cluster, phases=phases, engine=engine, rollouts=run.rollouts, wall_s=wall_s)
+    return Snapshot(run, step, wall_s, ledger)
+
+
+def watch(path: Path, *, once: bool = False, port: int | None = None, host: str = "127.0.0.1") -> None:
+    """Show the run until it ends, or until Ctrl-C. port: also serve /metrics there. Raises DataError, ConfigError."""
+    shown = view(snapshot(path))
+    if port is not None:
+        serve(path, port, host)
+    console = Console()
+    if once:
+        console.print(shown)
+        return
+    with Live(shown, console=console, auto_refresh=False) as live:
+        while True:
+            now = snapshot(path)
+            live.update(view(now), refresh=True)
+            if now.run.trailer is not None:
+                return
+            time.sleep(REFRESH_S)
+
+
+def view(now: Snapshot) -> Group:
+    run = now.run
+    status = run.trailer["status"] if run.trailer else "running"
+    title = f"{run.path} ({run.kind}): {status}, step {now.step}, {now.wall_s:.1f} s"
+    return Group(title, _phases(now), _devices(now), _causes(now), *alarms(now.ledger, run))
+
+
+def _phases(now: Snapshot) -> Table:
+    table = _table("phases", "phase", "times", "seconds", "last, s", "share")
+    for name, own in now.run.phases.groupby("name", sort=False):
+        seconds = own.t_end - own.t_start
+        share = float(seconds.sum()) / now.wall_s if now.wall_s else 0.0
+        table.add_row(
+            str(name),
+            str(len(own)),
+            f"{seconds.sum():.1f}",
+            f"{seconds.iloc[-1]:.2f}",
+            ProgressBar(1.0, share, width=20),
+        )
+    return table
+
+
+def _devices(now: Snapshot) -> Table:
+    table = _table(f"devices, last {RECENT_S:g} s", "device", "utilisation", "", "power, W", "memory, GiB", "C")
+    for device, own in latest(now.run).iterrows():
+        busy = own.utilisation
+        table.add_row(
+            str(device),
+            _text(100 * busy, ".0f", " %"),
+            ProgressBar(1.0, busy, width=20) if pd.notna(busy) else "",
+            _text(own.power_watts, ".0f"),
+            _text(own.memory_bytes / 2**30, ".1f"),
+            _text(own.temperature_c, ".0f"),
+        )
+    return table
+
+
+def _causes(now: Snapshot) -> Table:
+    """Where the GPU-seconds of the complete steps went, the largest first."""
+    table = _table("GPU-seconds so far", "cause", "seconds", "share")
+    seconds = now.ledger.groupby("cause").seconds.sum().sort_values(ascending=False)
+    for cause, own in seconds.head(LARGEST_CAUSES).items():
+        table.add_row(str(cause), f"{own:.1f}", ProgressBar(1.0, own / seconds.sum(), width=20))
+    return table
+
+
+def latest(run: Run) -> pd.DataFrame:
+    """By device: means over the last RECENT_S seconds of samples; null where nothing was read in them."""
+    devices = run.devices
+    if devices.empty:
+        return devices.set_index("device")
+    return devices[devices.t >= devices.t.max() - RECENT_S].groupby("device", sort=False).mean(numeric_only=True)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place == 0 else "right")
+    return table
+
+
+def _text(value: float, form: str, unit: str = "") -> str:
+    return format(value, form) + unit if pd.notna(value) else "-"
+
+
+def serve(path: Path, port: int, host: str) -> threading.Thread:
+    """Serve the run at http://host:port/metrics from a thread. Raises ConfigError when the port cannot be had."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Metrics(path))
+    try:
+        _, thread = start_http_server(port, addr=host, registry=registry)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--prometheus {host}:{port}: cannot listen: {error}") from None
+    return thread
+
+
+class _Metrics:
+    """What a scrape sees: read anew every time. A run that cannot be read is `up` 0, and no other metric."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        try:
+            found = list(_metrics(snapshot(self._path)))
+        except ToolkitError:
+            found = [GaugeMetricFamily(f"{PREFIX}_up", "1: the run directory can be read", value=0)]
+        return found
+
+
+def _metrics(now: Snapshot) -> Iterable[Metric]:
+    run = now.run
+    yield GaugeMetricFamily(f"{PREFIX}_up", "1: the run directory can be read", value=1)
+    yield GaugeMetricFamily(f"{PREFIX}_running", "0: the run has ended", value=float(run.trailer is None))
+    yield CounterMetricFamily(f"{PREFIX}_steps", "complete training steps", value=now.step)
+    yield _labelled(
+        CounterMetricFamily(f"{PREFIX}_phase_seconds", "seconds in phases", labels=["phase"]),
+        (run.phases.t_end - run.phases.t_start).groupby(run.phases.name).sum(),
+    )
+    seconds = CounterMetricFamily(f"{PREFIX}_gpu_seconds", "GPU-seconds by cause", labels=["gpu", "cause"])
+    for (gpu, cause), value in now.ledger.groupby(["gpu", "cause"]).seconds.sum().items():
+        seconds.add_metric([str(gpu), str(cause)], float(value))
+    yield seconds
+    recent = latest(run)
+    for column, name, text in (
+        ("utilisation", "device_utilisation_ratio", "share of the time with a kernel running; host: of all cores"),
+        ("memory_bytes", "device_memory_bytes", "memory in use"),
+        ("power_watts", "device_power_watts", "power"),
+        ("temperature_c", "device_temperature_celsius", "temperature"),
+    ):
+        if column in recent:
+            yield _labelled(GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=["device"]), recent[column].dropna())
+    counters = run.devices[run.devices.energy_joules.notna()].groupby("device").energy_joules.last()
+    yield _labelled(
+        CounterMetricFamily(f"{PREFIX}_device_energy_joules", "energy counter of the device", labels=["device"]),
+        counters,
+    )
+    if len(run.metrics):
+        last = run.metrics.iloc[-1]
+        numbers = {str(k): float(v) for k, v in last.items() if isinstance(v, int | float) and pd.notna(v)}
+        yield _labelled(
+            GaugeMetricFamily(f"{PREFIX}_training_metric", "last row of metrics.jsonl", labels=["name"]),
+            pd.Series(numbers, dtype=float),
+        )
+
+
+def _labelled(family: Metric, values: pd.Series) -> Metric:
+    for label, value in values.items():
+        family.add_metric([str(label)], float(value))  # type: ignore[attr-defined]
+    return family
