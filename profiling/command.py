@@ -4,7 +4,8 @@ import math
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -20,7 +21,14 @@ from profiling.reader import Run
 from profiling.summary import summarise
 
 
-def profile_command(argv: Sequence[str], *, interval_s: float, output: Path, links: bool = False) -> int:
+def profile_command(
+    argv: Sequence[str],
+    *,
+    interval_s: float,
+    output: Path,
+    links: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> int:
     """Run `argv`, sample meanwhile, write a run directory, print what was seen. Returns the command's exit code."""
     check_interval(interval_s)
     if shutil.which(argv[0]) is None:
@@ -28,11 +36,11 @@ def profile_command(argv: Sequence[str], *, interval_s: float, output: Path, lin
     with Profiler(output, sampler_interval_s=interval_s, links=links) as profiler:
         with profiler.phase("command", step=1):
             try:
-                process = subprocess.Popen(argv, env={**os.environ, VARIABLE: str(output.resolve())})
+                process = subprocess.Popen(argv, env={**(environment or os.environ), VARIABLE: str(output.resolve())})
             except OSError as error:
                 raise ConfigError(f"{argv[0]}: cannot be run: {error.strerror}") from None
             code = _wait(process)
-        for record in read_markers(output, profiler.zero_s, profiler.now()):
+        for record in read_markers(output, profiler.zero_s, profiler.now(), time.time() - profiler.now()):
             profiler.trace(record)
         wall_s = profiler.finish("finished" if code == 0 else "failed")
     write_totals(profiler, wall_s)

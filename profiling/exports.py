@@ -1,6 +1,7 @@
 """A run for other programs: Chrome's trace format, which Perfetto and chrome://tracing draw."""
 
 import heapq
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,13 @@ import pandas as pd
 from profiling.errors import DataError
 from profiling.reader import Run
 
+TORCH_FOLDER = "torch"
+"""Of a run directory: torch.profiler's traces, on the run's clock."""
 PHASES_PID = 0
+TORCH_PIDS = 1_000_000
+"""Added to the process numbers of torch's own events."""
+DEVICE_TID = 100
+"""Of the process of phases: the same phases as the GPU saw them."""
 ENGINE_PIDS = 1
 """Engine e is process ENGINE_PIDS + e: thread 0 shows what it does, thread 1 + s the rows in slot s."""
 
@@ -31,10 +38,27 @@ def chrome_trace(run: Run, first_step: int = 0, last_step: int | None = None) ->
     events = [_name("process_name", PHASES_PID, 0, f"{run.name}: phases ({run.kind})")]
     for phase in phases.itertuples(index=False):
         events.append(_event(phase.name, phase, PHASES_PID, int(phase.depth), {"step": int(phase.step)}))
+    for phase in chosen(run.device_phases).itertuples(index=False):
+        events.append(_event(phase.name, phase, PHASES_PID, DEVICE_TID + int(phase.depth), {"step": int(phase.step)}))
+    if len(run.device_phases):
+        events.append(_name("thread_name", PHASES_PID, DEVICE_TID, "on the GPU"))
+    events += _torch_events(run, 1e6 * float(phases.t_start.min()), 1e6 * float(phases.t_end.max()))
     engines = sorted({*spans.engine.unique().tolist(), *rows.engine.unique().tolist()})
     for engine in engines:
         events += _engine(engine, spans[spans.engine == engine], rows[rows.engine == engine])
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"run": run.name, "kind": run.kind}}
+
+
+def _torch_events(run: Run, first_us: float, last_us: float) -> Iterator[dict[str, Any]]:
+    """Of torch.profiler, where it ran in these steps."""
+    for path in sorted((run.path / TORCH_FOLDER).glob("steps-*.json")):
+        try:
+            own = json.loads(path.read_bytes())["traceEvents"]
+            inside = [event for event in own if "ts" not in event or first_us <= float(event["ts"]) <= last_us]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not a trace: {error}") from None
+        if any("ts" in event for event in inside):
+            yield from ({**e, "pid": TORCH_PIDS + e["pid"]} if isinstance(e.get("pid"), int) else e for e in inside)
 
 
 def _engine(engine: int, spans: pd.DataFrame, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:

@@ -2,12 +2,14 @@
 
 Costs nothing where the program is not profiled. Each process writes a file of its own in the run directory, a line a
 phase, whose times are the host's monotonic clock; the profiler reads them when the command has ended. A process that
-is killed loses the phases that it was in, no others.
+is killed loses the phases that it was in, no others. The first line says which host's clock it is: one of another host
+(on a shared disk) is placed by the wall clocks of both.
 """
 
 import contextvars
 import json
 import os
+import platform
 import threading
 import time
 from collections.abc import Iterator
@@ -49,20 +51,43 @@ def mark(directory: str, name: str, step: int, start: float, end: float, depth: 
             if key not in _files:
                 folder = Path(directory) / "markers"
                 folder.mkdir(exist_ok=True)
-                _files[key] = (folder / f"{key[0]}.jsonl").open("a", buffering=1)
+                own = {"host": platform.node(), "boot": boot_id(), "clock": time.perf_counter(), "unix": time.time()}
+                _files[key] = (folder / f"{platform.node()}-{key[0]}.jsonl").open("a", buffering=1)
+                _files[key].write(json.dumps(own) + "\n")
             _files[key].write(line)
         except OSError:
             return
 
 
-def read_markers(directory: Path, zero_s: float, end_s: float) -> list[dict[str, Any]]:
-    """Trace records of all processes' phases, by their ends. zero_s: the clock at the start of the run; end_s: of the
-    run, where a phase that outlives it is cut. Lines that are none are left out."""
-    records = []
+def boot_id() -> str:
+    """Processes of one boot of one kernel share a monotonic clock."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
+
+
+def read_markers(directory: Path, zero_s: float, end_s: float, unix_zero_s: float) -> list[dict[str, Any]]:
+    """Trace records of all processes' phases, by their ends, and a note for each other host. zero_s, unix_zero_s: our
+    monotonic and wall clock at the start of the run; end_s: of the run, where a phase that outlives it is cut. Lines
+    that are none are left out."""
+    records: list[dict[str, Any]] = []
+    notes: dict[str, dict[str, Any]] = {}
+    ours_s, here = zero_s, boot_id()
     for path in sorted((directory / "markers").glob("*.jsonl")):
+        zero_s = ours_s
         for line in path.read_text(errors="replace").splitlines():
             try:
                 one = json.loads(line)
+                if "boot" in one:
+                    if one["boot"] != here:
+                        zero_s = float(one["clock"]) - (float(one["unix"]) - unix_zero_s)
+                        text = (
+                            f"host {one['host']}: its monotonic clock is {zero_s - ours_s:+.3f} s against ours, by "
+                            "the wall clocks of both hosts; phases of it are as exact as these agree"
+                        )
+                        notes[str(one["boot"])] = {"type": "note", "text": text}
+                    continue
                 start, end = float(one["start"]) - zero_s, min(float(one["end"]) - zero_s, end_s)
                 names = {
                     "type": "phase",
@@ -74,4 +99,4 @@ def read_markers(directory: Path, zero_s: float, end_s: float) -> list[dict[str,
                 continue
             if end > (start := max(start, 0.0)):
                 records.append({**names, "t_start": start, "t_end": end})
-    return sorted(records, key=lambda record: record["t_end"])
+    return [*notes.values(), *sorted(records, key=lambda record: record["t_end"])]

@@ -78,6 +78,11 @@ class Run:
         return self._records("phase")
 
     @cached_property
+    def device_phases(self) -> pd.DataFrame:
+        """As phases, by the GPU's time; empty unless the run kept CUDA events."""
+        return self._records("device_phase")
+
+    @cached_property
     def probes(self) -> pd.DataFrame:
         """step, t, seconds: the drift probe's timings."""
         return self._records("probe")

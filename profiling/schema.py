@@ -177,6 +177,7 @@ TRACE_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
         "schedule": (dict, type(None)),
     },
     "phase": {"name": str, "step": int, "t_start": (int, float), "t_end": (int, float), "depth": int},
+    "device_phase": {"name": str, "step": int, "t_start": (int, float), "t_end": (int, float), "depth": int},
     "plan_step": {
         "step": int,
         "t": (int, float),
@@ -200,7 +201,8 @@ TRACE_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "trailer": {"t": (int, float), "status": str},
 }
 """Type of record -> its fields; more fields are allowed. `carried`, `demand`, `admissions`, `event` and `decisions`
-are the dataclasses of tppo.schedule as plain data; `depth` counts the phases around a phase."""
+are the dataclasses of tppo.schedule as plain data; `depth` counts the phases around a phase; a `device_phase` is when
+the GPU, not the host, reached its ends."""
 
 
 def fault_in(record: Any) -> str | None:

@@ -1,6 +1,7 @@
 """The one command. Imports what a subcommand needs when it runs, so that `tppo --help` never waits for torch."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -83,6 +84,8 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     profile = add("profile", _profile, "run any command under the sampler")
     profile.add_argument("--interval", type=float, default=0.1, help="seconds between samples")
     profile.add_argument("--output", type=Path, default=Path("runs/profile"), help="run directory")
+    profile.add_argument("--adapter", action="append", default=[], metavar="NAME",
+                         help="read phases from verl, openrlhf or nvtx; repeat")  # fmt: skip
     profile.add_argument("--links", action="store_true", help="also sample PCIe and NVLink traffic")
     profile.add_argument("--pid", type=int, help="sample beside a process that runs already, until it ends")
     profile.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
@@ -140,10 +143,13 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     plot.add_argument("--format", default="png", help="png, pdf, svg; several with commas")
     plot.add_argument("--output", type=Path, default=Path("figures"), help="directory")
 
-    export = add("export", _export, "write a run as a Chrome trace, for Perfetto or chrome://tracing")
+    export = add("export", _export, "write a run for Perfetto (chrome), TensorBoard, or as tables")
     export.add_argument("run_directory", type=Path, metavar="RUN")
-    export.add_argument("--steps", default="0:", metavar="FIRST:LAST", help="only these steps (default: all)")
-    export.add_argument("--output", type=Path, default=Path("trace.json"), help="file")
+    export.add_argument("--format", default="chrome", help="chrome, csv, parquet or tensorboard")
+    export.add_argument(
+        "--steps", default="0:", metavar="FIRST:LAST", help="only these steps, of chrome (default: all)"
+    )
+    export.add_argument("--output", type=Path, help="file (chrome: trace.json) or directory (export, tensorboard)")
 
     report = add("report", _report, "write one self-contained report.html about one or more runs")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
@@ -182,15 +188,19 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _profile(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from profiling.command import profile_command, profile_process
+    from tppo.adapters.autoload import environment
 
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
     if options.pid is not None:
-        if words:
-            raise InputError("tppo profile: either --pid or a command")
+        if words or options.adapter:
+            raise InputError("tppo profile: either --pid or a command (and only a command has adapters)")
         return profile_process(options.pid, interval_s=options.interval, output=options.output, links=options.links)
     if not words:
         raise InputError("tppo profile: no command; write tppo profile -- COMMAND ..., or --pid PID")
-    return profile_command(words, interval_s=options.interval, output=options.output, links=options.links)
+    return profile_command(
+        words, interval_s=options.interval, output=options.output, links=options.links,
+        environment=environment(options.adapter, os.environ),
+    )  # fmt: skip
 
 
 def _watch(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -250,21 +260,9 @@ def _plot(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    import json
-    import re
+    from tppo.commands.export import run_export
 
-    from profiling.exports import chrome_trace
-    from profiling.reader import Run
-    from profiling.writer import write_atomically
-
-    found = re.fullmatch(r"(\d+)(:(\d+)?)?", options.steps)
-    if not found or (found[3] and int(found[3]) < int(found[1])):
-        raise InputError(f"--steps {options.steps}: write FIRST:LAST, FIRST: or one step")
-    first = int(found[1])
-    last = int(found[3]) if found[3] else None if found[2] else first
-    trace = chrome_trace(Run(options.run_directory), first, last)
-    write_atomically(options.output, json.dumps(trace).encode())
-    print(options.output)
+    print(run_export(options.run_directory, form=options.format, steps=options.steps, output=options.output))
     return 0
 
 

@@ -19,20 +19,26 @@ from tppo.rollout.protocol import RolloutEngine, Sampling
 from tppo.rollout.rows import Row
 from tppo.schedule import Demand, Schedule, StepPlan, Synchronous
 from tppo.state import Ahead, TrainingState
+from tppo.torch_traces import DeviceTimes, device_phase
 
 
 class StepTimes:
     """Declares the phases of one step, and keeps their seconds."""
 
-    def __init__(self, profiler: Profiler, step: int) -> None:
+    def __init__(self, profiler: Profiler, step: int, on_device: DeviceTimes | None = None) -> None:
         self.step = step
+        self._on_device = on_device
         self.seconds: dict[str, float] = defaultdict(float)
         self._profiler = profiler
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = self._profiler.now()
-        with self._profiler.phase(name, step=self.step):
+        with (
+            self._profiler.phase(name, step=self.step),
+            device_phase(self._on_device, name, self.step),
+            torch.profiler.record_function(f"phase {name}"),
+        ):
             yield
         self.seconds[name] += self._profiler.now() - start
 

@@ -19,6 +19,7 @@ from tppo.rollout.engines import check_rows_fit, make_engine, sampling_of
 from tppo.run_records import header_of
 from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, Truncated
 from tppo.state import latest_checkpoint, new_state, read_progress, restore
+from tppo.torch_traces import steps_of
 from tppo.trainer import Outcome, Trainer
 
 
@@ -37,6 +38,9 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
     """A trainer that is ready for its next step, its run directory and its profiler."""
     if config.output is None:
         raise ConfigError('output: no run directory is given; add `output = "runs/NAME"` or --output')
+    steps_of(config.profile.torch_steps)
+    if config.profile.cuda_events and not torch.cuda.is_available():
+        raise ConfigError("profile.cuda_events: torch sees no GPU; leave it out")
     torch.set_num_threads(config.train.threads)
     checkpoint = latest_checkpoint(config.output) if resume else None
     progress = read_progress(checkpoint) if checkpoint else None

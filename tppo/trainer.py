@@ -28,6 +28,7 @@ from tppo.rollout.protocol import EngineError, RolloutEngine, Sampling
 from tppo.run_records import finish_run, write_step
 from tppo.schedule import Schedule
 from tppo.state import TrainingState, save_checkpoint
+from tppo.torch_traces import DeviceTimes, TorchProfile, steps_of
 
 EVALUATIONS_TO_STOP = 3
 """`train.stop_at_accuracy` is reached when the mean of this many consecutive evaluations is."""
@@ -67,6 +68,8 @@ class Trainer:
         self.clock = profiler.now
         self.pad_token_id = state.tokenizer.pad_token_id
         self.probe = DriftProbe()
+        self.on_device = DeviceTimes(profiler) if config.profile.cuda_events else None
+        self.torch_profile = TorchProfile(profiler, steps_of(config.profile.torch_steps))
         self.collector = Collector(config, self.recipe, state, task, schedule, engine, sampling, profiler)
         self.evaluation_engine = evaluation_engine(
             config, state.policy, state.tokenizer, engine, slots=len(held_out),
@@ -85,7 +88,10 @@ class Trainer:
                 state.started = True
             while state.step < config.train.steps and not interrupted.is_set() and not self.score_reached():
                 state.step += 1
-                metrics = self.train_step_or_save(state.step)
+                with self.torch_profile.around(state.step):
+                    metrics = self.train_step_or_save(state.step)
+                if self.on_device:
+                    self.on_device.collect()
                 due = config.train.checkpoint_every and state.step % config.train.checkpoint_every == 0
                 if config.evaluation.every and state.step % config.evaluation.every == 0:
                     self.wait_for_rollout()
@@ -95,6 +101,9 @@ class Trainer:
                 if due:
                     self.checkpoint()
                 advance(state.step, accuracy)
+            self.torch_profile.finish(state.step)
+            if self.on_device:
+                self.on_device.collect(everything=True)
             self.checkpoint()
             status = "interrupted" if interrupted.is_set() else "finished"
             wall_s = self.profiler.finish(status)
@@ -117,7 +126,7 @@ class Trainer:
     def train_step(self, step: int) -> dict[str, Any]:
         """One step of the recipe; returns its row of metrics."""
         config, state, recipe, pad = self.config, self.state, self.recipe, self.pad_token_id
-        times = StepTimes(self.profiler, step)
+        times = StepTimes(self.profiler, step, self.on_device)
         start = self.clock()
         got = self.collector.collect(times)
         if self.schedule.steps_ahead:

@@ -230,7 +230,8 @@ def test_devices_by_phase_stand_in_the_report_with_their_intervals(tmp_path):
     columns = dict.fromkeys(schema.DEVICES.names, unknown) | {"t": t, "device": device, "energy_joules": energy}
     run_writer.table("devices", 0, columns)
     run_writer.table("windows", 0, {"t_begin": t[:-1], "t_end": t[1:], "device": device[1:],
-                                    "utilisation": [float(on) for on in rollout[:-1]]})  # fmt: skip
+                                    "metric": ["utilisation"] * (len(t) - 1),
+                                    "value": [float(on) for on in rollout[:-1]]})  # fmt: skip
     for part in ("devices", "windows"):
         (tmp_path / "other" / part).rename(run.path / part)
     table = device_table([Run(run.path)]).set_index("phase")

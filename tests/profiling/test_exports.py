@@ -1,6 +1,7 @@
 import json
 from itertools import pairwise
 
+import pandas as pd
 import pytest
 
 from profiling.errors import DataError
@@ -68,3 +69,29 @@ def test_a_range_of_steps_can_be_chosen(run, tmp_path, capsys):
 def test_a_range_that_is_none_is_one_line(run, tmp_path, capsys, steps):
     assert main(["export", str(run.path), f"--steps={steps}", "--output", str(tmp_path / "t.json")]) == 2
     assert "--steps" in capsys.readouterr().err
+
+
+def test_tables_and_scalars_hold_what_the_run_holds(tmp_path, run, capsys):
+    for form in ("csv", "parquet"):
+        assert main(["export", str(run.path), "--format", form, "--output", str(tmp_path / form)]) == 0
+    rows = pd.read_csv(tmp_path / "csv" / "rollouts.csv")
+    assert len(rows) == len(run.rollouts)
+    assert rows.tokens.sum() == run.rollouts.tokens.sum()
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "parquet" / "ledger.parquet"), run.ledger)
+    assert not (tmp_path / "csv" / "devices.csv").exists()  # a simulation has no samples
+    with (run.path / "metrics.jsonl").open("w") as file:
+        for step in (1, 2):
+            file.write(
+                json.dumps({"step": step, "time_s": 3.0 * step, "critic/score/mean": step / 4, "x": None}) + "\n"
+            )
+    target = tmp_path / "board"
+    assert main(["export", str(run.path), "--format", "tensorboard", "--output", str(target)]) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(target))
+    found.Reload()
+    assert [(e.step, e.value) for e in found.Scalars("critic/score/mean")] == [(1, 0.25), (2, 0.5)]
+    assert main(["export", str(run.path), "--format", "tensorboard", "--output", str(target)]) == 2
+    assert "already holds events" in capsys.readouterr().err
+    assert main(["export", str(run.path), "--format", "xml"]) == 2
+    assert "--format xml: not one of chrome, csv, parquet, tensorboard" in capsys.readouterr().err

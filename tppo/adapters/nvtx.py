@@ -1,0 +1,100 @@
+"""NVTX ranges of a program become phases: `range_push`, `range_pop` and `range` of torch.cuda.nvtx, and `push_range`,
+`pop_range` and `annotate` of the package nvtx. `tppo profile --adapter nvtx -- COMMAND`, or `install()`.
+
+NVTX knows no steps: a range named `step`, alone or with a number, begins one. Ranges go on to NVTX where there is one.
+"""
+
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ContextDecorator
+from types import ModuleType
+from typing import Any
+
+from profiling.markers import VARIABLE, mark
+
+MODULES = ("torch.cuda.nvtx", "nvtx")
+_ranges = threading.local()
+_steps = {"now": 0}
+
+
+def push(name: str) -> None:
+    stack = _ranges.__dict__.setdefault("stack", [])
+    found = re.fullmatch(r"(?i)step[ _:#-]*(\d*)", name)
+    if found:
+        _steps["now"] = int(found[1]) if found[1] else _steps["now"] + 1
+    stack.append((name, time.perf_counter(), bool(found)))
+
+
+def pop() -> None:
+    """Of the innermost range of this thread; without one, nothing. A step is no phase: those inside it are."""
+    stack = _ranges.__dict__.setdefault("stack", [])
+    directory = os.environ.get(VARIABLE)
+    if not stack:
+        return
+    name, start, is_step = stack.pop()
+    if directory and not is_step:
+        depth = 1 + sum(not other[2] for other in stack)
+        mark(directory, name, _steps["now"], start, time.perf_counter(), depth)
+
+
+def patch(module: ModuleType) -> int:
+    """Replace the functions of torch.cuda.nvtx or of nvtx; how many."""
+    found = 0
+    for begin, end in (("range_push", "range_pop"), ("push_range", "pop_range")):
+        for name, own in ((begin, lambda *a, **k: push(str(_message(a, k)))), (end, lambda *a, **k: pop())):
+            original = getattr(module, name, None)
+            if callable(original) and not hasattr(original, "_tppo"):
+                setattr(module, name, _both(own, original))
+                found += 1
+    if module.__name__ == "nvtx" and not hasattr(module.annotate, "_tppo"):
+        module.annotate = _annotate(module.annotate)  # type: ignore[attr-defined]
+        found += 1
+    return found
+
+
+def install() -> int:
+    """Patch what is loaded. Returns how many functions."""
+    return sum(patch(sys.modules[name]) for name in MODULES if name in sys.modules)
+
+
+def _message(positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    return positional[0] if positional else named.get("msg", named.get("message", "range"))
+
+
+def _both(own: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    def both(*positional: Any, **named: Any) -> Any:
+        own(*positional, **named)
+        try:
+            return original(*positional, **named)
+        except RuntimeError:  # a torch without NVTX
+            return -1
+
+    both._tppo = True  # type: ignore[attr-defined]
+    return both
+
+
+def _annotate(original: Any) -> Any:
+    class annotate(ContextDecorator):
+        _tppo = True
+
+        def __init__(self, message: str | None = None, *positional: Any, **named: Any) -> None:
+            self._name = message
+            self._inner = original(message, *positional, **named)
+
+        def __call__(self, function: Any) -> Any:
+            self._name = self._name or function.__name__
+            return super().__call__(function)
+
+        def __enter__(self) -> Any:
+            push(str(self._name or "range"))
+            return self._inner.__enter__()
+
+        def __exit__(self, *error: Any) -> Any:
+            pop()
+            return self._inner.__exit__(*error)
+
+    return annotate
