@@ -11,10 +11,14 @@ from typing import Any
 import pandas as pd
 
 from analysis.tables import arm_of
+from profiling.attribution import device_estimates
 from profiling.errors import DataError
 from profiling.reader import Run
 
-COLUMNS = ["run", "arm", "work", "flops", "bytes", "seconds", "intensity", "flops_per_s", "time_share"]
+COLUMNS = [
+    "run", "arm", "work", "flops", "bytes", "seconds", "intensity", "flops_per_s", "time_share", "tensor_activity",
+    "dram_activity",
+]  # fmt: skip
 
 
 def model_of(run: Run) -> dict[str, Any]:
@@ -56,7 +60,8 @@ def prefill_bytes(model: dict[str, Any], passes: int, tokens: int) -> int:
 
 def roofline_points(runs: Sequence[Run]) -> pd.DataFrame:
     """One row per run and kind of engine work (steps 1 and later): FLOPs, bytes, seconds, arithmetic intensity
-    (FLOP per byte), achieved FLOP/s, and the share of the run's engine time."""
+    (FLOP per byte), achieved FLOP/s, and the share of the run's engine time. tensor_activity, dram_activity: what the
+    GPUs' own counters say of the run's rollouts, decode and prefill together; null without them."""
     rows = []
     for run in runs:
         model = model_of(run)
@@ -76,10 +81,23 @@ def roofline_points(runs: Sequence[Run]) -> pd.DataFrame:
                 prefill_bytes(model, len(prefill), int(prefill.context_tokens.sum())),
             ),
         }
+        active = _activities(run)
         for kind, (flops, size) in work.items():
             if kind in seconds.index:
                 rows.append(
                     (run.name, arm_of(run), kind, flops, size, seconds[kind], flops / size, flops / seconds[kind],
-                     seconds[kind] / seconds.sum())
+                     seconds[kind] / seconds.sum(), *active)
                 )  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _activities(run: Run) -> list[float | None]:
+    """Tensor and DRAM activity of rollouts, the mean over GPUs where it is resolved."""
+    if run.simulated or run.windows.empty:
+        return [None, None]
+    own = device_estimates(run)
+    means = [
+        own[(own.phase == "rollout") & (own.quantity == name)].value.mean()
+        for name in ("tensor_activity", "dram_activity")
+    ]
+    return [None if pd.isna(mean) else float(mean) for mean in means]

@@ -12,6 +12,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from profiling.alarms import alarms
 from profiling.attribution import COUNTERS, device_estimates, interval_text
 from profiling.errors import ConfigError
 from profiling.ledger import Cluster, build_ledger
@@ -111,7 +112,8 @@ def _print(run: Run, wall_s: float, how: str) -> None:
             _mean(samples.memory_bytes.dropna().nlargest(1) / 2**30, ".1f"),
         )
     notes = [record["text"] for record in run.trace if record["type"] == "note"]
-    Console().print(table, by_phase(run), *notes, sep="\n")
+    sentences = alarms(run.ledger, run) if run.ledger is not None else []
+    Console().print(table, by_phase(run), *notes, *sentences, sep="\n")
 
 
 def by_phase(run: Run) -> Table:

@@ -26,7 +26,7 @@ from profiling.phases import plain_header
 from profiling.reader import Run
 from profiling.schema import ENGINE, ROLLOUTS
 from profiling.summary import summarise
-from profiling.writer import RunWriter
+from profiling.writer import RunWriter, write_parquet
 
 MODEL = {
     "parameters": 1000, "embedding_parameters": 100, "lm_head_parameters": 100, "layers": 2, "heads": 3, "kv_heads": 1,
@@ -155,6 +155,35 @@ def test_the_intensity_ratio_of_tppo_to_ppo_equals_hand_arithmetic(runs):
     ratio = points.intensity["tppo-s0", "decode"] / points.intensity["ppo-s0", "decode"]
     assert ratio == pytest.approx((98_880 / 56_480) / (54_240 / 49_440))
     assert points.flops_per_s["ppo-s0", "decode"] == pytest.approx(54_240 * 6 / 6)
+
+
+def test_counters_of_the_gpu_stand_beside_the_counted_flops(tmp_path):
+    run = make_run(tmp_path / "ppo-s0", accuracies=RISING)
+    t = [0.1 * tick for tick in range(int(2.0 * len(RISING) / 0.1))]
+    gpu, other = ["GPU-1"] * (len(t) - 1), RunWriter(tmp_path / "other", header=plain_header(), config_toml="")
+    samples = dict.fromkeys(schema.DEVICES.names, [None] * len(t)) | {"t": t, "device": ["GPU-1"] * len(t)}
+    other.table("devices", 0, samples)
+    windows = {
+        "t_begin": t[:-1] * 2, "t_end": t[1:] * 2, "device": gpu * 2,
+        "metric": ["tensor_activity"] * len(gpu) + ["dram_activity"] * len(gpu),
+        "value": [value if now % 2 < 1.19 else 1 - value for value in (0.3, 0.7) for now in t[:-1]],
+    }  # fmt: skip
+    other.table("windows", 0, windows)
+    for part in ("devices", "windows"):
+        (tmp_path / "other" / part).rename(run.path / part)
+    point = roofline_points([Run(run.path)]).iloc[0]
+    assert point.tensor_activity == pytest.approx(0.3, abs=0.03)
+    assert point.dram_activity == pytest.approx(0.7, abs=0.03)
+    assert pd.isna(roofline_points([make_run(tmp_path / "tppo-s0", accuracies=RISING)]).iloc[0].tensor_activity)
+
+
+def test_alarms_stand_in_the_report(tmp_path):
+    run = make_run(tmp_path / "ppo-s0", accuracies=RISING)
+    assert "Alarms" not in write_report([run], tmp_path / "quiet.html").read_text()
+    waiting = run.ledger.assign(cause="wait_tail")
+    write_parquet(run.path / "ledger.parquet", {name: waiting[name] for name in waiting}, schema.LEDGER)
+    text = write_report([Run(run.path)], tmp_path / "report.html").read_text()
+    assert "GPU 0 waits 100% of each rollout for the tail" in text
 
 
 def test_a_point_above_the_roof_is_an_error(runs, tmp_path):

@@ -4,9 +4,13 @@ import itertools
 import time
 
 import pytest
+import torch
 
+from profiling import Profiler
 from profiling.estimators import TICK_S
+from profiling.reader import Run
 from profiling.sources.nvml import NoDriver, NvmlSource
+from tppo.torch_traces import DeviceTimes
 
 pytestmark = pytest.mark.gpu
 
@@ -63,3 +67,45 @@ def test_the_energy_counters_tick_is_about_what_the_estimators_assume(source, ca
     with capsys.disabled():
         print(f"\n  energy tick {gaps[len(gaps) // 2]:.4f} s, {len(changes)} changes in 3 s")
     assert gaps[len(gaps) // 2] < 3 * TICK_S
+
+
+def test_gpm_says_how_much_of_the_gpu_works(source, capsys):
+    source.read(0.0)
+    time.sleep(0.6)
+    source.read(0.6)
+    found = {w.metric: w.value for w in source.windows(0.6) if w.metric != "utilisation"}
+    states = {m.get("gpm") for m in source.capabilities.states.values()}
+    if states != {"ok"}:
+        pytest.skip(f"no GPM here: {states}")
+    with capsys.disabled():
+        print(f"\n  GPM: {found}")
+    assert {"sm_activity", "sm_occupancy", "tensor_activity", "dram_activity"} <= set(found)
+    assert all(0 <= value <= 1 for value in found.values())
+
+
+def test_a_reading_of_all_metrics_takes_no_longer_than_a_tick(source, capsys):
+    source.read(0.0)
+    took = []
+    for tick in range(1, 41):
+        begin = time.perf_counter()
+        source.read(0.1 * tick)
+        took.append(time.perf_counter() - begin)
+    with capsys.disabled():
+        print(f"\n  a reading takes {1e3 * sorted(took)[20]:.2f} ms, {1e3 * max(took):.2f} ms at most")
+    assert sorted(took)[20] < 0.05
+
+
+def test_phases_on_the_gpu_end_after_the_host_has_left_them(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA build of torch")
+    with Profiler(tmp_path / "run", sampler_interval_s=None) as profiler:
+        times = DeviceTimes(profiler)
+        a = torch.randn(4096, 4096, device="cuda")
+        with profiler.phase("update_policy", 1), times.phase("update_policy", 1):
+            for _ in range(200):
+                a @ a
+        times.collect(everything=True)
+    run = Run(tmp_path / "run")
+    host, device = run.phases.iloc[0], run.device_phases.iloc[0]
+    assert device.t_end > host.t_end
+    assert abs(device.t_start - host.t_start) < 0.1
