@@ -53,7 +53,12 @@ def interval_text(estimates: pd.DataFrame, quantity: str, scale: float = 1.0, un
     if pd.isna(own.value):
         return "unresolved"
     value, low, high = (scale * float(own[name]) for name in ("value", "low", "high"))
-    return f"{value:.3g}{unit} ({low:.3g} to {high:.3g})"
+    return f"{_short(value)}{unit} ({_short(low)} to {_short(high)})"
+
+
+def _short(value: float) -> str:
+    """Three digits, without an exponent where people expect none."""
+    return f"{float(f'{value:.3g}'):,.10g}"
 
 
 def _named_pieces(run: Run, end: float) -> pd.DataFrame:

@@ -113,27 +113,34 @@ def _print(run: Run, wall_s: float, how: str) -> None:
         )
     notes = [record["text"] for record in run.trace if record["type"] == "note"]
     sentences = alarms(run.ledger, run) if run.ledger is not None else []
-    Console().print(table, by_phase(run), *notes, *sentences, sep="\n")
+    Console().print(table, *by_phase(run), *notes, *sentences, sep="\n")
 
 
-def by_phase(run: Run) -> Table:
-    """Device and phase: seconds, busy, joules, watts with intervals; `unresolved` where nothing can be said."""
-    table = Table(title="by phase, 95 % intervals", title_justify="left")
-    for column in ("device", "phase", "seconds", "busy", "energy, J", "mean power, W"):
-        table.add_column(column, justify="left" if column in ("device", "phase") else "right")
+def by_phase(run: Run) -> list[Table]:
+    """Device and phase: seconds, busy, joules, watts with intervals, `unresolved` where nothing can be said; and what
+    the GPUs' own counters say, where they have them."""
     estimates = device_estimates(run)
+    main = _phase_table("by phase, 95 % intervals", "seconds", "busy", "energy, J", "mean power, W")
     counted = [name for name in COUNTERS if (estimates.quantity == name).any()]
-    for name in counted:
-        table.add_column(name.replace("_", " "), justify="right")
+    counters = _phase_table("by phase, the GPUs' own counters", *(name.replace("_", " ") for name in counted))
     for (device, phase), own in estimates.groupby(["device", "phase"], sort=False):
         known = own.set_index("quantity")
         seconds = float(own.seconds.iloc[0])
         texts = [
             interval_text(known, "busy", 100.0, " %"), interval_text(known, "joules"),
             interval_text(known, "joules", 1 / seconds),
-            *(interval_text(known, name, 100.0, " %") for name in counted),
         ]  # fmt: skip
-        table.add_row(str(device), str(phase), f"{seconds:.1f}", *(text or "-" for text in texts))
+        main.add_row(str(device), str(phase), f"{seconds:.1f}", *(text or "-" for text in texts))
+        texts = [interval_text(known, name, 100.0, " %") for name in counted]
+        if any(texts):
+            counters.add_row(str(device), str(phase), *(text or "-" for text in texts))
+    return [main, *([counters] if counted else [])]
+
+
+def _phase_table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in ("device", "phase", *columns):
+        table.add_column(column, justify="left" if column in ("device", "phase") else "right")
     return table
 
 

@@ -54,7 +54,6 @@ def summarise(
     rows = rollouts[rollouts.step >= 1]
     own_step = rows.step if trained_at is None else rows.row.map(trained_at).fillna(rows.step).astype(int)
     rows = rows.assign(trained_at=own_step)
-    steps = int(rows.step.nunique())
     tokens = rows.tokens.to_numpy()
     done = rows.finished if trained_at is None else rows.finished & rows.row.isin(list(trained_at))
     processed = rows[done] if trains_whole_responses else rows
@@ -70,6 +69,8 @@ def summarise(
     ends = spans.groupby("step").agg(first=("t_start", "min"), last=("t_end", "max"))
     engine_s = cluster.engines * max(rollout_s, float((ends["last"] - ends["first"]).sum()))
     recorded = len(spans) > 0
+    marked = pieces[(pieces.step >= 1) & (pieces.name != "")].step.nunique()
+    steps = int(rows.step.nunique() if recorded else marked)
     totals = ledger_totals(ledger)
     ages, age_weights = _staleness(rows)
     skipped = min(startup_steps, max(steps - 1, 0))
@@ -89,7 +90,7 @@ def summarise(
         "rollout_seconds": rollout_s if recorded else None,
         "generation_busy_seconds": busy_s if recorded else None,
         "tail_seconds": _tail_seconds(rows) if recorded else None,
-        "steps": steps if recorded else None,
+        "steps": steps if recorded or marked else None,
         "generated_tokens": int(tokens.sum()) if recorded else None,
         "processed_tokens": int((processed.context_before + processed.tokens).sum()) if recorded else None,
         "trained_tokens": int(trained.sum()) if recorded else None,

@@ -266,7 +266,7 @@ def test_devices_by_phase_stand_in_the_report_with_their_intervals(tmp_path):
     table = device_table([Run(run.path)]).set_index("phase")
     assert table.loc["rollout", "busy"].startswith("100 %")
     assert table.loc["update_policy", "busy"].startswith("0 %")
-    joules = float(table.loc["rollout", "energy, J"].split()[0])
+    joules = float(table.loc["rollout", "energy, J"].split()[0].replace(",", ""))
     assert joules == pytest.approx(300 * 1.2 * len(RISING), rel=0.05)
     text = write_report([Run(run.path)], tmp_path / "report.html").read_text()
     assert "Devices by phase" in text

@@ -97,7 +97,8 @@ def test_what_a_run_without_records_cannot_know_is_null_not_zero():
     ledger = build_ledger(cluster=ONE, phases=phases, engine=spans_of(), rollouts=NO_ROWS, wall_s=3)
     got = summarise(cluster=ONE, phases=phases, engine=spans_of(), rollouts=NO_ROWS, ledger=ledger, wall_s=3,
                     startup_steps=0)  # fmt: skip
-    for name in ("rows_in", "generated_tokens", "engine_idle_fraction", "seconds_per_step", "length_bias"):
+    for name in ("rows_in", "generated_tokens", "engine_idle_fraction", "seconds_per_finished_row", "length_bias"):
         assert got[name] is None
+    assert (got["steps"], got["seconds_per_step"], got["joules_per_step"]) == (1, 3.0, None)
     assert got["ledger"]["wait_tail"] is None
     assert got["ledger"]["unresolved"] == 3
