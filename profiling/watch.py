@@ -23,6 +23,8 @@ from profiling.ledger import Cluster, build_ledger
 from profiling.reader import Run
 
 REFRESH_S = 2.0
+REST = 10.0
+"""Between two looks, in times of what a look takes: that of a long run takes seconds."""
 RECENT_S = 5.0
 """Of samples, of which a device's bar shows the mean."""
 LARGEST_CAUSES = 8
@@ -43,15 +45,21 @@ class Snapshot:
 
 
 def snapshot(path: Path) -> Snapshot:
-    """Raises DataError. The step that is going on is left out: its records are not written yet."""
+    """Raises DataError. The step that is going on is left out: its records, or its phases, are not all written yet."""
     run = Run(path)
     phases, engine = run.phases, run.engine
-    step = int(engine.step.max()) if len(engine) else int(phases.step.max()) if len(phases) else 0
-    phases = phases[phases.step <= step]
+    known_s = run.trailer["t"] if run.trailer else float(phases.t_end.max()) if len(phases) else 0.0
+    steps = phases.step
+    if len(engine):
+        ends = engine.groupby("step").t_end.max()
+        steps = ends[ends <= known_s].index
+    step = int(steps.max()) if len(steps) else 0
+    phases, engine = phases[phases.step <= step], engine[engine.step <= step]
     wall_s = run.trailer["t"] if run.trailer else float(phases.t_end.max()) if len(phases) else 0.0
+    rollouts = run.rollouts[run.rollouts.step <= step]
     header = run.header
     cluster = Cluster(header["engines"], header["gpus_per_engine"], header["trainer_gpus"])
-    ledger = build_ledger(cluster=cluster, phases=phases, engine=engine, rollouts=run.rollouts, wall_s=wall_s)
+    ledger = build_ledger(cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, wall_s=wall_s)
     return Snapshot(run, step, wall_s, ledger)
 
 
@@ -66,11 +74,13 @@ def watch(path: Path, *, once: bool = False, port: int | None = None, host: str 
         return
     with Live(shown, console=console, auto_refresh=False) as live:
         while True:
+            began = time.perf_counter()
             now = snapshot(path)
             live.update(view(now), refresh=True)
             if now.run.trailer is not None:
                 return
-            time.sleep(REFRESH_S)
+            took_s = time.perf_counter() - began
+            time.sleep(max(REFRESH_S, REST * took_s))
 
 
 def view(now: Snapshot) -> Group:

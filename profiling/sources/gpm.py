@@ -43,21 +43,19 @@ class Counters:
         self._instance: int | None = None
         self._taken_s: float | None = None
         self._due_s = 0.0
-        self._absent = False
 
     def due(self, now_s: float) -> bool:
-        return not self._absent and now_s >= self._due_s
+        return now_s >= self._due_s
 
     def read(self, device: str, now_s: float) -> list[Window]:
-        """What happened since the last call; nothing at the first. Raises NVMLError; not supported: not due again."""
+        """What happened since the last call; nothing at the first. Raises NVMLError."""
         self._due_s = now_s + INTERVAL_S
         try:
             if not self._snapshots:
                 self._prepare()
             before, after = self._snapshots
             self._snapshot(after)
-        except nvml.NVMLError as error:
-            self._absent = error.value in (nvml.NVML_ERROR_NOT_SUPPORTED, nvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+        except nvml.NVMLError:
             self._taken_s = None
             raise
         self._snapshots = [after, before]

@@ -155,7 +155,7 @@ class NvmlSource:
                 state = self._fault(gpu, metric, error)
             self.capabilities.note(gpu.device.uuid, metric, state)
         self._check_energy(gpu, values.get("energy_joules"), now_s)
-        if gpu.counters.due(now_s):
+        if "gpm" not in gpu.absent and gpu.counters.due(now_s):
             with self._noting(gpu, "gpm"):
                 self._averages += gpu.counters.read(gpu.device.uuid, now_s)
         if self._links and slow and "gpm" in gpu.absent and "links" not in gpu.absent:

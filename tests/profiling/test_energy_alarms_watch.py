@@ -13,6 +13,7 @@ from profiling.phases import Profiler
 from profiling.reader import Run
 from profiling.schema import DEVICES
 from profiling.watch import serve, snapshot, view, watch
+from simulator import load_experiment, simulate
 from tppo.cli import main
 
 
@@ -144,3 +145,29 @@ def test_watch_ends_with_the_run_and_refuses_what_is_no_run(tmp_path, capsys):
     assert main(["watch", str(path), "--once", "--prometheus", "99999999"]) == 2
     with pytest.raises(DataError):
         snapshot(tmp_path / "nothing")
+
+
+def test_a_run_is_watched_at_any_moment_of_its_life(tmp_path):
+    """A real run of the simulator, cut after every record of its trace, with all tables of its later steps: as a live
+    run looks whose phases reach the disk later than its tables."""
+    experiment = load_experiment(
+        {
+            "workload": {"steps": 3, "prompts_per_step": 6, "max_response_tokens": 30,
+                         "response_tokens": {"kind": "lognormal", "mean": 12.0, "sigma": 0.8}},
+            "schedule": {"kind": "truncated", "window": 10},
+            "cluster": {"engines": 2},
+            "cost": {"decode_base_s": 0.5, "policy_update_base_s": 2.0, "weight_sync_s": 0.5},
+        }
+    )  # fmt: skip
+    simulate(experiment).write(tmp_path / "run")
+    trace = tmp_path / "run" / "trace.jsonl"
+    lines = trace.read_text().splitlines(keepends=True)
+    seen = []
+    for count in range(1, len(lines) + 1):
+        trace.write_text("".join(lines[:count]))
+        now = snapshot(tmp_path / "run")
+        assert now.ledger.seconds.sum() == pytest.approx(2 * now.wall_s)
+        view(now)
+        seen.append(now.step)
+    assert seen == sorted(seen)
+    assert set(seen) == {0, 1, 2, 3}

@@ -75,6 +75,8 @@ class _Patching(Loader):
             adapter.patch(module)
 
     def __getattr__(self, name: str) -> Any:  # resources, source and the like
+        if name == "_inner":  # not made yet
+            raise AttributeError(name)
         return getattr(self._inner, name)
 
 
