@@ -183,7 +183,7 @@ class ProfileConfig(Settings):
     """Sample GPUs (or the host) from a process of its own."""
     interval_s: PositiveFloat = 1.0
     """Seconds between samples; 0.1 in a run that a simulation is calibrated on."""
-    torch_steps: str = ""
+    torch_steps: str = Field("", coerce_numbers_to_str=True)
     """Steps that torch.profiler records, FIRST:LAST; left out: none. Its trace has the run's clock."""
     cuda_events: bool = False
     """Also record when the GPU reaches the boundaries of phases, without waiting for it. Needs a GPU."""

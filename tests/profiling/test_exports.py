@@ -93,5 +93,8 @@ def test_tables_and_scalars_hold_what_the_run_holds(tmp_path, run, capsys):
     assert [(e.step, e.value) for e in found.Scalars("critic/score/mean")] == [(1, 0.25), (2, 0.5)]
     assert main(["export", str(run.path), "--format", "tensorboard", "--output", str(target)]) == 2
     assert "already holds events" in capsys.readouterr().err
+    (tmp_path / "a file").touch()
+    assert main(["export", str(run.path), "--format", "tensorboard", "--output", str(tmp_path / "a file")]) == 2
+    assert "cannot be created: File exists" in capsys.readouterr().err
     assert main(["export", str(run.path), "--format", "xml"]) == 2
     assert "--format xml: not one of chrome, csv, parquet, tensorboard" in capsys.readouterr().err

@@ -70,6 +70,10 @@ def write_scalars(run: Run, directory: Path) -> None:
         raise DataError(f"{run.path}: has neither metrics nor device samples")
     if any(directory.glob("events.out.tfevents.*")):
         raise ConfigError(f"{directory}: already holds events; choose another directory")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be created: {error.strerror}") from None
     zero = run.header["unix_time_s"] or 0.0
     with SummaryWriter(str(directory)) as writer:
         for row in run.metrics.to_dict("records"):
