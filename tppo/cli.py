@@ -145,11 +145,11 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
 
     export = add("export", _export, "write a run for Perfetto (chrome), TensorBoard, or as tables")
     export.add_argument("run_directory", type=Path, metavar="RUN")
-    export.add_argument("--format", default="chrome", help="chrome, csv, parquet or tensorboard")
+    export.add_argument("--format", default="chrome", help="chrome, csv, parquet, tensorboard or wandb")
     export.add_argument(
         "--steps", default="0:", metavar="FIRST:LAST", help="only these steps, of chrome (default: all)"
     )
-    export.add_argument("--output", type=Path, help="file (chrome: trace.json) or directory (export, tensorboard)")
+    export.add_argument("--output", type=Path, help="file (chrome: trace.json) or directory (named as the format)")
 
     report = add("report", _report, "write one self-contained report.html about one or more runs")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN")

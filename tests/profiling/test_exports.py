@@ -7,6 +7,8 @@ import pytest
 from profiling.errors import DataError
 from profiling.exports import chrome_trace, slots_of
 from profiling.reader import Run
+from profiling.schema import DEVICES
+from profiling.writer import write_parquet
 from simulator import load_experiment, simulate
 from tppo.cli import main
 
@@ -97,4 +99,31 @@ def test_tables_and_scalars_hold_what_the_run_holds(tmp_path, run, capsys):
     assert main(["export", str(run.path), "--format", "tensorboard", "--output", str(tmp_path / "a file")]) == 2
     assert "cannot be created: File exists" in capsys.readouterr().err
     assert main(["export", str(run.path), "--format", "xml"]) == 2
-    assert "--format xml: not one of chrome, csv, parquet, tensorboard" in capsys.readouterr().err
+    assert "--format xml: not one of chrome, csv, parquet, tensorboard, wandb" in capsys.readouterr().err
+
+
+def test_an_offline_wandb_run_holds_metrics_by_step_and_devices_by_second(tmp_path, run, capsys):
+    with (run.path / "metrics.jsonl").open("w") as file:
+        for step in (1, 2):
+            file.write(json.dumps({"step": step, "time_s": 3.0 * step, "critic/score/mean": step / 4}) + "\n")
+    samples = {name: [None] * 3 for name in DEVICES.names} | {"t": [0.1, 0.6, 1.2], "device": ["GPU-a"] * 3}
+    write_parquet(
+        run.path / "devices" / "part-000000.parquet", samples | {"power_watts": [100.0, 300.0, 50.0]}, DEVICES
+    )
+    assert main(["export", str(run.path), "--format", "wandb", "--output", str(tmp_path / "w")]) == 0
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, rows, at = next((tmp_path / "w").rglob("*.wandb")).read_bytes(), [], 7
+    assert len(content) < 32_768  # one block of LevelDB's log format: checksum, length, type, record
+    while at + 7 <= len(content):
+        size = int.from_bytes(content[at + 4 : at + 6], "little")
+        record = Record()
+        record.ParseFromString(content[at + 7 : at + 7 + size])
+        at += 7 + size
+        items = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+        rows += [{k: v for k, v in items.items() if not k.startswith("_")}] if items else []
+    assert rows == [
+        {"step": 1, "time_s": 3.0, "critic/score/mean": 0.25}, {"step": 2, "time_s": 6.0, "critic/score/mean": 0.5},
+        {"second": 0, "device/GPU-a/power_watts": 200.0}, {"second": 1, "device/GPU-a/power_watts": 50.0},
+    ]  # fmt: skip
+    assert main(["export", str(run.path), "--format", "wandb", "--output", str(tmp_path / "w")]) == 2

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -12,20 +13,28 @@ from profiling.exports import chrome_trace
 from profiling.reader import Run
 from profiling.writer import write_atomically
 
-FORMATS = ("chrome", "csv", "parquet", "tensorboard")
-DEFAULTS = {"chrome": "trace.json", "csv": "export", "parquet": "export", "tensorboard": "tensorboard"}
+DEFAULTS = {
+    "chrome": "trace.json",
+    "csv": "export",
+    "parquet": "export",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb-export",
+}
+"""Format -> where it goes if nothing is said."""
 
 
 def run_export(run_directory: Path, *, form: str, steps: str, output: Path | None) -> Path:
-    """Write the run in one of FORMATS. Returns where. Raises ConfigError, DataError."""
-    if form not in FORMATS:
-        raise ConfigError(f"--format {form}: not one of {', '.join(FORMATS)}")
+    """Write the run in a format of DEFAULTS. Returns where. Raises ConfigError, DataError."""
+    if form not in DEFAULTS:
+        raise ConfigError(f"--format {form}: not one of {', '.join(DEFAULTS)}")
     first, last = steps_of(steps)
     run, target = Run(run_directory), output or Path(DEFAULTS[form])
     if form == "chrome":
         write_atomically(target, json.dumps(chrome_trace(run, first, last)).encode())
     elif form == "tensorboard":
-        write_scalars(run, target)
+        write_tensorboard(run, target)
+    elif form == "wandb":
+        write_wandb(run, target)
     else:
         write_tables(run, target, form)
     return target
@@ -60,27 +69,55 @@ def write_tables(run: Run, directory: Path, form: str) -> None:
         write_atomically(directory / f"{name}.{form}", text)
 
 
-def write_scalars(run: Run, directory: Path) -> None:
-    """metrics.jsonl by training step, devices by whole second of the run, as TensorBoard reads them."""
+def write_tensorboard(run: Run, directory: Path) -> None:
+    """metrics.jsonl by training step, devices by whole second of the run."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError("--format tensorboard: needs the package tensorboard; install it") from None
+    _prepare(run, directory, "events.out.tfevents.*")
+    zero = run.header["unix_time_s"] or 0.0
+    with SummaryWriter(str(directory)) as writer:
+        for _, place, t, values in scalars(run):
+            for name, value in values.items():
+                writer.add_scalar(name, value, place, walltime=zero + t)
+
+
+def write_wandb(run: Run, directory: Path) -> None:
+    """The same as an offline run of wandb, which `wandb sync` uploads. Nothing is sent."""
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("--format wandb: needs the package wandb; install it") from None
+    _prepare(run, directory, "wandb")
+    quiet = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
+    with wandb.init(mode="offline", dir=str(directory), project="tppo", name=run.name, settings=quiet) as target:
+        target.define_metric("*", step_metric="step", step_sync=False)
+        target.define_metric("device/*", step_metric="second", step_sync=False)
+        for axis, place, _, values in scalars(run):
+            target.log({axis: place, **values})
+
+
+def scalars(run: Run) -> Iterator[tuple[str, int, float, dict[str, float]]]:
+    """(axis, place on it, seconds from the start of the run, name -> value): rows of metrics by `step`, means of the
+    devices' samples by `second`."""
+    for row in run.metrics.to_dict("records"):
+        values = {
+            str(k): float(v) for k, v in row.items() if k != "step" and isinstance(v, int | float) and pd.notna(v)
+        }
+        yield "step", int(row["step"]), float(row.get("time_s", 0.0)), values
+    seconds = run.devices.assign(second=run.devices.t.astype(int)).groupby(["second", "device"])
+    for (second, device), row in seconds.mean(numeric_only=True).drop(columns="t").iterrows():
+        values = {f"device/{device}/{name}": float(value) for name, value in row.dropna().items()}
+        yield "second", int(second), float(second), values
+
+
+def _prepare(run: Run, directory: Path, taken: str) -> None:
     if run.metrics.empty and run.devices.empty:
         raise DataError(f"{run.path}: has neither metrics nor device samples")
-    if any(directory.glob("events.out.tfevents.*")):
+    if any(directory.glob(taken)):
         raise ConfigError(f"{directory}: already holds events; choose another directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{directory}: cannot be created: {error.strerror}") from None
-    zero = run.header["unix_time_s"] or 0.0
-    with SummaryWriter(str(directory)) as writer:
-        for row in run.metrics.to_dict("records"):
-            for name, value in row.items():
-                if name != "step" and isinstance(value, int | float) and pd.notna(value):
-                    writer.add_scalar(str(name), value, int(row["step"]), walltime=zero + float(row.get("time_s", 0)))
-        seconds = run.devices.assign(second=run.devices.t.astype(int)).groupby(["device", "second"], sort=False)
-        for (device, second), row in seconds.mean(numeric_only=True).drop(columns="t").iterrows():
-            for name, value in row.dropna().items():
-                writer.add_scalar(f"device/{device}/{name}", value, int(second), walltime=zero + float(second))
