@@ -181,7 +181,7 @@ class NvmlSource:
                 values[metric], state = getattr(answer.value, UNIONS[answer.valueType]) / 1e3, "ok"
             else:
                 state = STATES.get(answer.nvmlReturn, str(nvml.NVMLError(answer.nvmlReturn)))
-                if metric in SINGLE or state in FOR_GOOD or answer.nvmlReturn == nvml.NVML_ERROR_INVALID_ARGUMENT:
+                if state in FOR_GOOD or answer.nvmlReturn == nvml.NVML_ERROR_INVALID_ARGUMENT:
                     gpu.fields.remove(metric)
             self.capabilities.note(gpu.device.uuid, metric, state)
         return values
