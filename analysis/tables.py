@@ -90,7 +90,7 @@ def speed_table(runs: Sequence[Run]) -> pd.DataFrame:
 
 def _speed(run: Run) -> dict[str, float]:
     assert run.summary is not None
-    if run.summary.get("steps") is None:
+    if run.summary.get("generated_tokens") is None:
         raise DataError(f"{run.path}: has no rollout records: it is not a training run")
     seconds = training_ledger(run)
     per_step = 1 / run.summary["steps"]

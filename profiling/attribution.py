@@ -6,6 +6,7 @@ import pandas as pd
 from profiling.estimators import Pieces, Windows, busy_by_phase, energy_by_phase, windows_of_polls
 from profiling.ledger import innermost_phases
 from profiling.reader import Run
+from profiling.schema import PHASES
 
 HOST = "host"
 SENSOR_WINDOW_S = 1.0
@@ -62,18 +63,24 @@ def _short(value: float) -> str:
 
 
 def _named_pieces(run: Run, end: float) -> pd.DataFrame:
-    """The trainer's phases as the ledger has them; a program's own names, as they nest, where it has others."""
+    """The trainer's phases as the ledger has them, and a program's own names where one of those is the innermost."""
     known = innermost_phases(run.phases, end)
-    if (known.name != "").any():
-        return known
     phases = run.phases[run.phases.t_end > run.phases.t_start]
-    edges = np.unique(np.concatenate([[0.0, end], phases.t_start.clip(0, end), phases.t_end.clip(0, end)]))
-    names = np.full(len(edges) - 1, "", dtype=object)
-    steps = np.zeros(len(edges) - 1, dtype=int)
+    own = phases[~phases.name.isin(PHASES)]
+    if own.empty:
+        return known
+    edges = np.unique(np.concatenate([
+        [0.0, end], known.t_start, known.t_end, phases.t_start.clip(0, end), phases.t_end.clip(0, end),
+    ]))  # fmt: skip
+    place = np.clip(np.searchsorted(known.t_start.to_numpy(), edges[:-1], "right") - 1, 0, None)
+    names, steps = known.name.to_numpy(object)[place], known.step.to_numpy()[place]
+    inner, inner_step = np.full(len(edges) - 1, "", dtype=object), np.zeros(len(edges) - 1, dtype=int)
     for phase in phases.sort_values("depth", kind="stable").itertuples():
-        first, last = np.searchsorted(edges, [phase.t_start, phase.t_end])
-        names[first:last], steps[first:last] = phase.name, phase.step
-    return pd.DataFrame({"name": names, "step": steps, "t_start": edges[:-1], "t_end": edges[1:]})
+        first, last = np.searchsorted(edges, [max(phase.t_start, 0.0), min(phase.t_end, end)])
+        inner[first:last], inner_step[first:last] = phase.name, phase.step
+    mine = (inner != "") & ~np.isin(inner.astype(str), PHASES)
+    columns = {"name": np.where(mine, inner, names), "step": np.where(mine, inner_step, steps)}
+    return pd.DataFrame(columns | {"t_start": edges[:-1], "t_end": edges[1:]})
 
 
 def _of_metric(run: Run, device: str, metric: str) -> Windows:

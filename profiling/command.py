@@ -1,11 +1,14 @@
 """`tppo profile -- COMMAND`, `--pid PID`: any program under the sampler."""
 
-import math
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
+import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -20,6 +23,8 @@ from profiling.markers import VARIABLE, read_markers
 from profiling.phases import Profiler
 from profiling.reader import Run
 from profiling.summary import summarise
+
+LONGEST_INTERVAL_S = 3600.0
 
 
 def profile_command(
@@ -40,12 +45,17 @@ def profile_command(
                 process = subprocess.Popen(argv, env={**(environment or os.environ), VARIABLE: str(output.resolve())})
             except OSError as error:
                 raise ConfigError(f"{argv[0]}: cannot be run: {error.strerror}") from None
-            code = _wait(process)
+            with _passing_on_sigterm(process):
+                code = _wait(process)
         for record in read_markers(output, profiler.zero_s, profiler.now(), time.time() - profiler.now()):
             profiler.trace(record)
         wall_s = profiler.finish("finished" if code == 0 else "failed")
     write_totals(profiler, wall_s)
-    _print(Run(output), wall_s, f"exit code {code}")
+    try:
+        _print(Run(output), wall_s, f"exit code {code}")
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):  # (rich's) the reader of our output has gone; the command's exit code stands
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 
@@ -71,8 +81,8 @@ def profile_process(pid: int, *, interval_s: float, output: Path, links: bool = 
 
 
 def check_interval(interval_s: float) -> None:
-    if not 0 < interval_s < math.inf:
-        raise ConfigError(f"--interval {interval_s}: must be above 0 and finite")
+    if not 0 < interval_s <= LONGEST_INTERVAL_S:
+        raise ConfigError(f"--interval {interval_s:g}: must be above 0 and at most {LONGEST_INTERVAL_S:g}")
 
 
 def write_totals(profiler: Profiler, wall_s: float) -> None:
@@ -86,6 +96,19 @@ def write_totals(profiler: Profiler, wall_s: float) -> None:
         startup_steps=0, devices=run.devices,
     )  # fmt: skip
     profiler.writer.summary(summary)
+
+
+@contextlib.contextmanager
+def _passing_on_sigterm(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """The command decides what SIGTERM means; we record how it ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
@@ -113,7 +136,7 @@ def _print(run: Run, wall_s: float, how: str) -> None:
         )
     notes = [record["text"] for record in run.trace if record["type"] == "note"]
     sentences = alarms(run.ledger, run) if run.ledger is not None else []
-    Console().print(table, *by_phase(run), *notes, *sentences, sep="\n")
+    Console(markup=False, emoji=False).print(table, *by_phase(run), *notes, *sentences, sep="\n")
 
 
 def by_phase(run: Run) -> list[Table]:

@@ -8,10 +8,12 @@ is killed loses the phases that it was in, no others. The first line says which 
 
 import contextvars
 import json
+import operator
 import os
 import platform
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,8 @@ VARIABLE = "TPPO_PROFILE"
 _depth: contextvars.ContextVar[int] = contextvars.ContextVar("profiling_marker_depth", default=1)
 _lock = threading.Lock()
 _files: dict[tuple[int, str], Any] = {}
+_left: deque[tuple[str, bytes]] = deque()
+"""Directory and line of phases that are to be written."""
 
 
 @contextmanager
@@ -43,20 +47,48 @@ def phase(name: str, step: int) -> Iterator[None]:
 
 
 def mark(directory: str, name: str, step: int, start: float, end: float, depth: int = 1) -> None:
-    """A phase that is over; times of `time.perf_counter()`. What cannot be written is lost: the program goes on."""
-    line = json.dumps({"name": name, "step": step, "start": start, "end": end, "depth": depth}) + "\n"
-    key = (os.getpid(), directory)  # a forked process has a file of its own
-    with _lock:
+    """A phase that is over; times of `time.perf_counter()`. What cannot be written is lost: the program goes on.
+
+    Safe in threads, forks and signal handlers: nobody waits; whoever holds the lock writes what others left.
+    """
+    try:
+        one = {"name": str(name), "step": operator.index(step), "start": start, "end": end, "depth": depth}
+        line = json.dumps(one).encode() + b"\n"
+    except (TypeError, ValueError):
+        return
+    _left.append((directory, line))
+    while _left and _lock.acquire(blocking=False):
         try:
-            if key not in _files:
-                folder = Path(directory) / "markers"
-                folder.mkdir(exist_ok=True)
-                own = {"host": platform.node(), "boot": boot_id(), "clock": time.perf_counter(), "unix": time.time()}
-                _files[key] = (folder / f"{platform.node()}-{key[0]}.jsonl").open("a", buffering=1)
-                _files[key].write(json.dumps(own) + "\n")
-            _files[key].write(line)
-        except OSError:
-            return
+            while _left:
+                _write(*_left.popleft())
+        finally:
+            _lock.release()
+
+
+def _write(directory: str, line: bytes) -> None:
+    key = (os.getpid(), directory)  # a forked process has a file of its own
+    try:
+        if key not in _files:
+            folder = Path(directory) / "markers"
+            folder.mkdir(exist_ok=True)
+            own = {"host": platform.node(), "boot": boot_id(), "clock": time.perf_counter(), "unix": time.time()}
+            _files[key] = (folder / f"{platform.node()}-{key[0]}.jsonl").open("ab", buffering=0)
+            _files[key].write(json.dumps(own).encode() + b"\n")
+        _files[key].write(line)
+    except OSError:
+        return
+
+
+def _forget() -> None:
+    """In a forked child: the lock may be held by a thread that it does not have."""
+    global _lock
+    _lock = threading.Lock()
+    _files.clear()
+    _left.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def boot_id() -> str:
@@ -95,7 +127,7 @@ def read_markers(directory: Path, zero_s: float, end_s: float, unix_zero_s: floa
                     "step": int(one["step"]),
                     "depth": int(one["depth"]),
                 }
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 continue
             if end > (start := max(start, 0.0)):
                 records.append({**names, "t_start": start, "t_end": end})

@@ -69,7 +69,10 @@ class Sampler:
         self.start_cpu_s = time.process_time()
         deadline = time.perf_counter() + self.interval_s
         began = written = reported = time.perf_counter()
-        while not _input_closed(max(0.0, deadline - time.perf_counter())):
+        while not _input_closed(min(REPORT_SECONDS, max(0.0, deadline - time.perf_counter()))):
+            if time.perf_counter() < deadline:  # between ticks that are far apart
+                self.report()
+                continue
             late = int((time.perf_counter() - deadline) / self.interval_s)
             self.missed += late
             self.tick()

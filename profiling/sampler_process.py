@@ -1,5 +1,6 @@
 """Starts the sampler beside a run, starts it again when it dies or hangs, and stops it."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from profiling.errors import ToolkitError
 
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 10.0
@@ -35,7 +38,7 @@ class SamplerProcess:
         self.directory = directory
         self.restarts = 0
         self._command = [
-            sys.executable, "-m", "profiling.sampler",
+            sys.executable, "-P", "-m", "profiling.sampler",  # -P: not the modules of the current directory
             "--output", str(directory), "--interval", str(interval_s), "--zero", repr(zero_s),
             *(["--links"] if links else []),
         ]  # fmt: skip
@@ -75,7 +78,15 @@ class SamplerProcess:
         return f"no device samples after {START_TIMEOUT_S:.0f} s"
 
     def _watch(self) -> None:
-        """Until the run ends: a sampler that died or does not report any more is replaced, later every time."""
+        """Replace the sampler until the run ends. Linux tells it that its parent died when the thread that started it
+        does: this thread stays until it has ended."""
+        try:
+            self._replace()
+        finally:
+            self._end()
+
+    def _replace(self) -> None:
+        """A sampler that died or does not report any more, later every time."""
         while not self._stop.wait(min(WATCH_EVERY_S, self._hangs_after_s / 4)):
             fault = self._fault()
             if fault is None:
@@ -85,15 +96,19 @@ class SamplerProcess:
                 self._earlier.append(report)
                 (self.directory / "sampler.json").unlink(missing_ok=True)
             if self.restarts == len(self._back_off_s):
-                self._note(f"the sampler {fault} again; no more device samples")
+                self._say(f"the sampler {fault} again; no more device samples")
                 return
             wait_s = self._back_off_s[self.restarts]
             self.restarts += 1
-            self._note(f"the sampler {fault}; it is started again in {wait_s:g} s")
+            self._say(f"the sampler {fault}; it is started again in {wait_s:g} s")
             if self._stop.wait(wait_s):
                 return
             if (note := self._launch()) is not None:
-                self._note(note)
+                self._say(note)
+
+    def _say(self, text: str) -> None:
+        with contextlib.suppress(ToolkitError):  # a full disk: the run itself will say so
+            self._note(text)
 
     def _fault(self) -> str | None:
         assert self._process is not None
@@ -115,13 +130,9 @@ class SamplerProcess:
         if self._process.stdin is not None:
             self._process.stdin.close()
 
-    def stop(self) -> dict[str, Any] | None:
-        """End it; its own account of what it did, or None when it left none. With restarts, what all of them did."""
-        if self._process is None:
-            return None
-        self._stop.set()
-        if self._watcher is not None:
-            self._watcher.join(START_TIMEOUT_S)
+    def _end(self) -> None:
+        """Close its input, upon which it writes what it has and ends; kill it when it does not."""
+        assert self._process is not None
         assert self._process.stdin is not None
         if not self._process.stdin.closed:
             self._process.stdin.close()
@@ -130,6 +141,15 @@ class SamplerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def stop(self) -> dict[str, Any] | None:
+        """End it; its own account of what it did, or None when it left none. With restarts, what all of them did."""
+        if self._process is None:
+            return None
+        self._stop.set()
+        if self._watcher is not None:
+            self._watcher.join(START_TIMEOUT_S + STOP_TIMEOUT_S)
+        self._end()
         reports = [own for own in (*self._earlier, self._report()) if own is not None]
         if not reports or not self.restarts:
             return reports[-1] if reports else None

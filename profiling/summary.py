@@ -69,13 +69,16 @@ def summarise(
     ends = spans.groupby("step").agg(first=("t_start", "min"), last=("t_end", "max"))
     engine_s = cluster.engines * max(rollout_s, float((ends["last"] - ends["first"]).sum()))
     recorded = len(spans) > 0
-    marked = pieces[(pieces.step >= 1) & (pieces.name != "")].step.nunique()
+    training = pieces[(pieces.step >= 1) & (pieces.name != "") & ~pieces.name.isin(NOT_TRAINING)]
+    marked = training.step.nunique()
     steps = int(rows.step.nunique() if recorded else marked)
     totals = ledger_totals(ledger)
     ages, age_weights = _staleness(rows)
     skipped = min(startup_steps, max(steps - 1, 0))
     late = rows.step > skipped
     timed = (pieces.step > skipped) & (pieces.step >= 1) & ~pieces.name.isin(NOT_TRAINING)
+    if not recorded:  # a program may go on for long after its last step
+        timed &= pieces.t_end <= (training.t_end.max() if marked else 0.0)
     step_s = float(_seconds(pieces[timed]))
     counts = {
         "step": steps - skipped,

@@ -68,7 +68,7 @@ def watch(path: Path, *, once: bool = False, port: int | None = None, host: str 
     shown = view(snapshot(path))
     if port is not None:
         serve(path, port, host)
-    console = Console()
+    console = Console(markup=False, emoji=False)  # a phase may be called data[bf16]
     if once:
         console.print(shown)
         return

@@ -223,3 +223,28 @@ def test_a_full_disk_stops_the_sampler_and_space_lets_it_go_on(tmp_path):
     wait_until(lambda: list((tmp_path / "devices").glob("part-*.parquet")))
     report = sampler.stop()
     assert report["restarts"] == 1
+
+
+def test_what_a_restarted_sampler_saw_last_is_written(tmp_path):
+    sampler = SamplerProcess(tmp_path, interval_s=0.05, zero_s=time.perf_counter(), back_off_s=(0.1,))
+    sampler.start()
+    first = sampler._process.pid
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: sampler._process.pid != first and sampler._report() is not None)
+    time.sleep(0.5)
+    sampler.stop()
+    assert sampler._process.returncode == 0
+    parts = [pd.read_parquet(path) for path in (tmp_path / "devices").glob("part-*.parquet")]
+    assert sum(len(part) for part in parts) >= 5
+
+
+def test_a_sampler_with_far_ticks_does_not_look_dead(tmp_path):
+    notes = []
+    sampler = SamplerProcess(
+        tmp_path, interval_s=300.0, zero_s=time.perf_counter(), note=notes.append, hangs_after_s=7.0
+    )
+    sampler.start()
+    time.sleep(9.0)
+    report = sampler.stop()
+    assert notes == []
+    assert report["ticks"] == 2  # the first and the last

@@ -309,3 +309,100 @@ def test_the_plain_pytorch_example_trains_with_and_without_the_profiler(tmp_path
     assert main(["profile", "--output", str(tmp_path / "run"), "--", sys.executable, str(example)]) == 0
     phases = Run(tmp_path / "run").phases
     assert phases.name.value_counts().to_dict() == {"rollout": 5, "reward": 5, "update_policy": 5, "command": 1}
+
+
+def test_marking_survives_signals_forks_and_odd_steps(tmp_path):
+    run = profiled(
+        tmp_path,
+        """
+        import os, signal, threading, time
+        import numpy as np
+        from profiling.markers import phase
+        def handler(*_):
+            with phase("handler", 1):
+                pass
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+        def work():
+            for _ in range(2000):
+                with phase("thread", 1):
+                    pass
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for _ in range(5):
+            if os.fork() == 0:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                with phase("child", np.int64(3)):
+                    pass
+                os._exit(0)
+            os.wait()
+        for thread in threads:
+            thread.join()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for step in (float("inf"), None, "x"):
+            with phase("no step", step):
+                pass
+        """,
+    )
+    names = run.phases.name.value_counts()
+    assert (names["thread"], names["child"]) == (4000, 5)
+    assert names["handler"] > 3
+    assert "no step" not in names
+    assert run.phases[run.phases.name == "child"].step.unique().tolist() == [3]
+
+
+def test_own_names_stand_beside_the_ledgers_and_steps_end_with_their_last_phase(tmp_path, capsys):
+    run = profiled(
+        tmp_path,
+        """
+        import time
+        from profiling.markers import phase
+        for step in (1, 2, 3):
+            with phase("rollout", step):
+                time.sleep(0.15)
+                with phase("data[bf16] [/eos]", step):
+                    time.sleep(0.15)
+        with phase("evaluation", 9):
+            time.sleep(0.15)
+        time.sleep(0.6)
+        """,
+    )
+    found = device_estimates(run).drop_duplicates("phase").set_index("phase").seconds
+    assert set(found.index) == {"rollout", "data[bf16] [/eos]", "evaluation", "command"}
+    assert found["data[bf16] [/eos]"] == pytest.approx(0.45, abs=0.1)
+    assert found["rollout"] == pytest.approx(0.45, abs=0.1)
+    assert run.summary["steps"] == 3
+    assert run.summary["seconds_per_step"] == pytest.approx(0.3, abs=0.1)
+    assert main(["watch", str(run.path), "--once"]) == 0
+    assert "data[bf16]" in capsys.readouterr().out
+    assert main(["report", str(run.path), "--output", str(tmp_path / "report.html")]) == 0
+    assert "not a training run" in (tmp_path / "report.html").read_text()
+
+
+def test_a_module_that_only_shares_a_name_is_left_alone(tmp_path):
+    found = adapted(
+        tmp_path, "nvtx", "import nvtx\nassert nvtx.annotate == 3\n", packages=[("nvtx.py", "annotate = 3")]
+    )
+    assert found.empty
+
+
+def test_the_exit_code_outlives_the_reader_of_our_output_and_the_sampler_ignores_local_modules(tmp_path):
+    (tmp_path / "psutil.py").write_text("raise SystemExit('not the real one')")
+    profile = f"{sys.executable} -P -m tppo profile --output run -- sh -c 'sleep 0.3; exit 7'"
+    command = f"{profile} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "7"
+    assert len(Run(tmp_path / "run").devices) > 1
+
+
+def test_sigterm_reaches_the_command_and_the_trace_is_whole(tmp_path):
+    command = [sys.executable, "-m", "tppo", "profile", "--output", str(tmp_path / "run"), "--", "sleep", "60"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "run" / "sampler.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.terminate()
+        assert process.wait(20) == 143
+    assert Run(tmp_path / "run").trailer["status"] == "failed"

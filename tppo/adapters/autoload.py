@@ -72,7 +72,10 @@ class _Patching(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._inner.exec_module(module)
         for adapter in self._adapters:
-            adapter.patch(module)
+            try:
+                adapter.patch(module)
+            except Exception as error:  # another module of that name, or another version: the program goes on
+                print(f"tppo profile: {module.__name__} is not what the adapter knows: {error}", file=sys.stderr)
 
     def __getattr__(self, name: str) -> Any:  # resources, source and the like
         if name == "_inner":  # not made yet

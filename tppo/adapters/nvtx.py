@@ -50,8 +50,9 @@ def patch(module: ModuleType) -> int:
             if callable(original) and not hasattr(original, "_tppo"):
                 setattr(module, name, _both(own, original))
                 found += 1
-    if module.__name__ == "nvtx" and not hasattr(module.annotate, "_tppo"):
-        module.annotate = _annotate(module.annotate)  # type: ignore[attr-defined]
+    annotate = getattr(module, "annotate", None)
+    if module.__name__ == "nvtx" and callable(annotate) and not hasattr(annotate, "_tppo"):
+        module.annotate = _annotate(annotate)  # type: ignore[attr-defined]
         found += 1
     return found
 
