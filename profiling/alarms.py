@@ -6,11 +6,9 @@ import pandas as pd
 
 from profiling.ledger import OUTSIDE
 from profiling.reader import Run
+from profiling.summary import NEEDS_RECORDS
 
-ROLLOUT = (
-    "preempt_recompute", "re_prefill", "prefill", "decode_useful", "decode_underfilled", "kv_stall",
-    "decode_discarded", "wait_tail", "unresolved",
-)  # fmt: skip
+ROLLOUT = (*NEEDS_RECORDS, "unresolved")
 """Causes of a rollout's GPU-seconds."""
 ALARMS = {
     "wait_tail": (0.2, True, "{who} {waits} {share:.0%} of each rollout for the tail"),

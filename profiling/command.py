@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
-from rich.console import Console
 from rich.table import Table
 
 from profiling.alarms import alarms
 from profiling.attribution import COUNTERS, device_estimates, interval_text
+from profiling.console import plain_table, table_console
 from profiling.errors import ConfigError
 from profiling.ledger import Cluster, build_ledger
 from profiling.markers import VARIABLE, read_markers
@@ -121,9 +121,8 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def _print(run: Run, wall_s: float, how: str) -> None:
-    table = Table(title=f"{run.path}: {wall_s:.1f} s, {how}", title_justify="left")
-    for column in ("device", "samples", "utilisation", "power, W", "energy, J", "peak memory, GiB"):
-        table.add_column(column, justify="left" if column == "device" else "right")
+    columns = ("device", "samples", "utilisation", "power, W", "energy, J", "peak memory, GiB")
+    table = plain_table(f"{run.path}: {wall_s:.1f} s, {how}", *columns)
     for device, samples in run.devices.groupby("device", sort=False):
         energy = samples.energy_joules.dropna()
         table.add_row(
@@ -136,16 +135,17 @@ def _print(run: Run, wall_s: float, how: str) -> None:
         )
     notes = [record["text"] for record in run.trace if record["type"] == "note"]
     sentences = alarms(run.ledger, run) if run.ledger is not None else []
-    Console(markup=False, emoji=False).print(table, *by_phase(run), *notes, *sentences, sep="\n")
+    table_console().print(table, *by_phase(run), *notes, *sentences, sep="\n")
 
 
 def by_phase(run: Run) -> list[Table]:
     """Device and phase: seconds, busy, joules, watts with intervals, `unresolved` where nothing can be said; and what
     the GPUs' own counters say, where they have them."""
     estimates = device_estimates(run)
-    main = _phase_table("by phase, 95 % intervals", "seconds", "busy", "energy, J", "mean power, W")
+    main = plain_table("by phase, 95 % intervals", "device", "phase", "seconds", "busy", "energy, J", "mean power, W")
     counted = [name for name in COUNTERS if (estimates.quantity == name).any()]
-    counters = _phase_table("by phase, the GPUs' own counters", *(name.replace("_", " ") for name in counted))
+    titles = (name.replace("_", " ") for name in counted)
+    counters = plain_table("by phase, the GPUs' own counters", "device", "phase", *titles)
     for (device, phase), own in estimates.groupby(["device", "phase"], sort=False):
         known = own.set_index("quantity")
         seconds = float(own.seconds.iloc[0])
@@ -158,13 +158,6 @@ def by_phase(run: Run) -> list[Table]:
         if any(texts):
             counters.add_row(str(device), str(phase), *(text or "-" for text in texts))
     return [main, *([counters] if counted else [])]
-
-
-def _phase_table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in ("device", "phase", *columns):
-        table.add_column(column, justify="left" if column in ("device", "phase") else "right")
-    return table
 
 
 def _mean(values: "object", form: str) -> str:

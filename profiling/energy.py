@@ -23,15 +23,15 @@ def joules_by_piece(devices: pd.DataFrame, pieces: pd.DataFrame) -> np.ndarray |
         t, joules = own.t.to_numpy(float) - TICK_S / 2, own.energy_joules.to_numpy(float)
         if len(t) < 2 or t[-1] <= t[0] or (np.diff(joules) < 0).any():
             return None
-        power = (joules[-1] - joules[0]) / (t[-1] - t[0])
-
-        def drawn_until(at: pd.Series, t: np.ndarray = t, joules: np.ndarray = joules, power: float = power):  # type: ignore[no-untyped-def]
-            moment = at.to_numpy(float)
-            outside = np.minimum(0.0, moment - t[0]) + np.maximum(0.0, moment - t[-1])
-            return np.interp(moment, t, joules) + power * outside
-
-        total += drawn_until(pieces.t_end) - drawn_until(pieces.t_start)
+        total += _drawn_until(pieces.t_end.to_numpy(float), t, joules)
+        total -= _drawn_until(pieces.t_start.to_numpy(float), t, joules)
     return total
+
+
+def _drawn_until(moment: np.ndarray, t: np.ndarray, joules: np.ndarray) -> np.ndarray:
+    power = (joules[-1] - joules[0]) / (t[-1] - t[0])
+    outside = np.minimum(0.0, moment - t[0]) + np.maximum(0.0, moment - t[-1])
+    return np.interp(moment, t, joules) + power * outside
 
 
 def energy_totals(

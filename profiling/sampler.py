@@ -70,14 +70,12 @@ class Sampler:
         deadline = time.perf_counter() + self.interval_s
         began = written = reported = time.perf_counter()
         while not _input_closed(min(REPORT_SECONDS, max(0.0, deadline - time.perf_counter()))):
-            if time.perf_counter() < deadline:  # between ticks that are far apart
-                self.report()
-                continue
-            late = int((time.perf_counter() - deadline) / self.interval_s)
-            self.missed += late
-            self.tick()
-            deadline += (1 + late) * self.interval_s
             now = time.perf_counter()
+            if now >= deadline:  # else it is only time for a sign of life
+                late = int((now - deadline) / self.interval_s)
+                self.missed += late
+                self.tick()
+                deadline += (1 + late) * self.interval_s
             if now - written >= (PART_SECONDS if now - began < LATER_S else LATER_PART_SECONDS):
                 self.write_part()
                 written = reported = now
@@ -108,15 +106,17 @@ class Sampler:
         if windows:
             own = {name: [getattr(window, name) for window in windows] for name in schema.WINDOWS.names}
             write_parquet(self.directory / "windows" / f"part-{self.part:06d}.parquet", own, schema.WINDOWS)
+        if self.rows:
+            self.write_rows()
+        self.part += 1
         self.report()  # its time says that the sampler lives
-        if not self.rows:
-            return
+
+    def write_rows(self) -> None:
         columns: dict[str, list[Any]] = {"t": [t for t, _ in self.rows]}
         for field in fields(Sample):
             columns[field.name] = [getattr(sample, field.name) for _, sample in self.rows]
         path = self.directory / "devices" / f"part-{self.part:06d}.parquet"
         write_parquet(path, columns, schema.DEVICES)
-        self.part += 1
         self.rows = []
 
     def report(self) -> None:

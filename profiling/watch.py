@@ -12,12 +12,13 @@ from pathlib import Path
 import pandas as pd
 from prometheus_client.core import CollectorRegistry, CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import start_http_server
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from profiling.alarms import alarms
+from profiling.console import plain_table, table_console
 from profiling.errors import ConfigError, ToolkitError
 from profiling.ledger import Cluster, build_ledger
 from profiling.reader import Run
@@ -68,7 +69,7 @@ def watch(path: Path, *, once: bool = False, port: int | None = None, host: str 
     shown = view(snapshot(path))
     if port is not None:
         serve(path, port, host)
-    console = Console(markup=False, emoji=False)  # a phase may be called data[bf16]
+    console = table_console()
     if once:
         console.print(shown)
         return
@@ -91,7 +92,7 @@ def view(now: Snapshot) -> Group:
 
 
 def _phases(now: Snapshot) -> Table:
-    table = _table("phases", "phase", "times", "seconds", "last, s", "share")
+    table = plain_table("phases", "phase", "times", "seconds", "last, s", "share")
     for name, own in now.run.phases.groupby("name", sort=False):
         seconds = own.t_end - own.t_start
         share = float(seconds.sum()) / now.wall_s if now.wall_s else 0.0
@@ -106,7 +107,7 @@ def _phases(now: Snapshot) -> Table:
 
 
 def _devices(now: Snapshot) -> Table:
-    table = _table(f"devices, last {RECENT_S:g} s", "device", "utilisation", "", "power, W", "memory, GiB", "C")
+    table = plain_table(f"devices, last {RECENT_S:g} s", "device", "utilisation", "", "power, W", "memory, GiB", "C")
     for device, own in latest(now.run).iterrows():
         busy = own.utilisation
         table.add_row(
@@ -122,7 +123,7 @@ def _devices(now: Snapshot) -> Table:
 
 def _causes(now: Snapshot) -> Table:
     """Where the GPU-seconds of the complete steps went, the largest first."""
-    table = _table("GPU-seconds so far", "cause", "seconds", "share")
+    table = plain_table("GPU-seconds so far", "cause", "seconds", "share")
     seconds = now.ledger.groupby("cause").seconds.sum().sort_values(ascending=False)
     for cause, own in seconds.head(LARGEST_CAUSES).items():
         table.add_row(str(cause), f"{own:.1f}", ProgressBar(1.0, own / seconds.sum(), width=20))
@@ -135,13 +136,6 @@ def latest(run: Run) -> pd.DataFrame:
     if devices.empty:
         return devices.set_index("device")
     return devices[devices.t >= devices.t.max() - RECENT_S].groupby("device", sort=False).mean(numeric_only=True)
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place == 0 else "right")
-    return table
 
 
 def _text(value: float, form: str, unit: str = "") -> str:

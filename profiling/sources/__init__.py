@@ -50,9 +50,6 @@ class Capabilities:
     def note(self, device: str, metric: str, state: str) -> None:
         self.states.setdefault(device, {})[metric] = state
 
-    def state(self, device: str, metric: str) -> str | None:
-        return self.states.get(device, {}).get(metric)
-
 
 class Source(Protocol):
     capabilities: Capabilities

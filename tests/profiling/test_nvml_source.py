@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from profiling.schema import WINDOW_METRICS
 from profiling.sources import Device
 from profiling.sources.nvml import visible
 
@@ -126,7 +127,7 @@ for turn in range(int(sys.argv[2])):
     now = time.perf_counter() - zero
     samples = source.read(now)
     found += source.windows(now)
-    states.append(source.capabilities.state(samples[0].device, "energy_joules"))
+    states.append(source.capabilities.states[samples[0].device]["energy_joules"])
     time.sleep(0.6)
 print(json.dumps({"windows": [[w.device, w.metric, w.t_begin, w.t_end, w.value] for w in found], "states": states,
                   "processes": source.processes(), "end": time.perf_counter() - zero}))
@@ -143,6 +144,7 @@ def test_gpm_and_links_are_means_between_two_readings(library):
     got = over_time(library, turns=3, FAKE_NVML_SHARED="1")
     own = [w for w in got["windows"] if w[0] == "GPU-0000-0"]
     values = {w[1]: w[4] for w in own}
+    assert {*values, "utilisation"} <= set(WINDOW_METRICS)
     assert values["sm_activity"] == pytest.approx(0.4)
     assert values["dram_activity"] == pytest.approx(0.12)
     assert values["nvlink_sent_bytes_per_s"] == 100 * 2**20

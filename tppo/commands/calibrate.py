@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from profiling.console import table_console
 from profiling.errors import ConfigError
 from profiling.reader import Run
 from profiling.settings import to_toml
@@ -18,7 +19,6 @@ from simulator.hardware.efficiency import load_efficiency
 from simulator.logs import KINDS, calibrate_logs
 from simulator.models import load_model
 from simulator.transfer import transfer
-from tppo.commands.output import table_console
 
 
 @dataclass(frozen=True)

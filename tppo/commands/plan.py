@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from profiling.console import table_console
 from profiling.errors import ConfigError
 from profiling.settings import check_settings
 from profiling.writer import write_atomically
 from simulator.plan import Answer, Question, answer
-from tppo.commands.output import table_console
 
 LISTS = ("gpus", "steps_ratio", "schedules", "windows", "factors", "tensor_parallel")
 """Fields that take several values with commas."""

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from rich.table import Table
 
+from profiling.console import table_console
 from profiling.settings import parse_overrides
 from profiling.writer import refuse_a_run
 from simulator import load_experiment, simulate
-from tppo.commands.output import table_console
 
 
 def run_simulation(path: Path, words: Sequence[str], *, output: Path | None, as_json: bool) -> None:

@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from profiling.console import table_console
 from profiling.errors import ConfigError
 from profiling.settings import parse_overrides
 from simulator.sweep import cells_of, parse_vary, run_cells
-from tppo.commands.output import table_console
 
 SHOWN = ("wall_seconds", "rollout_seconds", "seconds_per_trained_token", "engine_idle_fraction", "staleness_mean")
 
