@@ -96,6 +96,7 @@ def write_wandb(run: Run, directory: Path) -> None:
         target.define_metric("device/*", step_metric="second", step_sync=False)
         for axis, place, _, values in scalars(run):
             target.log({axis: place, **values})
+    wandb.teardown()  # its service writes the file after the run has finished; wait for it
 
 
 def scalars(run: Run) -> Iterator[tuple[str, int, float, dict[str, float]]]:
