@@ -32,7 +32,7 @@ from benchmarks.record_results import ROOT, markdown
 from benchmarks.trl_process import TRL_VERSION, Peer, environment
 from profiling.settings import check_settings
 from tppo.config import RunConfig
-from tppo.data.arithmetic import Problem
+from tppo.data.problem import Problem
 from tppo.learner.batch import Spans
 from tppo.learner.estimates import score_log_probs, score_values
 from tppo.models.policy import load_policy, new_qwen2, output_layer

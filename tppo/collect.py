@@ -13,7 +13,8 @@ from profiling import Profiler
 from tppo.algorithms.recipes import Recipe
 from tppo.algorithms.rewards import informative_groups
 from tppo.config import RunConfig
-from tppo.data.arithmetic import ArithmeticTask, verify
+from tppo.data.problem import Task, prompt_ids
+from tppo.rewards.protocol import Reward
 from tppo.rollout.drive import plan_step, run_rollout
 from tppo.rollout.protocol import RolloutEngine, Sampling
 from tppo.rollout.rows import Row
@@ -73,13 +74,14 @@ class Collector:
         config: RunConfig,
         recipe: Recipe,
         state: TrainingState,
-        task: ArithmeticTask,
+        task: Task,
+        reward: Reward,
         schedule: Schedule,
         engine: RolloutEngine,
         sampling: Sampling,
         profiler: Profiler,
     ) -> None:
-        self.config, self.recipe, self.state, self.task = config, recipe, state, task
+        self.config, self.recipe, self.state, self.task, self.reward = config, recipe, state, task, reward
         self.schedule, self.engine, self.sampling, self.profiler = schedule, engine, sampling, profiler
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
         self._under_way: Future[Ahead] | None = None
@@ -107,7 +109,7 @@ class Collector:
                 self.grade(fresh)
                 keep = [True] * len(fresh)
                 if recipe.dynamic_sampling:
-                    right = torch.tensor([(row.reward or 0.0) > 0 for row in fresh])
+                    right = torch.tensor([bool(row.correct) for row in fresh])
                     informative = informative_groups(right, torch.tensor([row.group for row in fresh])).tolist()
                     # A row that the engine gave up is not done: it carries over.
                     keep = [good or not row.finished for good, row in zip(informative, fresh, strict=True)]
@@ -178,7 +180,7 @@ class Collector:
     def fresh_row(self, number: int) -> Row:
         group = number // self.config.rollout.samples_per_prompt
         problem = self.task.problem(group)
-        return Row(number, group, problem, self.state.tokenizer(problem.prompt)["input_ids"])
+        return Row(number, group, problem, prompt_ids(self.state.tokenizer, problem))
 
     def generate(self, schedule: Schedule, plan: StepPlan, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Run the plan. Returns the engine's records."""
@@ -189,8 +191,9 @@ class Collector:
         return self.engine.take_records()
 
     def grade(self, rows: Sequence[Row]) -> None:
-        """+1 for a right final answer, -1 otherwise; unfinished rows have no reward yet."""
-        for row in rows:
-            if row.finished:
-                right = verify(row.problem, str(self.state.tokenizer.decode(row.response_ids)))
-                row.reward = 1.0 if right else -1.0
+        """Finished rows only; the others have no reward yet."""
+        done = [row for row in rows if row.finished]
+        texts = [str(self.state.tokenizer.decode(row.response_ids)) for row in done]
+        grades = self.reward.grade([row.problem for row in done], texts)
+        for row, grade in zip(done, grades, strict=True):
+            row.reward, row.correct = grade.reward, grade.correct

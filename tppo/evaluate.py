@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from tppo.data.arithmetic import Problem, verify
+from tppo.data.problem import Problem, prompt_ids
+from tppo.rewards.protocol import Reward
 from tppo.rollout.protocol import Request, RolloutEngine, Sampling
 
 
@@ -22,16 +23,17 @@ def evaluate(
     sampling: Sampling,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
+    reward: Reward,
     *,
     max_response_tokens: int,
 ) -> Accuracy:
     """One sampled answer per problem. With `sampling.seed`, training's random state is not touched."""
-    prompts = [tokenizer(problem.prompt)["input_ids"] for problem in problems]
+    prompts = [prompt_ids(tokenizer, problem) for problem in problems]
     engine.submit([Request(i, prompt, 0, max_response_tokens) for i, prompt in enumerate(prompts)], sampling)
-    right = 0
+    responses = [""] * len(problems)
     while ended := engine.run_until_a_row_ends():
         for completion in ended:
-            right += verify(problems[completion.row], str(tokenizer.decode(completion.token_ids)))
+            responses[completion.row] = str(tokenizer.decode(completion.token_ids))
     engine.take_records()
-    mean = right / len(problems)
+    mean = sum(grade.correct for grade in reward.grade(problems, responses)) / len(problems)
     return Accuracy(mean, math.sqrt(mean * (1 - mean) / len(problems)))

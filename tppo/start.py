@@ -15,6 +15,7 @@ from tppo.config import RunConfig
 from tppo.data.arithmetic import ArithmeticTask
 from tppo.learner.recipe import recipe_of
 from tppo.models.policy import describe_model, load_policy
+from tppo.rewards.final_answer import FinalAnswer
 from tppo.rollout.engines import check_rows_fit, make_engine, sampling_of
 from tppo.run_records import header_of
 from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, Truncated
@@ -52,7 +53,7 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
     policy, tokenizer = load_policy(model_path)
     task, held_out_task = task_of(config), task_of(config, config.evaluation.seed)
     held_out = [held_out_task.problem(number) for number in range(config.evaluation.problems)]
-    longest_prompt = task.max_prompt_tokens + tokenizer.num_special_tokens_to_add()
+    longest_prompt = task.longest_prompt(tokenizer)
     check_rows_fit(config, policy, tokenizer, longest_prompt)
     state = new_state(policy, tokenizer, config)
     if checkpoint is not None and progress is not None:
@@ -79,7 +80,7 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
     )
     with profiler:
         sampling = sampling_of(config, tokenizer)
-        yield Trainer(config, state, task, schedule, engine, sampling, held_out, writer, profiler)
+        yield Trainer(config, state, task, FinalAnswer(), schedule, engine, sampling, held_out, writer, profiler)
 
 
 def check_it_can_go_on(config: RunConfig) -> None:

@@ -17,7 +17,7 @@ from profiling.errors import ConfigError, DataError, RunError
 from tppo.algorithms.ewma import ProximalPolicy, beta_for
 from tppo.algorithms.recipes import RECIPES
 from tppo.config import RunConfig
-from tppo.data.arithmetic import Problem
+from tppo.data.problem import Problem
 from tppo.models.policy import load_policy, save_policy
 from tppo.models.value import ValueModel
 from tppo.rollout.rows import Row

@@ -13,7 +13,7 @@ from tppo.algorithms.geppo import next_learning_rate, reuse_weights
 from tppo.collect import Collector, StepTimes
 from tppo.config import RunConfig
 from tppo.console import progress_bar, stop_on_interrupt
-from tppo.data.arithmetic import ArithmeticTask, Problem
+from tppo.data.problem import Problem, Task
 from tppo.evaluate import Accuracy, evaluate
 from tppo.learner.estimates import estimate, monte_carlo_batch, policy_spans, score_log_probs, score_values
 from tppo.learner.policy_update import additive_width, total_variation, update_policy
@@ -22,6 +22,7 @@ from tppo.learner.step import set_learning_rate
 from tppo.learner.value_update import update_value
 from tppo.metrics import step_metrics
 from tppo.probe import DriftProbe
+from tppo.rewards.protocol import Reward
 from tppo.rollout.drive import engine_faults
 from tppo.rollout.engines import evaluation_engine
 from tppo.rollout.protocol import EngineError, RolloutEngine, Sampling
@@ -48,7 +49,8 @@ class Trainer:
         self,
         config: RunConfig,
         state: TrainingState,
-        task: ArithmeticTask,
+        task: Task,
+        reward: Reward,
         schedule: Schedule,
         engine: RolloutEngine,
         sampling: Sampling,
@@ -63,6 +65,7 @@ class Trainer:
         self.engine = engine
         self.sampling = sampling
         self.held_out = held_out
+        self.reward = reward
         self.writer = writer
         self.profiler = profiler
         self.clock = profiler.now
@@ -70,10 +73,10 @@ class Trainer:
         self.probe = DriftProbe()
         self.on_device = DeviceTimes(profiler) if config.profile.cuda_events else None
         self.torch_profile = TorchProfile(profiler, steps_of(config.profile.torch_steps))
-        self.collector = Collector(config, self.recipe, state, task, schedule, engine, sampling, profiler)
+        self.collector = Collector(config, self.recipe, state, task, reward, schedule, engine, sampling, profiler)
         self.evaluation_engine = evaluation_engine(
             config, state.policy, state.tokenizer, engine, slots=len(held_out),
-            max_tokens=task.max_prompt_tokens + config.rollout.max_response_tokens,
+            max_tokens=task.longest_prompt(state.tokenizer) + config.rollout.max_response_tokens,
         )  # fmt: skip
 
     def run(self, show_progress: bool) -> Outcome:
@@ -239,6 +242,7 @@ class Trainer:
                 replace(self.sampling, seed=self.config.evaluation.seed + step),
                 self.state.tokenizer,
                 self.held_out,
+                self.reward,
                 max_response_tokens=self.config.rollout.max_response_tokens,
             )
         self.state.accuracies.append(accuracy.mean)

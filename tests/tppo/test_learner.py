@@ -10,7 +10,7 @@ import torch
 
 from tppo.algorithms.ewma import ProximalPolicy
 from tppo.algorithms.recipes import RECIPES
-from tppo.data.arithmetic import Problem
+from tppo.data.problem import Problem
 from tppo.learner.batch import Spans, forward_spans, mini_batches, pick
 from tppo.learner.estimates import estimate, policy_spans, score_log_probs, score_values
 from tppo.learner.policy_update import update_policy

@@ -16,18 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from tppo.data.problem import Problem
 
 NAMES = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZαβγδεζηθικλμνξοπρστυφχψωабвгдежзийклмнопрстуфхцчшщъыьэюя"
 SYMBOLS = "0123456789=:;#$"
 END = "$"
 TOKENS_PER_STEP = 5
 ANSWER_TOKENS = 3
-
-
-@dataclass(frozen=True)
-class Problem:
-    prompt: str
-    answer: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +44,9 @@ class ArithmeticTask:
     @property
     def max_prompt_tokens(self) -> int:
         return 2 * (self.max_steps + 1) + 1
+
+    def longest_prompt(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        return self.max_prompt_tokens + tokenizer.num_special_tokens_to_add()
 
     @property
     def max_response_tokens(self) -> int:

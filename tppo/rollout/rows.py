@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from tppo.data.arithmetic import Problem
+from tppo.data.problem import Problem
 from tppo.rollout.protocol import Completion
 
 
@@ -24,6 +24,8 @@ class Row:
     finished: bool = False
     reward: float | None = None
     """The verifier's, before shaping; None while unfinished."""
+    correct: bool | None = None
+    """Whether the answer is right; None while unfinished."""
     preempted: int = 0
     """Times in the current window that the engine computed its keys and values again."""
     t_start: float = 0.0
@@ -67,4 +69,4 @@ class Row:
     def undo_window(self) -> None:
         """Forget what was generated since `begin_window`."""
         del self.response_ids[self.window_start :], self.log_probs[self.window_start :]
-        self.finished, self.reward = False, None
+        self.finished, self.reward, self.correct = False, None, None

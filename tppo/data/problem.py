@@ -1,0 +1,30 @@
+"""What a run trains on: problems by number, each with an answer that a reward knows how to check."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Problem:
+    prompt: str
+    """The text that the model continues, a chat template already applied."""
+    answer: str
+    special_tokens: bool = True
+    """Whether the tokenizer adds its own special tokens; a chat template has put them in already."""
+
+
+class Task(Protocol):
+    """Problem number i is a function of i and the task's settings alone, so that every run sees the same rows, and
+    the position in the data is the number of the next row."""
+
+    def problem(self, number: int) -> Problem: ...
+
+    def longest_prompt(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Tokens of the longest prompt, special ones included."""
+        ...
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
+    return tokenizer(problem.prompt, add_special_tokens=problem.special_tokens)["input_ids"]
