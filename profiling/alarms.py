@@ -85,7 +85,10 @@ def _device_alarms(devices: pd.DataFrame) -> list[str]:
 
 def _sampler_alarms(run: Run) -> list[str]:
     own = (run.trailer or {}).get("sampler")
-    if not isinstance(own, dict) or not own.get("ticks"):
+    if not isinstance(own, dict):
         return []
-    share = own["missed_ticks"] / (own["ticks"] + own["missed_ticks"])
+    ticks, missed = own.get("ticks"), own.get("missed_ticks")
+    if not isinstance(ticks, int) or not isinstance(missed, int) or ticks <= 0:
+        return []
+    share = missed / (ticks + missed)
     return [f"the sampler missed {share:.0%} of its ticks: the host is overloaded"] if share >= MISSED_SHARE else []

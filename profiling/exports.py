@@ -15,6 +15,8 @@ TORCH_FOLDER = "torch"
 PHASES_PID = 0
 TORCH_PIDS = 1_000_000
 """Added to the process numbers of torch's own events."""
+MARKED_PIDS = 2_000_000
+"""Of the processes of a profiled command that marked phases."""
 DEVICE_TID = 100
 """Of the process of phases: the same phases as the GPU saw them."""
 ENGINE_PIDS = 1
@@ -36,8 +38,10 @@ def chrome_trace(run: Run, first_step: int = 0, last_step: int | None = None) ->
         last = "the last" if last_step is None else last_step
         raise DataError(f"{run.path}: has no phases in steps {first_step} to {last}")
     events = [_name("process_name", PHASES_PID, 0, f"{run.name}: phases ({run.kind})")]
+    pids = {name: PHASES_PID if not name else MARKED_PIDS + n for n, name in enumerate(phases.process.unique())}
+    events += [_name("process_name", pid, 0, f"{run.name}: {name}") for name, pid in pids.items() if name]
     for phase in phases.itertuples(index=False):
-        events.append(_event(phase.name, phase, PHASES_PID, int(phase.depth), {"step": int(phase.step)}))
+        events.append(_event(phase.name, phase, pids[phase.process], int(phase.depth), {"step": int(phase.step)}))
     for phase in chosen(run.device_phases).itertuples(index=False):
         events.append(_event(phase.name, phase, PHASES_PID, DEVICE_TID + int(phase.depth), {"step": int(phase.step)}))
     if len(run.device_phases):

@@ -99,13 +99,15 @@ def boot_id() -> str:
         return platform.node()
 
 
-def read_markers(directory: Path, zero_s: float, end_s: float, unix_zero_s: float) -> list[dict[str, Any]]:
-    """Trace records of all processes' phases, by their ends, and a note for each other host. zero_s, unix_zero_s: our
-    monotonic and wall clock at the start of the run; end_s: of the run, where a phase that outlives it is cut. Lines
-    that are none are left out."""
+def read_markers(
+    directory: Path, zero_s: float, end_s: float, unix_zero_s: float, boot: str | None = None
+) -> list[dict[str, Any]]:
+    """Trace records of all processes' phases, by their ends, and a note for each other host. zero_s, unix_zero_s: the
+    run's monotonic and wall clock at its start; end_s: of the run, where a phase that outlives it is cut; boot: whose
+    monotonic clock that is, if not ours. Lines that are none are left out."""
     records: list[dict[str, Any]] = []
     notes: dict[str, dict[str, Any]] = {}
-    ours_s, here = zero_s, boot_id()
+    ours_s, here = zero_s, boot or boot_id()
     for path in sorted((directory / "markers").glob("*.jsonl")):
         zero_s = ours_s
         for line in path.read_text(errors="replace").splitlines():
@@ -126,6 +128,7 @@ def read_markers(directory: Path, zero_s: float, end_s: float, unix_zero_s: floa
                     "name": str(one["name"]),
                     "step": int(one["step"]),
                     "depth": int(one["depth"]),
+                    "process": path.stem,
                 }
             except (ValueError, KeyError, TypeError, OverflowError):
                 continue

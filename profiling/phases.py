@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from profiling.markers import boot_id
 from profiling.sampler_process import SamplerProcess
 from profiling.writer import RunWriter
 
@@ -43,7 +44,8 @@ class Profiler:
         if writer is None:
             if directory is None:
                 raise ValueError("a Profiler needs a directory or a writer")
-            writer = RunWriter(directory, header=plain_header(), config_toml="")
+            own = {"zero_s": self._zero, "boot": boot_id()}  # a program's markers have that clock
+            writer = RunWriter(directory, header={**plain_header(), **own}, config_toml="")
         self.writer = writer
         self._interval_s, self._links = sampler_interval_s, links
         self._sampler: SamplerProcess | None = None

@@ -74,8 +74,9 @@ class Run:
 
     @cached_property
     def phases(self) -> pd.DataFrame:
-        """name, step, t_start, t_end, depth: one row per phase, in the order in which they ended."""
-        return self._records("phase")
+        """name, step, t_start, t_end, depth, process: one row per phase, in the order in which they ended. process:
+        "", or the one of a profiled command that marked it (HOST-PID)."""
+        return self._records("phase", "process")
 
     @cached_property
     def device_phases(self) -> pd.DataFrame:
@@ -87,9 +88,9 @@ class Run:
         """step, t, seconds: the drift probe's timings."""
         return self._records("probe")
 
-    def _records(self, kind: str) -> pd.DataFrame:
-        columns = list(schema.TRACE_FIELDS[kind])
-        rows = [[record[c] for c in columns] for record in self.trace if record["type"] == kind]
+    def _records(self, kind: str, *optional: str) -> pd.DataFrame:
+        columns = [*schema.TRACE_FIELDS[kind], *optional]
+        rows = [[record.get(c, "") for c in columns] for record in self.trace if record["type"] == kind]
         return pd.DataFrame(rows, columns=columns)
 
     @cached_property

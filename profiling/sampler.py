@@ -8,7 +8,6 @@ its parent dies.
 import argparse
 import ctypes
 import json
-import os
 import select
 import signal
 import sys
@@ -69,7 +68,7 @@ class Sampler:
         self.start_cpu_s = time.process_time()
         deadline = time.perf_counter() + self.interval_s
         began = written = reported = time.perf_counter()
-        while not _input_closed(min(REPORT_SECONDS, max(0.0, deadline - time.perf_counter()))):
+        while not _told_to_end(min(REPORT_SECONDS, max(0.0, deadline - time.perf_counter()))):
             now = time.perf_counter()
             if now >= deadline:  # else it is only time for a sign of life
                 late = int((now - deadline) / self.interval_s)
@@ -90,7 +89,11 @@ class Sampler:
 
     def tick(self) -> None:
         t = time.perf_counter() - self.zero_s
-        self.rows += [(t, sample) for source in self.sources for sample in source.read(t)]
+        for source in self.sources:
+            at = time.perf_counter() - self.zero_s  # a sweep of slow calls takes a while: each device has its time
+            for sample in source.read(t):
+                self.rows.append((at, sample))
+                at = time.perf_counter() - self.zero_s
         self.ticks += 1
         self.first_s = t if self.first_s is None else self.first_s
         self.last_s = t
@@ -145,10 +148,11 @@ def _warm_up() -> None:
         write_parquet(Path(folder) / "part.parquet", columns, schema.DEVICES)
 
 
-def _input_closed(timeout_s: float) -> bool:
-    """Wait; True as soon as the parent has closed its end of the pipe."""
+def _told_to_end(timeout_s: float) -> bool:
+    """Wait; True as soon as the parent has closed its end of the pipe, or said so: a child that it forked may hold
+    the pipe open."""
     ready, _, _ = select.select([sys.stdin], [], [], timeout_s)
-    return bool(ready) and not os.read(sys.stdin.fileno(), 4096)
+    return bool(ready)
 
 
 def main() -> None:

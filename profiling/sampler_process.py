@@ -131,11 +131,15 @@ class SamplerProcess:
             self._process.stdin.close()
 
     def _end(self) -> None:
-        """Close its input, upon which it writes what it has and ends; kill it when it does not."""
+        """Tell it to write what it has and end; kill it when it does not."""
         assert self._process is not None
         assert self._process.stdin is not None
         if not self._process.stdin.closed:
-            self._process.stdin.close()
+            with contextlib.suppress(OSError):  # it has died
+                self._process.stdin.write(b"stop")
+                self._process.stdin.flush()
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
         try:
             self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:

@@ -178,6 +178,19 @@ TRACE_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     },
     "phase": {"name": str, "step": int, "t_start": (int, float), "t_end": (int, float), "depth": int},
     "device_phase": {"name": str, "step": int, "t_start": (int, float), "t_end": (int, float), "depth": int},
+    "work": {  # of a step's training phase; tokens and pairs without padding
+        "name": str,
+        "step": int,
+        "passes": int,  # forward, of a micro-batch each
+        "tokens": int,
+        "pairs": int,  # attended query-key pairs
+        "outputs": int,  # positions that the output layer was applied to
+        "backward_passes": int,
+        "backward_tokens": int,
+        "backward_pairs": int,
+        "backward_outputs": int,
+        "updates": int,  # optimiser steps
+    },
     "plan_step": {
         "step": int,
         "t": (int, float),
@@ -219,6 +232,9 @@ def fault_in(record: Any) -> str | None:
         accepted = kinds if isinstance(kinds, tuple) else (kinds,)
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
             return f"{record['type']}.{name} = {value!r} is not {' or '.join(k.__name__ for k in accepted)}"
+    for name in ("gpus", "engines", "gpus_per_engine") if record["type"] == "header" else ():
+        if record[name] < 1:
+            return f"header.{name} = {record[name]} is not at least 1"
     if record["type"] == "header" and record["schema"] != SCHEMA_VERSION:
         return f"schema version {record['schema']} is not {SCHEMA_VERSION}; use the toolkit that wrote the run"
     return None

@@ -3,11 +3,13 @@
 A trainer is not touched by it: another process, which reads what the run has written.
 """
 
+import math
 import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from prometheus_client.core import CollectorRegistry, CounterMetricFamily, GaugeMetricFamily, Metric
@@ -21,6 +23,7 @@ from profiling.alarms import alarms
 from profiling.console import plain_table, table_console
 from profiling.errors import ConfigError, ToolkitError
 from profiling.ledger import Cluster, build_ledger
+from profiling.markers import read_markers
 from profiling.reader import Run
 
 REFRESH_S = 2.0
@@ -48,6 +51,8 @@ class Snapshot:
 def snapshot(path: Path) -> Snapshot:
     """Raises DataError. The step that is going on is left out: its records, or its phases, are not all written yet."""
     run = Run(path)
+    if run.trailer is None and "zero_s" in run.header:
+        run.trace += markers_so_far(run)
     phases, engine = run.phases, run.engine
     known_s = run.trailer["t"] if run.trailer else float(phases.t_end.max()) if len(phases) else 0.0
     steps = phases.step
@@ -62,6 +67,14 @@ def snapshot(path: Path) -> Snapshot:
     cluster = Cluster(header["engines"], header["gpus_per_engine"], header["trainer_gpus"])
     ledger = build_ledger(cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, wall_s=wall_s)
     return Snapshot(run, step, wall_s, ledger)
+
+
+def markers_so_far(run: Run) -> list[dict[str, Any]]:
+    """Of a profiled command that goes on: its processes' phases, which are in the trace when it has ended."""
+    zero_s, unix_s = run.header["zero_s"], run.header["unix_time_s"]
+    if not isinstance(zero_s, int | float) or not isinstance(unix_s, int | float):
+        return []
+    return read_markers(run.path, zero_s, math.inf, unix_s, str(run.header.get("boot")))
 
 
 def watch(path: Path, *, once: bool = False, port: int | None = None, host: str = "127.0.0.1") -> None:
@@ -92,15 +105,17 @@ def view(now: Snapshot) -> Group:
 
 
 def _phases(now: Snapshot) -> Table:
-    table = plain_table("phases", "phase", "times", "seconds", "last, s", "share")
+    table = plain_table("phases", "phase", "times", "seconds", "last, s", "processes", "share")
     for name, own in now.run.phases.groupby("name", sort=False):
         seconds = own.t_end - own.t_start
-        share = float(seconds.sum()) / now.wall_s if now.wall_s else 0.0
+        processes = own.process.nunique()
+        share = float(seconds.sum()) / (now.wall_s * processes) if now.wall_s else 0.0
         table.add_row(
             str(name),
             str(len(own)),
             f"{seconds.sum():.1f}",
             f"{seconds.iloc[-1]:.2f}",
+            str(processes),
             ProgressBar(1.0, share, width=20),
         )
     return table

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from tppo.algorithms.recipes import Recipe
 from tppo.algorithms.rewards import informative_groups
 from tppo.config import RunConfig
 from tppo.data.problem import Task, prompt_ids
+from tppo.learner.work import Work
 from tppo.rewards.protocol import Reward
 from tppo.rollout.drive import plan_step, run_rollout
 from tppo.rollout.protocol import RolloutEngine, Sampling
@@ -33,7 +34,9 @@ class StepTimes:
         self._profiler = profiler
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, work: Work | None = None) -> Iterator[None]:
+        """work: a count that goes on; what is added to it in this phase is recorded as the phase's."""
+        before = None if work is None else work.copy()
         start = self._profiler.now()
         with (
             self._profiler.phase(name, step=self.step),
@@ -42,6 +45,8 @@ class StepTimes:
         ):
             yield
         self.seconds[name] += self._profiler.now() - start
+        if work is not None and before is not None and (done := work.since(before)).passes:
+            self._profiler.trace({"type": "work", "name": name, "step": self.step, **asdict(done)})
 
 
 @dataclass

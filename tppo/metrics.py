@@ -47,7 +47,7 @@ def step_metrics(
     trained = policy_batch.spans.rows
     processed = sum(row.all_tokens for row in trained)
     advantages = policy_batch.advantages[policy_batch.mask]
-    passes = [batch.spans.padding for batch in (policy_batch, value_batch) if batch is not None]
+    passes = [batch.spans.work for batch in (policy_batch, value_batch) if batch is not None]
     computed = sum(each.computed for each in passes)
     return {
         **{metric: seconds.get(phase, 0.0) for phase, metric in TIMINGS.items()},
@@ -65,7 +65,7 @@ def step_metrics(
         "critic/advantages/min": _statistic(advantages, torch.min),
         **_value_metrics(value_batch),
         "perf/total_num_tokens": processed,
-        "perf/padding_waste": 1 - sum(each.real for each in passes) / computed if computed else None,
+        "perf/padding_waste": 1 - sum(each.tokens for each in passes) / computed if computed else None,
         "perf/throughput": processed / step_s,
         "training/generated_tokens": sum(row.window_tokens for row in rows),
         "training/processed_tokens": processed,

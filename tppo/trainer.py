@@ -145,12 +145,12 @@ class Trainer:
         ages = torch.tensor([age_of[row.row] for row in spans.rows], dtype=torch.long)
         current = reference = None
         if recipe.proximal == "step_start":
-            with times.phase("logprob_forward"):
+            with times.phase("logprob_forward", spans.work):
                 current = score_log_probs(state.policy, spans, config, pad)
         if state.reference is not None:
-            with times.phase("reference_forward"):
+            with times.phase("reference_forward", spans.work):
                 reference = score_log_probs(state.reference, spans, config, pad)
-        with times.phase("value_forward" if state.value_model else "reward"):
+        with times.phase("value_forward" if state.value_model else "reward", spans.work):
             if state.value_model:
                 score_values(state.value_model, spans, config, pad)
             policy_batch, value_batch = estimate(
@@ -158,7 +158,7 @@ class Trainer:
             )
         value_metrics: dict[str, Any] = {}
         if state.value_model and state.value_optimizer:
-            with times.phase("update_value"):
+            with times.phase("update_value", value_batch.spans.work):
                 critic_lr = set_learning_rate(
                     state.value_optimizer, config.optimizer.value_lr, step, config.optimizer.value_warmup_steps
                 )
@@ -169,7 +169,7 @@ class Trainer:
                     clip=config.algorithm.value_clip,
                 )  # fmt: skip
                 value_metrics["critic/lr"] = critic_lr
-        with times.phase("update_policy"):
+        with times.phase("update_policy", policy_batch.spans.work):
             lr = set_learning_rate(
                 state.policy_optimizer,
                 config.optimizer.policy_lr * state.lr_scale,
@@ -221,12 +221,12 @@ class Trainer:
         start = self.clock()
         times = StepTimes(self.profiler, step=0)
         got = self.collector.collect_for_values(config.value.pretrain_rows, times)
-        with times.phase("update_value"):
+        batch = monte_carlo_batch([row for row in got.rows if row.finished], self.recipe.gamma)
+        with times.phase("update_value", batch.spans.work):
             set_learning_rate(state.value_optimizer, config.optimizer.value_lr, step=1, warmup_steps=0)
-            finished = [row for row in got.rows if row.finished]
             update_value(
-                state.value_model, state.value_optimizer, monte_carlo_batch(finished, self.recipe.gamma), self.recipe,
-                config, self.pad_token_id, state.generator, epochs=config.value.pretrain_epochs,
+                state.value_model, state.value_optimizer, batch, self.recipe, config, self.pad_token_id,
+                state.generator, epochs=config.value.pretrain_epochs,
                 steps_per_epoch=max(1, len(got.rows) * config.train.mini_batches // config.rows_per_step), clip=None,
             )  # fmt: skip
         write_step(self.writer, 0, got, trained_tokens={})

@@ -1,4 +1,4 @@
-"""Achieved FLOP/s of decode and prefill under this machine's ceilings."""
+"""Achieved FLOP/s of decode, prefill and training phases under this machine's ceilings."""
 
 import json
 from collections.abc import Sequence
@@ -15,10 +15,15 @@ from analysis.tables import by_arm, provenance
 from profiling.errors import DataError
 from profiling.reader import Run
 
+MARKERS = {
+    "decode": "o", "prefill": "s", "logprob_forward": "<", "reference_forward": ">", "value_forward": "v",
+    "update_value": "D", "update_policy": "^",
+}  # fmt: skip
 CAPTION = (
     "Achieved FLOP/s against arithmetic intensity (FLOP per byte of weights, keys and values), summed over each run's "
-    "training steps; a marker's area is its share of the engine's time. Ceilings as labelled. The convention counts "
-    "causal attention and every weight once a pass. A small model on a CPU is far below its roof because each decode "
+    "training steps; a marker's area is its share of the points' time. Ceilings as labelled. The convention counts "
+    "causal attention and every weight once a pass; a training phase's bytes leave out activations, so that its "
+    "intensity is an upper bound. A small model on a CPU is far below its roof because each decode "
     "step is dominated by launching its operators."
 )
 
@@ -65,11 +70,11 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
         f"ridge {ridge:.1f} FLOP/byte", (ridge, peak), xytext=(4, 14), textcoords="offset points", fontsize=8
     )
     colours = style.arm_colours(list(by_arm(runs)))
-    markers = {"decode": "o", "prefill": "s"}
     for (arm, work), rows in table.groupby(["arm", "work"], sort=False):
         axes.scatter(
-            rows.intensity, rows.flops_per_s, s=30 + 220 * rows.time_share, marker=markers[work], alpha=0.65,
-            color=colours[arm], edgecolor="white", linewidth=0.6, label=f"{style.arm_name(arm)}, {work}",
+            rows.intensity, rows.flops_per_s, s=30 + 220 * rows.time_share, marker=MARKERS[work], alpha=0.65,
+            color=colours[arm], edgecolor="white", linewidth=0.6,
+            label=f"{style.arm_name(arm)}, {work.replace('_', ' ')}",
         )  # fmt: skip
     axes.set(
         xlabel="arithmetic intensity, FLOP/byte",

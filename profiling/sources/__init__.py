@@ -1,5 +1,6 @@
 """Where device samples come from. A source names its devices and its metrics' states, and reads them all at once."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -56,8 +57,9 @@ class Source(Protocol):
 
     def devices(self) -> list[Device]: ...
 
-    def read(self, now_s: float) -> list[Sample]:
-        """What changes fast at every call, what changes slowly once a second. now_s: the run's clock."""
+    def read(self, now_s: float) -> Iterator[Sample]:
+        """A sample per device, read when it is asked for: what changes fast every time, what changes slowly once a
+        second. now_s: the run's clock."""
         ...
 
     def windows(self, now_s: float) -> list[Window]:

@@ -1,5 +1,6 @@
 """The host's CPU, memory and disk through psutil: what is left to measure where there is no GPU."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -23,13 +24,13 @@ class HostSource:
     def devices(self) -> list[Device]:
         return [Device(HOST, f"{psutil.cpu_count()} CPU cores", 0)]
 
-    def read(self, now_s: float) -> list[Sample]:
+    def read(self, now_s: float) -> Iterator[Sample]:
         """CPU time of all cores since the last reading, as a fraction of all cores; memory in use."""
         memory = None
         if now_s >= self._memory_due_s:
             memory = float(psutil.virtual_memory().used)
             self._memory_due_s = now_s + SLOW_S
-        return [Sample(HOST, utilisation=psutil.cpu_percent() / 100, memory_bytes=memory)]
+        yield Sample(HOST, utilisation=psutil.cpu_percent() / 100, memory_bytes=memory)
 
     def windows(self, now_s: float) -> list[Window]:
         """Bytes a second that all disks together read and wrote since the last call."""

@@ -130,12 +130,13 @@ class NvmlSource:
     def devices(self) -> list[Device]:
         return [gpu.device for gpu in self._gpus]
 
-    def read(self, now_s: float) -> list[Sample]:
+    def read(self, now_s: float) -> Iterator[Sample]:
         """A GPU that was lost is looked for again at every reading."""
         slow = now_s >= self._slow_due_s
         if slow:
             self._slow_due_s = now_s + SLOW_S
-        return [self._sample(gpu, now_s, slow) for gpu in self._gpus]
+        for gpu in self._gpus:
+            yield self._sample(gpu, now_s, slow)
 
     def _sample(self, gpu: Gpu, now_s: float, slow: bool) -> Sample:
         _look_for(gpu)

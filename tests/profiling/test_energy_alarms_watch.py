@@ -91,6 +91,8 @@ def test_alarms_of_devices_and_of_the_sampler(tmp_path, run_path):
     samples = samples_of([0.0, 1.0], [0.0, 1.0])
     done = Run(measured(tmp_path / "done", samples=samples, sampler={"ticks": 90, "missed_ticks": 10}))
     assert alarms(ledger_of(), done) == ["the sampler missed 10% of its ticks: the host is overloaded"]
+    torn = Run(measured(tmp_path / "torn", samples=samples, sampler={"ticks": 90}))
+    assert alarms(ledger_of(), torn) == []
     assert alarms(ledger_of(), Run(tmp_path / "moved")) == ["GPU-a is slowed down by heat in 22% of its samples"]
 
 

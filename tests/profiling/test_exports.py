@@ -6,9 +6,10 @@ import pytest
 
 from profiling.errors import DataError
 from profiling.exports import chrome_trace, slots_of
+from profiling.phases import plain_header
 from profiling.reader import Run
 from profiling.schema import DEVICES
-from profiling.writer import write_parquet
+from profiling.writer import RunWriter, write_parquet
 from simulator import load_experiment, simulate
 from tppo.cli import main
 
@@ -127,3 +128,14 @@ def test_an_offline_wandb_run_holds_metrics_by_step_and_devices_by_second(tmp_pa
         {"second": 0, "device/GPU-a/power_watts": 200.0}, {"second": 1, "device/GPU-a/power_watts": 50.0},
     ]  # fmt: skip
     assert main(["export", str(run.path), "--format", "wandb", "--output", str(tmp_path / "w")]) == 2
+
+
+def test_processes_of_a_profiled_command_have_tracks_of_their_own(tmp_path):
+    writer = RunWriter(tmp_path / "run", header=plain_header(), config_toml="")
+    for process in ("host-1", "host-2", None):
+        phase = {"type": "phase", "name": "rollout", "step": 1, "t_start": 0.0, "t_end": 1.0, "depth": 0}
+        writer.trace(phase if process is None else {**phase, "process": process})
+    events = chrome_trace(Run(tmp_path / "run"))["traceEvents"]
+    names = {e["args"]["name"]: e["pid"] for e in events if e["name"] == "process_name"}
+    assert set(names) == {"run: phases (measured)", "run: host-1", "run: host-2"}
+    assert sorted(e["pid"] for e in events if e["ph"] == "X") == sorted(names.values())

@@ -11,6 +11,7 @@ from profiling.attribution import device_estimates
 from profiling.command import profile_command
 from profiling.markers import VARIABLE, phase, read_markers
 from profiling.reader import Run
+from profiling.watch import snapshot
 from tppo.cli import main
 
 
@@ -54,6 +55,28 @@ def test_phases_of_a_profiled_program_and_its_children_reach_the_trace(tmp_path)
     assert run.summary["ledger"]["reward"] == pytest.approx(0.2, abs=0.05)
     assert run.summary["ledger"]["decode_useful"] is None  # only rollout records could tell
     assert {"rollout", "reward"} <= set(device_estimates(run).phase)
+
+
+def test_a_profiled_command_is_watched_while_it_runs(tmp_path):
+    program = "import time\nfrom profiling.markers import phase\nwith phase('rollout', 1):\n  time.sleep(0.2)\n"
+    (tmp_path / "program.py").write_text(program + "time.sleep(60)\n")
+    command = [sys.executable, "-m", "tppo", "profile", "--output", str(tmp_path / "run"), "--"]
+    process = subprocess.Popen([*command, sys.executable, str(tmp_path / "program.py")], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while not list((tmp_path / "run").glob("markers/*.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.1)
+        now = snapshot(tmp_path / "run")
+    finally:
+        process.terminate()
+        process.wait()
+    rollout = now.run.phases.query("name == 'rollout'").iloc[0]
+    assert rollout.t_end - rollout.t_start == pytest.approx(0.2, abs=0.05)
+    assert now.step == 1
+    assert now.wall_s == rollout.t_end
+    after = Run(tmp_path / "run").phases.query("name == 'rollout'").iloc[0]
+    assert after.t_start == pytest.approx(rollout.t_start, abs=1e-6)
 
 
 def test_nothing_is_written_where_nobody_profiles(tmp_path, monkeypatch):

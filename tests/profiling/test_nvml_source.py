@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,7 @@ for turn in range(int(sys.argv[2])):
     if turn == 4:
         time.time = lambda: real() + step_s
     now = time.perf_counter() - zero
-    samples = source.read(now)
+    samples = list(source.read(now))
     found += source.windows(now)
     states.append(source.capabilities.states[samples[0].device]["energy_joules"])
     time.sleep(0.6)
@@ -200,3 +201,17 @@ def test_the_sampler_writes_gpu_and_host_samples(library, tmp_path):
     gpu = run.devices[run.devices.device == "GPU-0000-0"]
     assert gpu.energy_joules.eq(1234.5).all()
     assert not [record for record in run.trace if record["type"] == "note"]
+
+
+def test_each_gpu_of_a_sweep_has_the_time_of_its_own_reading(library, tmp_path):
+    """Four GPUs, calls of 5 ms: the last of them is read tens of milliseconds after the first."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom profiling.sampler import Sampler\n"
+        "s = Sampler(Path(sys.argv[1]), 1.0, 0.0)\ns.tick()\n"
+        "print([t for t, sample in s.rows if sample.device.startswith('GPU')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True,
+                          env=environment(library, FAKE_NVML_GPUS="4", FAKE_NVML_CALL_US="5000"))  # fmt: skip
+    times = json.loads(done.stdout)
+    assert len(times) == 4
+    assert all(later - earlier >= 0.005 for earlier, later in pairwise(times))

@@ -85,7 +85,7 @@ def test_the_sampler_samples_the_host_from_first_to_last(tmp_path):
     host = run.devices[run.devices.device == "host"]
     assert host.t.min() <= start + 0.05
     assert host.t.max() >= end - 0.05
-    assert 5 <= len(host) <= 14
+    assert 3 <= len(host) <= 14  # ticks that come late on a busy machine are missed, not made up
     assert host.memory_bytes.min() > 0
     assert host.power_watts.isna().all()  # null, never 0
     assert run.trailer["sampler"]["ticks"] == len(host)
@@ -115,6 +115,21 @@ def test_the_sampler_ends_with_its_parent(tmp_path):
     while time.time() < deadline and _alive(child):
         time.sleep(0.05)
     assert not _alive(child)
+
+
+def test_the_sampler_ends_at_once_also_where_a_forked_child_keeps_its_pipe(tmp_path):
+    with Profiler(tmp_path / "run", sampler_interval_s=0.1) as profiler:
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+        time.sleep(0.2)
+        start = time.perf_counter()
+        profiler.finish("finished")
+        took_s = time.perf_counter() - start
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert took_s < 5
 
 
 def _alive(pid):

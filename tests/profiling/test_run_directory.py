@@ -83,6 +83,13 @@ def test_a_trace_of_another_schema_version_is_refused(writer):
         _ = Run(writer.path).trace
 
 
+def test_a_header_without_an_engine_is_refused(writer):
+    path = writer.path / "trace.jsonl"
+    path.write_text(path.read_text().replace('"engines":1', '"engines":0'))
+    with pytest.raises(DataError, match=r"header\.engines = 0 is not at least 1"):
+        _ = Run(writer.path).trace
+
+
 def test_corrupt_and_foreign_parquet_files_are_named(writer):
     writer.table("devices", 0, device_rows(1))
     part = writer.path / "devices" / "part-000000.parquet"

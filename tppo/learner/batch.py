@@ -12,19 +12,8 @@ from torch import Tensor
 
 from tppo.algorithms.masks import window_mask
 from tppo.batching import micro_batches, pad_right
+from tppo.learner.work import Work
 from tppo.rollout.rows import Row
-
-
-@dataclass(slots=True)
-class Padding:
-    """Tokens forwarded for training, counted pass by pass."""
-
-    real: int = 0
-    computed: int = 0
-
-    def add(self, real: int, computed: int) -> None:
-        self.real += real
-        self.computed += computed
 
 
 @dataclass(frozen=True)
@@ -34,7 +23,7 @@ class Spans:
     rows: list[Row]
     first: Int[Tensor, " rows"]
     tokens: Int[Tensor, " rows"]
-    padding: Padding = field(default_factory=Padding, compare=False)
+    work: Work = field(default_factory=Work, compare=False)
     """Of every micro-batch made of them so far."""
 
     @classmethod
@@ -80,6 +69,8 @@ class MicroBatch:
     """Their places in the spans."""
     input_ids: Int[Tensor, "members width"]
     """All tokens but each row's last, which predicts nothing."""
+    lengths: list[int]
+    """Of the rows, padding left out."""
     row: Int[Tensor, " picked"]
     """Which member a picked token belongs to."""
     column: Int[Tensor, " picked"]
@@ -92,11 +83,12 @@ def pick(spans: Spans, members: Sequence[int], mask: Bool[Tensor, "rows time"], 
     """The micro-batch of `members`; picked are the tokens of their spans where `mask` holds, row by row."""
     chosen = [spans.rows[i] for i in members]
     token_ids = pad_right([row.token_ids for row in chosen], pad_token_id)
-    spans.padding.add(sum(r.all_tokens - 1 for r in chosen), token_ids[:, 1:].numel())
     row, time = mask[list(members)].nonzero(as_tuple=True)
+    lengths = [r.all_tokens - 1 for r in chosen]
+    spans.work.forward(lengths, outputs=len(row))
     before = spans.first[list(members)] + _ints([len(r.prompt_ids) for r in chosen]) - 1  # (members,)
     column = before[row] + time
-    return MicroBatch(list(members), token_ids[:, :-1], row, column, token_ids[row, column + 1])
+    return MicroBatch(list(members), token_ids[:, :-1], lengths, row, column, token_ids[row, column + 1])
 
 
 def in_micro_batches(spans: Spans, members: Sequence[int], budget_tokens: int) -> Iterator[list[int]]:

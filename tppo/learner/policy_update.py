@@ -73,6 +73,7 @@ def update_policy(
             sums.losses.append({})
             _accumulate(model, batch, members, recipe, config, pad_token_id, proximal, sums)
             sums.norms.append(step_optimizer(model, optimizer, config, "policy"))
+            batch.spans.work.updates += 1
             if proximal is not None:
                 proximal.update(model)
     return {**_metrics(sums, config), **_mismatch(sums, batch, recipe)}
@@ -118,6 +119,7 @@ def _accumulate(
             examples = pick(responses, group, demonstrated, pad_token_id)
             row, column = torch.cat([row, examples.row]), torch.cat([column, examples.column])
             targets = torch.cat([targets, examples.targets])
+            spans.work.outputs += len(examples.targets)
         prefix = None
         if detached:
             prefix = torch.tensor([spans.rows[i].context_before - 1 for i in group])
@@ -143,6 +145,7 @@ def _accumulate(
             terms["lm_loss"] = _lm_coef(recipe, config) * nll
         loss = torch.stack(list(terms.values())).sum()
         loss.backward()
+        spans.work.backward(part.lengths, outputs=len(targets), detached=None if prefix is None else prefix.tolist())
         for name, value in terms.items():
             sums.losses[-1][name] = sums.losses[-1].get(name, 0.0) + value.item()
         sums.tokens += picked
@@ -179,6 +182,7 @@ def _objective(
         )
     if recipe.proximal == "ewma":
         assert proximal is not None, "the recipe needs a proximal policy"
+        batch.spans.work.forward(part.lengths, outputs=len(part.targets))
         with torch.no_grad():
             current = token_log_probs(
                 proximal.model, part.input_ids, part.row, part.column, part.targets, config.rollout.temperature

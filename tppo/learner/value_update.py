@@ -45,9 +45,11 @@ def update_value(
                     old_values=batch.old_values[group][here], clip=clip,
                 )  # fmt: skip
                 loss.backward()
+                spans.work.backward(part.lengths, outputs=len(part.targets))
                 total += loss.item()
             losses.append(total)
             norms.append(step_optimizer(model, optimizer, config, "value model"))
+            spans.work.updates += 1
     return {
         "critic/vf_loss": sum(losses) / len(losses) if losses else None,
         "critic/grad_norm": sum(norms) / len(norms) if norms else None,
