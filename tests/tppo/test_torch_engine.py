@@ -1,13 +1,15 @@
 import copy
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from scipy.stats import chisquare, kstest
 
 from tppo.models.policy import load_policy, token_log_probs
 from tppo.rollout.protocol import Request, Sampling
-from tppo.rollout.sampling import truncated
+from tppo.rollout.sampling import draw, truncated, uniform_of
 from tppo.rollout.torch_engine import TorchEngine
 
 
@@ -264,3 +266,37 @@ def test_records_hold_every_token_and_adjoin(loaded):
 def test_a_row_that_does_not_fit_is_refused(loaded):
     with pytest.raises(ValueError, match="do not fit a slot of 64"):
         engine_for(loaded, slots=1).submit([Request(0, [1] * 60, 0, 10)], GREEDY)
+
+
+def test_draws_by_row_do_not_depend_on_what_runs_beside(loaded):
+    requests = [Request(10 * i, ids, 0, 12) for i, ids in enumerate(prompts(loaded[1]))]
+    sampling = Sampling(seed=5, by_row=True)
+    together = run_all(engine_for(loaded, slots=6), requests, sampling)
+    narrow = run_all(engine_for(loaded, slots=2, seed=9), requests, sampling)
+    alone = {k: v for one in requests for k, v in run_all(engine_for(loaded, slots=1), [one], sampling).items()}
+    tokens = [{row: done.token_ids for row, done in each.items()} for each in (together, narrow, alone)]
+    assert tokens[0] == tokens[1] == tokens[2]
+    assert len({tuple(own) for own in tokens[0].values()}) == 6
+    other = run_all(engine_for(loaded, slots=6), requests, Sampling(seed=6, by_row=True))
+    assert {row: done.token_ids for row, done in other.items()} != tokens[0]
+    # A row that is cut and goes on draws what it would have drawn.
+    first = run_all(engine_for(loaded, slots=1), [replace(requests[1], budget_tokens=5)], sampling)[10].token_ids
+    rest = Request(10, [*requests[1].token_ids, *first], 5, 7)
+    assert [*first, *run_all(engine_for(loaded, slots=1), [rest], sampling)[10].token_ids] == tokens[0][10]
+
+
+def test_draws_by_row_follow_the_policy():
+    rows = torch.arange(40_000)
+    u = uniform_of(3, rows % 200, rows // 200)
+    assert kstest(u.numpy(), "uniform").pvalue > 0.01
+    assert abs(float(torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1])) < 0.02
+    assert abs(float(torch.corrcoef(torch.stack([u[:-200], u[200:]]))[0, 1])) < 0.02
+    logits = torch.tensor([0.5, -1.0, 2.0, 0.0, -3.0])
+    drawn, log_probs = draw(
+        logits.repeat(40_000, 1), Sampling(seed=1, by_row=True, temperature=0.7), None, rows, rows % 7
+    )
+    p = (logits.double() / 0.7).softmax(-1)
+    assert chisquare(torch.bincount(drawn, minlength=5), 40_000 * p).pvalue > 0.01
+    torch.testing.assert_close(log_probs.exp(), p[drawn].float())
+    cut, _ = draw(logits.repeat(4_000, 1), Sampling(seed=1, by_row=True, top_k=2), None, rows[:4_000], rows[:4_000])
+    assert set(cut.tolist()) == {0, 2}

@@ -4,7 +4,7 @@ Shapes: rows = responses, time = the longest span; a span is the part of a respo
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,7 @@ from torch import Tensor
 from tppo.algorithms.masks import window_mask
 from tppo.batching import micro_batches, pad_right
 from tppo.learner.work import Work
+from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.rollout.rows import Row
 
 
@@ -78,23 +79,36 @@ class MicroBatch:
     targets: Int[Tensor, " picked"]
     """The picked tokens themselves."""
 
+    def to(self, device: torch.device) -> "MicroBatch":
+        on = {name: getattr(self, name).to(device) for name in ("input_ids", "row", "column", "targets")}
+        return replace(self, **on)
 
-def pick(spans: Spans, members: Sequence[int], mask: Bool[Tensor, "rows time"], pad_token_id: int) -> MicroBatch:
-    """The micro-batch of `members`; picked are the tokens of their spans where `mask` holds, row by row."""
+
+def pick(
+    spans: Spans, members: Sequence[int], mask: Bool[Tensor, "rows time"], pad_token_id: int, *, count: bool = True
+) -> MicroBatch:
+    """The micro-batch of `members`; picked are the tokens of their spans where `mask` holds, row by row. count: it is
+    work of the spans."""
     chosen = [spans.rows[i] for i in members]
     token_ids = pad_right([row.token_ids for row in chosen], pad_token_id)
     row, time = mask[list(members)].nonzero(as_tuple=True)
     lengths = [r.all_tokens - 1 for r in chosen]
-    spans.work.forward(lengths, outputs=len(row))
+    if count:
+        spans.work.forward(lengths, outputs=len(row))
     before = spans.first[list(members)] + _ints([len(r.prompt_ids) for r in chosen]) - 1  # (members,)
     column = before[row] + time
     return MicroBatch(list(members), token_ids[:, :-1], lengths, row, column, token_ids[row, column + 1])
 
 
-def in_micro_batches(spans: Spans, members: Sequence[int], budget_tokens: int) -> Iterator[list[int]]:
-    """`members` in groups of similar length whose padded size stays within the budget."""
-    for group in micro_batches([spans.rows[i].all_tokens - 1 for i in members], budget_tokens):
-        yield [members[i] for i in group]
+def in_micro_batches(
+    spans: Spans, members: Sequence[int], budget_tokens: int, ranks: Ranks = SINGLE
+) -> list[tuple[list[int], bool]]:
+    """`members` in groups of similar length whose padded size stays within the budget: this rank's, each with whether
+    it counts (`Ranks.share`)."""
+    lengths = [spans.rows[i].all_tokens - 1 for i in members]
+    groups = micro_batches(lengths, budget_tokens)
+    sizes = [len(group) * max(lengths[i] for i in group) for group in groups]
+    return ranks.share([[members[i] for i in group] for group in groups], sizes)
 
 
 def forward_spans(
@@ -102,16 +116,19 @@ def forward_spans(
     forward: Callable[[MicroBatch], Float[Tensor, " picked"]],
     budget_tokens: int,
     pad_token_id: int,
+    ranks: Ranks = SINGLE,
 ) -> Float[Tensor, "rows time"]:
-    """`forward` of every token of the spans, without gradient; 0 in padding."""
+    """`forward` of every token of the spans, without gradient, shared out among the ranks; 0 in padding."""
     valid = spans.valid
     table = torch.zeros(valid.shape)
-    with torch.inference_mode():
-        for members in in_micro_batches(spans, range(len(spans.rows)), budget_tokens):
+    with torch.no_grad() if ranks.mesh else torch.inference_mode():  # a shard is no inference tensor
+        for members, counts in in_micro_batches(spans, range(len(spans.rows)), budget_tokens, ranks):
             part = torch.zeros(len(members), valid.shape[1])
-            part[valid[members]] = forward(pick(spans, members, valid, pad_token_id)).float()
-            table[members] = part
-    return table
+            micro = pick(spans, members, valid, pad_token_id, count=counts)
+            part[valid[members]] = forward(micro.to(ranks.device)).float().cpu()
+            if counts:
+                table[members] = part
+    return ranks.total(table)
 
 
 def mini_batches(order: Sequence[int], count: int) -> Iterator[list[int]]:

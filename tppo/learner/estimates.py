@@ -22,6 +22,7 @@ from tppo.config import RunConfig
 from tppo.learner.batch import MicroBatch, Spans, forward_spans
 from tppo.models.policy import token_log_probs
 from tppo.models.value import ValueModel
+from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.rollout.rows import Row
 
 ALPHA_TIMES_MAXIMUM = 0.05 * 24576
@@ -69,13 +70,16 @@ def policy_spans(rows: Sequence[Row], recipe: Recipe) -> Spans:
     return Spans.windows(rows)
 
 
-def score_values(value_model: ValueModel, spans: Spans, config: RunConfig, pad_token_id: int) -> None:
+def score_values(
+    value_model: ValueModel, spans: Spans, config: RunConfig, pad_token_id: int, ranks: Ranks = SINGLE
+) -> None:
     """Store V(s_t) of every token of the spans in its row. The whole row is forwarded."""
     table = forward_spans(
         spans,
         lambda part: value_model(part.input_ids, part.row, part.column),
         config.value.micro_batch_tokens or config.train.micro_batch_tokens,
         pad_token_id,
+        ranks,
     ).tolist()
     for index, row in enumerate(spans.rows):
         first, count = int(spans.first[index]), int(spans.tokens[index])
@@ -83,7 +87,7 @@ def score_values(value_model: ValueModel, spans: Spans, config: RunConfig, pad_t
 
 
 def score_log_probs(
-    model: PreTrainedModel, spans: Spans, config: RunConfig, pad_token_id: int
+    model: PreTrainedModel, spans: Spans, config: RunConfig, pad_token_id: int, ranks: Ranks = SINGLE
 ) -> Float[Tensor, "rows time"]:
     """Log-probabilities of the spans' tokens under `model`."""
 
@@ -92,7 +96,7 @@ def score_log_probs(
             model, part.input_ids, part.row, part.column, part.targets, config.rollout.temperature
         ).log_probs
 
-    return forward_spans(spans, forward, config.train.micro_batch_tokens, pad_token_id)
+    return forward_spans(spans, forward, config.train.micro_batch_tokens, pad_token_id, ranks)
 
 
 def estimate(

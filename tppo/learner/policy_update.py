@@ -1,7 +1,7 @@
 """The policy's update: epochs of mini-batches, each summed over micro-batches."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from tppo.learner.estimates import PolicyBatch, score_log_probs
 from tppo.learner.mismatch import importance_weights, mismatch_metrics
 from tppo.learner.step import step_optimizer
 from tppo.models.policy import token_log_probs
+from tppo.parallel.ranks import SINGLE, Ranks
 
 
 @dataclass
@@ -47,8 +48,41 @@ class Sums:
         for name, value in values.items():
             self.totals[name] = self.totals.get(name, 0.0) + float(value)
 
+    def take(
+        self, terms: Mapping[str, Tensor], log_probs: Tensor, entropy: Tensor, tokens: "_Tokens", result: PolicyLoss,
+        *, detached_tokens: int,
+    ) -> None:  # fmt: skip
+        """Of one micro-batch."""
+        for name, value in terms.items():
+            self.losses[-1][name] = self.losses[-1].get(name, 0.0) + value.item()
+        self.tokens += len(log_probs)
+        self.detached_tokens += detached_tokens
+        if not self.norms:
+            own = tokens.sampled_now
+            self.unchanged.append((tokens.behaviour[own].cpu(), log_probs[own].cpu()))
+        self.add(
+            low=result.clipped_low.item(), high=result.clipped_high.item(), entropy=entropy.sum().item(),
+            k1=k1_kl(log_probs, tokens.behaviour).sum().item(), k3=k3_kl(tokens.behaviour, log_probs).sum().item(),
+        )  # fmt: skip
+        self.largest_ratio = max(self.largest_ratio, result.ratio_max.item())
+
     def mean(self, name: str) -> float | None:
         return self.totals[name] / self.tokens if self.tokens else None
+
+    @classmethod
+    def over(cls, parts: Sequence["Sums"]) -> "Sums":
+        """Of all ranks, each with its share of every gradient step; norms are the same on all of them."""
+        whole = cls(norms=parts[0].norms, losses=[{} for _ in parts[0].losses])
+        for part in parts:
+            whole.tokens += part.tokens
+            whole.detached_tokens += part.detached_tokens
+            whole.largest_ratio = max(whole.largest_ratio, part.largest_ratio)
+            whole.unchanged += part.unchanged
+            whole.add(**part.totals)
+            for step, losses in zip(whole.losses, part.losses, strict=True):
+                for name, value in losses.items():
+                    step[name] = step.get(name, 0.0) + value
+        return whole
 
 
 def update_policy(
@@ -60,6 +94,7 @@ def update_policy(
     pad_token_id: int,
     generator: torch.Generator,
     proximal: ProximalPolicy | None = None,
+    ranks: Ranks = SINGLE,
 ) -> dict[str, Any]:
     """Train on the batch's masked tokens; earlier windows of a row are context only. Returns actor/* metrics."""
     sums = Sums()
@@ -71,17 +106,20 @@ def update_policy(
                 continue
             optimizer.zero_grad()
             sums.losses.append({})
-            _accumulate(model, batch, members, recipe, config, pad_token_id, proximal, sums)
+            _accumulate(model, batch, members, recipe, config, pad_token_id, proximal, ranks, sums)
             sums.norms.append(step_optimizer(model, optimizer, config, "policy"))
             batch.spans.work.updates += 1
             if proximal is not None:
                 proximal.update(model)
+    sums = Sums.over(ranks.gather(sums))
     return {**_metrics(sums, config), **_mismatch(sums, batch, recipe)}
 
 
-def total_variation(model: PreTrainedModel, batch: PolicyBatch, config: RunConfig, pad_token_id: int) -> float:
+def total_variation(
+    model: PreTrainedModel, batch: PolicyBatch, config: RunConfig, pad_token_id: int, ranks: Ranks = SINGLE
+) -> float:
     """0.5 E_nu |pi / pi_{k-i} - pi_k / pi_{k-i}| over the batch's tokens, after the update (GePPO)."""
-    after = score_log_probs(model, batch.spans, config, pad_token_id)
+    after = score_log_probs(model, batch.spans, config, pad_token_id, ranks)
     moved = ((after - batch.behaviour).exp() - (batch.current - batch.behaviour).exp()).abs()
     weights = token_weights(batch.mask, "token-mean") * batch.row_weights[:, None]
     return 0.5 * float((weights * moved).sum())
@@ -99,9 +137,10 @@ def _accumulate(
     config: RunConfig,
     pad_token_id: int,
     proximal: ProximalPolicy | None,
+    ranks: Ranks,
     sums: Sums,
 ) -> None:
-    """Gradients of one mini-batch, micro-batch by micro-batch."""
+    """Gradients of one mini-batch, micro-batch by micro-batch: this rank's, which sharding sums with the others'."""
     spans, algorithm = batch.spans, config.algorithm
     weights = torch.zeros(batch.mask.shape)
     weights[members] = token_weights(batch.mask[members], recipe.aggregation) * batch.row_weights[members, None]
@@ -112,67 +151,78 @@ def _accumulate(
         lm_weights = torch.zeros(demonstrated.shape)
         lm_weights[members] = token_weights(demonstrated[members], "token-mean")
         wanted = wanted | demonstrated.any(1)
-    for group, detached in _groups(spans, [i for i in members if wanted[i]], config):
-        part = pick(spans, group, batch.mask, pad_token_id)
-        row, column, targets = part.row, part.column, part.targets
+    for group, detached, counts in _groups(spans, [i for i in members if wanted[i]], config, ranks):
+        part = pick(spans, group, batch.mask, pad_token_id, count=counts).to(ranks.device)
+        asked, picked = part, len(part.targets)
         if imitated is not None:
-            examples = pick(responses, group, demonstrated, pad_token_id)
-            row, column = torch.cat([row, examples.row]), torch.cat([column, examples.column])
-            targets = torch.cat([targets, examples.targets])
-            spans.work.outputs += len(examples.targets)
-        prefix = None
-        if detached:
-            prefix = torch.tensor([spans.rows[i].context_before - 1 for i in group])
-            sums.detached_tokens += int(prefix.sum())
+            asked = _joined(part, pick(responses, group, demonstrated, pad_token_id).to(ranks.device))
+            spans.work.outputs += (len(asked.targets) - picked) * counts
+        prefix = [spans.rows[i].context_before - 1 for i in group] if detached else None
         scored = token_log_probs(
-            model, part.input_ids, row, column, targets, config.rollout.temperature,
-            prefix_tokens=prefix, entropy_gradient=algorithm.entropy_coef > 0,
+            model, asked.input_ids, asked.row, asked.column, asked.targets, config.rollout.temperature,
+            prefix_tokens=None if prefix is None else torch.tensor(prefix, device=ranks.device),
+            entropy_gradient=algorithm.entropy_coef > 0,
         )  # fmt: skip
-        picked = len(part.targets)
         log_probs, entropy = scored.log_probs[:picked], scored.entropy[:picked]
-        here = batch.mask[group]
-        token_weight = weights[group][here]
-        behaviour = batch.behaviour[group][here]
-        result = _objective(log_probs, batch, group, here, token_weight, recipe, config, proximal, part)
+        tokens = _Tokens.of(batch, weights, group, ranks.device)
+        result = _objective(log_probs, tokens, recipe, config, proximal, part)
         terms = {"pg_loss": result.loss}
         if algorithm.entropy_coef:
-            terms["entropy_loss"] = -algorithm.entropy_coef * (token_weight * entropy).sum()
-        if batch.reference is not None:
-            penalty = k3_kl(log_probs, batch.reference[group][here])
-            terms["kl_loss"] = algorithm.kl_coef * (token_weight * penalty).sum()
+            terms["entropy_loss"] = -algorithm.entropy_coef * (tokens.weights * entropy).sum()
+        if tokens.reference is not None:
+            terms["kl_loss"] = algorithm.kl_coef * (tokens.weights * k3_kl(log_probs, tokens.reference)).sum()
         if imitated is not None and demonstrated[group].any():
-            nll = -(lm_weights[group][demonstrated[group]] * scored.log_probs[picked:]).sum()
-            terms["lm_loss"] = _lm_coef(recipe, config) * nll
+            lm_weight = lm_weights[group][demonstrated[group]].to(ranks.device)
+            terms["lm_loss"] = -_lm_coef(recipe, config) * (lm_weight * scored.log_probs[picked:]).sum()
         loss = torch.stack(list(terms.values())).sum()
-        loss.backward()
-        spans.work.backward(part.lengths, outputs=len(targets), detached=None if prefix is None else prefix.tolist())
-        for name, value in terms.items():
-            sums.losses[-1][name] = sums.losses[-1].get(name, 0.0) + value.item()
-        sums.tokens += picked
-        with torch.no_grad():
-            if not sums.norms:
-                own = batch.sampled_now[group][here]
-                sums.unchanged.append((behaviour[own], log_probs.detach()[own]))
-            sums.add(
-                low=result.clipped_low.item(), high=result.clipped_high.item(), entropy=entropy.sum().item(),
-                k1=k1_kl(log_probs, behaviour).sum().item(), k3=k3_kl(behaviour, log_probs).sum().item(),
-            )  # fmt: skip
-        sums.largest_ratio = max(sums.largest_ratio, result.ratio_max.item())
+        (loss * (ranks.world if counts else 0)).backward()  # shards take the mean over the ranks
+        if not counts:
+            continue
+        spans.work.backward(part.lengths, outputs=len(asked.targets), detached=prefix)
+        if recipe.proximal == "ewma":
+            spans.work.forward(part.lengths, outputs=picked)  # of the proximal policy
+        sums.take(terms, log_probs.detach(), entropy.detach(), tokens, result, detached_tokens=sum(prefix or []))
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What is known of a micro-batch's picked tokens, where it computes."""
+
+    behaviour: Float[Tensor, " picked"]
+    current: Float[Tensor, " picked"]
+    advantages: Float[Tensor, " picked"]
+    weights: Float[Tensor, " picked"]
+    sampled_now: Bool[Tensor, " picked"]
+    reference: Float[Tensor, " picked"] | None
+
+    @classmethod
+    def of(
+        cls, batch: PolicyBatch, weights: Float[Tensor, "rows time"], group: Sequence[int], device: torch.device
+    ) -> "_Tokens":
+        here = batch.mask[group]
+        tables = (batch.behaviour, batch.current, batch.advantages, weights, batch.sampled_now, batch.reference)
+        return cls(*(None if table is None else table[group][here].to(device) for table in tables))  # type: ignore
+
+
+def _joined(part: MicroBatch, more: MicroBatch) -> MicroBatch:
+    """One pass over the same rows for two choices of tokens, those of `part` first."""
+    return replace(
+        part,
+        row=torch.cat([part.row, more.row]),
+        column=torch.cat([part.column, more.column]),
+        targets=torch.cat([part.targets, more.targets]),
+    )
 
 
 def _objective(
     log_probs: Float[Tensor, " picked"],
-    batch: PolicyBatch,
-    group: Sequence[int],
-    here: Bool[Tensor, "members time"],
-    weights: Float[Tensor, " picked"],
+    tokens: _Tokens,
     recipe: Recipe,
     config: RunConfig,
     proximal: ProximalPolicy | None,
     part: MicroBatch,
 ) -> PolicyLoss:
-    behaviour, advantages = batch.behaviour[group][here], batch.advantages[group][here]
-    current = batch.current[group][here]
+    behaviour, current, advantages, weights = tokens.behaviour, tokens.current, tokens.advantages, tokens.weights
     if recipe.objective == "additive_clip":
         return additive_clip_loss(log_probs, current, behaviour, advantages, weights, epsilon=additive_width(recipe))
     if recipe.objective == "clip":
@@ -182,7 +232,6 @@ def _objective(
         )
     if recipe.proximal == "ewma":
         assert proximal is not None, "the recipe needs a proximal policy"
-        batch.spans.work.forward(part.lengths, outputs=len(part.targets))
         with torch.no_grad():
             current = token_log_probs(
                 proximal.model, part.input_ids, part.row, part.column, part.targets, config.rollout.temperature
@@ -190,16 +239,18 @@ def _objective(
     return decoupled_loss(log_probs, current, behaviour, advantages, weights, clip=recipe.clip)
 
 
-def _groups(spans: Spans, members: list[int], config: RunConfig) -> list[tuple[list[int], bool]]:
-    """Micro-batches, and whether their prefix is detached: only rows resumed from an earlier step have one."""
-    budget = config.train.micro_batch_tokens
-    if config.algorithm.prefix == "gradient":
-        return [(group, False) for group in in_micro_batches(spans, members, budget)]
-    resumed = [i for i in members if spans.first[i] > 0]
-    fresh = [i for i in members if spans.first[i] == 0]
-    return [(group, False) for group in in_micro_batches(spans, fresh, budget)] + [
-        (group, True) for group in in_micro_batches(spans, resumed, budget)
-    ]
+def _groups(
+    spans: Spans, members: list[int], config: RunConfig, ranks: Ranks
+) -> Iterator[tuple[list[int], bool, bool]]:
+    """This rank's micro-batches, whether their prefix is detached (only rows resumed from an earlier step have one),
+    and whether they count (`Ranks.share`). All ranks compute either kind at the same time."""
+    budget, resumed = config.train.micro_batch_tokens, set()
+    if config.algorithm.prefix == "detached":
+        resumed = {i for i in members if spans.first[i] > 0}
+    fresh = [i for i in members if i not in resumed]
+    for detached, own in ((False, fresh), (True, [i for i in members if i in resumed])):
+        for group, counts in in_micro_batches(spans, own, budget, ranks):
+            yield group, detached, counts
 
 
 def positive_examples(

@@ -7,12 +7,13 @@ from torch import nn
 
 from profiling.errors import RunError
 from tppo.config import RunConfig
+from tppo.parallel.shard import whole
 
 
 def step_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, name: str) -> float:
     """Clip the gradient and take the step; returns the norm before clipping. Raises RunError, with the weights as
     they were, when the gradient is not finite."""
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm))
+    norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)))
     if not math.isfinite(norm):
         raise RunError(
             f"the {name}'s gradient is not finite; its weights are left as they were, and no checkpoint is written: "

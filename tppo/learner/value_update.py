@@ -12,6 +12,7 @@ from tppo.learner.batch import in_micro_batches, mini_batches, pick
 from tppo.learner.estimates import ValueBatch
 from tppo.learner.step import step_optimizer
 from tppo.models.value import ValueModel
+from tppo.parallel.ranks import SINGLE, Ranks
 
 
 def update_value(
@@ -26,6 +27,7 @@ def update_value(
     epochs: int,
     steps_per_epoch: int,
     clip: float | None,
+    ranks: Ranks = SINGLE,
 ) -> dict[str, Any]:
     """Train on every token of the batch's spans. No rows: no step, and null metrics."""
     spans, valid = batch.spans, batch.spans.valid
@@ -38,18 +40,21 @@ def update_value(
             weights[members] = token_weights(valid[members], recipe.aggregation) * batch.row_weights[members, None]
             optimizer.zero_grad()
             total = 0.0
-            for group in in_micro_batches(spans, members, budget):
-                part, here = pick(spans, group, valid, pad_token_id), valid[group]
-                loss = value_loss(
-                    model(part.input_ids, part.row, part.column), batch.targets[group][here], weights[group][here],
-                    old_values=batch.old_values[group][here], clip=clip,
-                )  # fmt: skip
-                loss.backward()
-                spans.work.backward(part.lengths, outputs=len(part.targets))
-                total += loss.item()
+            for group, counts in in_micro_batches(spans, members, budget, ranks):
+                part, here = pick(spans, group, valid, pad_token_id, count=counts).to(ranks.device), valid[group]
+                targets, weight, old = (
+                    table[group][here].to(ranks.device) for table in (batch.targets, weights, batch.old_values)
+                )
+                values = model(part.input_ids, part.row, part.column)
+                loss = value_loss(values, targets, weight, old_values=old, clip=clip)
+                (loss * (ranks.world if counts else 0)).backward()  # shards take the mean over the ranks
+                if counts:
+                    spans.work.backward(part.lengths, outputs=len(part.targets))
+                    total += loss.item()
             losses.append(total)
             norms.append(step_optimizer(model, optimizer, config, "value model"))
             spans.work.updates += 1
+    losses = [sum(shares) for shares in zip(*ranks.gather(losses), strict=True)]
     return {
         "critic/vf_loss": sum(losses) / len(losses) if losses else None,
         "critic/grad_norm": sum(norms) / len(norms) if norms else None,

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,11 +24,19 @@ from tppo.models.prefix import behind_a_detached_prefix
 # Shapes: rows = sequences of a micro-batch, time = their padded length, picked = positions with a loss.
 
 
-def load_policy(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer from a local directory or a hub name. Raises ConfigError when there is none."""
+SCORE = "score_tokens"
+"""Name under which a sharded policy has `score_tokens` as a method: only inside one are its weights together."""
+
+
+def load_policy(path: str, *, attention: str = "sdpa") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (float32, on the CPU) and tokenizer from a local directory or a hub name. attention: sdpa,
+    flash_attention_2 or eager. Raises ConfigError when there is none."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
         tokenizer = AutoTokenizer.from_pretrained(path)
+    except ImportError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model.attention = {attention!r}: {reason}; install it, or set sdpa") from None
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model.path = {path!r}: no model can be loaded from it: {reason}") from None
@@ -83,6 +92,21 @@ def token_log_probs(
     changes nothing. prefix_tokens: so many first tokens of each row are computed without gradient (their keys and
     values are constants); columns must lie behind them.
     """
+    score = getattr(model, SCORE, None) or partial(score_tokens, model)
+    return Scored(*score(input_ids, row, column, targets, temperature, prefix_tokens, entropy_gradient))
+
+
+def score_tokens(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "rows time"],
+    row: Int[Tensor, " picked"],
+    column: Int[Tensor, " picked"],
+    targets: Int[Tensor, " picked"],
+    temperature: float,
+    prefix_tokens: Int[Tensor, " rows"] | None,
+    entropy_gradient: bool,
+) -> tuple[Float[Tensor, " picked"], Float[Tensor, " picked"]]:
+    """What `token_log_probs` computes: log-probabilities and entropies."""
     if prefix_tokens is None:
         hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (rows, time, hidden)
     else:
@@ -92,7 +116,7 @@ def token_log_probs(
     log_probs = (logits / temperature).log_softmax(-1)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(log_probs.exp() * log_probs).sum(-1)
-    return Scored(log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy)
+    return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy
 
 
 def input_layer(model: PreTrainedModel) -> nn.Embedding:

@@ -16,23 +16,23 @@ def behind_a_detached_prefix(
     Equal to an ordinary forward pass in value; in the backward pass nothing flows into the prefix. Prefixes are
     padded on the left, so that all of them end where the rest begins; padding is never attended to.
     """
-    rows, time = input_ids.shape
+    (rows, time), device = input_ids.shape, input_ids.device
     longest, rest = int(prefix_tokens.max()), time - int(prefix_tokens.min())
     if longest == 0:
         return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     skipped = (longest - prefix_tokens)[:, None]  # (rows, 1): padding before a prefix
-    place = torch.arange(longest) - skipped  # (rows, longest): position in the row, negative in padding
+    place = torch.arange(longest, device=device) - skipped  # (rows, longest): position in the row, negative in padding
     real = place >= 0
     cache = DynamicCache()
     with torch.no_grad():
-        causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+        causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
         # Padding attends to itself, or its softmax would have nothing to sum over.
-        itself = torch.eye(longest, dtype=torch.bool)
+        itself = torch.eye(longest, dtype=torch.bool, device=device)
         mask = (causal & real[:, None]) | itself  # (rows, longest, longest)
         at = place.clamp(min=0)
         hidden_states(model, input_ids.gather(1, at), mask[:, None], at, cache)
-    behind = prefix_tokens[:, None] + torch.arange(rest)  # (rows, rest)
-    causal = torch.ones(rest, rest, dtype=torch.bool).tril().expand(rows, -1, -1)
+    behind = prefix_tokens[:, None] + torch.arange(rest, device=device)  # (rows, rest)
+    causal = torch.ones(rest, rest, dtype=torch.bool, device=device).tril().expand(rows, -1, -1)
     mask = torch.cat([real[:, None].expand(-1, rest, -1), causal], dim=2)  # (rows, rest, longest + rest)
     at = behind.clamp(max=time - 1)
     return hidden_states(model, input_ids.gather(1, at), mask[:, None], behind, cache)

@@ -36,6 +36,8 @@ class Sampling:
     """A row ends with the first of these that it samples."""
     seed: int | None = None
     """Of this submission's draws; None: the engine's own random state goes on."""
+    by_row: bool = False
+    """Every draw is a function of (seed, row, position) alone: a row is the same on any engine, beside any others."""
 
 
 @dataclass(frozen=True, slots=True)

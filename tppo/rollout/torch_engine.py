@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tppo.batching import micro_batches, pad_right
 from tppo.models.cached import hidden_states
 from tppo.models.policy import input_layer, output_layer
+from tppo.parallel.shard import whole
 from tppo.rollout.protocol import Clock, Completion, Request, Sampling
 from tppo.rollout.sampling import draw
 from tppo.rollout.slot_cache import Parked, SlotCache
@@ -73,6 +74,7 @@ class TorchEngine:
         self._columns = torch.arange(max_tokens, device=self._device)
         self._queue: deque[Request] = deque()
         self._running: list[_Slot] = []
+        self._row = self._ints([])  # (running,): the request's row
         self._last = self._ints([])  # (running,): token fed to the next decode step
         self._position = self._ints([])  # (running,): its position
         self._left = self._ints([])  # (running,): tokens of budget left
@@ -120,7 +122,7 @@ class TorchEngine:
         self._check_idle("weights may change")
         if self._trained is not None:
             for own, new in zip(self.model.parameters(), self._trained.parameters(), strict=True):
-                own.copy_(new)
+                own.copy_(whole(new))
         self.policy_version = version
 
     def release_memory(self) -> None:
@@ -136,9 +138,9 @@ class TorchEngine:
         self._stops = self._ints(list(sampling.stop_token_ids))
         self._draws_from = self._generator
         seed = sampling.seed
-        if seed is None and self._device != self._generator.device:
+        if seed is None and self._device != self._generator.device and not sampling.by_row:
             seed = int(torch.randint(2**62, (), generator=self._generator))
-        if seed is not None:
+        if seed is not None and not sampling.by_row:
             self._draws_from = torch.Generator(self._device).manual_seed(seed)
 
     def _admit(self) -> None:
@@ -161,6 +163,7 @@ class TorchEngine:
             self._cache.for_prefill(self._ints([first + index for index in group]), input_ids.shape[1])
             positions = torch.arange(input_ids.shape[1], device=self._device).expand_as(input_ids)
             hidden_states(self.model, input_ids, None, positions, self._cache)
+        self._row = torch.cat([self._row, self._ints([request.row for request in admitted])])
         self._last = torch.cat([self._last, self._ints([request.token_ids[-1] for request in admitted])])
         self._position = torch.cat([self._position, self._ints(known)])
         self._left = torch.cat([self._left, self._ints([request.budget_tokens for request in admitted])])
@@ -215,7 +218,7 @@ class TorchEngine:
             self.model, self._last[:, None], mask[:, None, None], self._position[:, None], self._cache
         )
         logits = output_layer(self.model)(hidden[:, 0]).float()  # (running, vocabulary)
-        return draw(logits, self._sampling, self._draws_from)
+        return draw(logits, self._sampling, self._draws_from, self._row, self._position + 1)
 
     def _complete(self, index: int, reason: Any) -> Completion:
         slot = self._running[index]
@@ -244,7 +247,8 @@ class TorchEngine:
             order[hole] = mover
         index = self._ints(order)
         self._running = [self._running[i] for i in order]
-        self._last, self._position, self._left = self._last[index], self._position[index], self._left[index]
+        self._row, self._last = self._row[index], self._last[index]
+        self._position, self._left = self._position[index], self._left[index]
 
     def _ints(self, values: list[int]) -> Int[Tensor, " values"]:
         return torch.tensor(values, dtype=torch.long, device=self._device)

@@ -1,0 +1,140 @@
+"""The processes of a run, and what they tell each other. One process is a group of one, and says nothing."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from profiling.errors import ConfigError
+
+T = TypeVar("T")
+
+CPU = torch.device("cpu")
+
+TIMEOUT = timedelta(minutes=30)
+"""Of a collective: the ranks wait for the slowest one's rollout and rewards."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """rank: of this process. world: processes. device: where this one computes. mesh: of the shards, (replicas,
+    shards) with replicas; None where nothing is sharded."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = CPU
+    mesh: DeviceMesh | None = None
+
+    @property
+    def main(self) -> bool:
+        """The one that writes."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over the ranks. values: on the CPU, of one shape on all of them."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.total(torch.tensor(int(flag))))
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's, by rank."""
+        if self.world == 1:
+            return [value]
+        everyones: list[Any] = [None] * self.world
+        dist.all_gather_object(everyones, value)
+        return everyones
+
+    def from_main(self, value: T) -> T:
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def share(self, items: Sequence[T], sizes: Sequence[int]) -> list[tuple[T, bool]]:
+        """This rank's of the items, the same number on every rank: sharded models compute in step.
+
+        The largest goes first, to the rank that has least. A rank that has fewer than the others repeats the smallest
+        item, marked False: it is computed and counts for nothing.
+        """
+        if self.world == 1:
+            return [(item, True) for item in items]
+        if not items:
+            return []
+        loads, own = [0] * self.world, [[] for _ in range(self.world)]  # type: ignore[var-annotated]
+        for index in sorted(range(len(items)), key=lambda i: (-sizes[i], i)):
+            least = min(range(self.world), key=lambda r: (loads[r], r))
+            loads[least] += sizes[index]
+            own[least].append(index)
+        mine = sorted(own[self.rank])
+        spare = min(range(len(items)), key=lambda i: (sizes[i], i))
+        missing = max(map(len, own)) - len(mine)
+        return [(items[i], True) for i in mine] + [(items[spare], False)] * missing
+
+
+SINGLE = Ranks()
+
+
+@contextmanager
+def joined_ranks(*, device: str = "auto", sharded: bool = False, replicas: int = 1) -> Iterator[Ranks]:
+    """The ranks that torchrun started, or this process alone. device: auto, cpu or cuda.
+
+    sharded: models are sharded also where one process is alone (its passes then compute in another type than its
+    weights). replicas: groups that each hold all shards (HSDP). Raises ConfigError.
+    """
+    world, rank = _from_environment("WORLD_SIZE", 1), _from_environment("RANK", 0)
+    own = _device(device, _from_environment("LOCAL_RANK", 0))
+    if world % replicas:
+        raise ConfigError(f"parallel.replicas = {replicas}: the {world} ranks cannot be divided into as many groups")
+    if world == 1 and not sharded:
+        yield Ranks(device=own)
+        return
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+    alone: dict[str, Any] = {} if world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT, **alone)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"the {world} ranks cannot join: {reason}; start them with torchrun") from None
+    try:
+        shape = {"replicas": replicas, "shards": world // replicas} if replicas > 1 else {"shards": world}
+        mesh = init_device_mesh(own.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+        yield Ranks(rank, world, own, mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def _from_environment(name: str, otherwise: int) -> int:
+    text = os.environ.get(name, "")
+    if text and not text.isdigit():
+        raise ConfigError(f"{name} = {text!r} in the environment: not a number; it is torchrun's to set")
+    return int(text) if text else otherwise
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError('model.device = "cuda": torch sees no GPU; set "cpu", or leave it out')
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own: torch sees {torch.cuda.device_count()}; start as many "
+            "ranks on a host as it has GPUs"
+        )
+    return torch.device("cuda", local_rank)
