@@ -53,7 +53,7 @@ def write_step(writer: RunWriter, step: int, got: Collected, *, trained_tokens: 
             "step": step,
             "row": row.row,
             "group": row.group,
-            "engine": 0,
+            "engine": row.engine,
             "policy_version": row.policy_version,
             "prompt_tokens": len(row.prompt_ids),
             "context_before": row.context_before,

@@ -1,7 +1,7 @@
 """The processes of a run, and what they tell each other. One process is a group of one, and says nothing."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from profiling.errors import ConfigError
+from profiling.errors import ConfigError, ToolkitError
 
 T = TypeVar("T")
 
@@ -53,6 +53,20 @@ class Ranks:
         everyones: list[Any] = [None] * self.world
         dist.all_gather_object(everyones, value)
         return everyones
+
+    def everyones(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gives on every rank. Where it raises an error of ours on one of them, all ranks raise that."""
+        fault: ToolkitError | None = None
+        own: T | None = None
+        try:
+            own = work()
+        except ToolkitError as error:
+            fault = error
+        results = self.gather((own, fault))
+        faults = [theirs for _, theirs in results if theirs is not None]
+        if faults:
+            raise fault or faults[0]
+        return [value for value, _ in results]  # type: ignore[misc]
 
     def from_main(self, value: T) -> T:
         if self.world == 1:

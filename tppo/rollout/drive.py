@@ -34,12 +34,8 @@ def run_rollout(
 ) -> None:
     """Generate the plan's tokens into `rows`, until the schedule ends the step; what still runs then is aborted and
     comes back with what it has. Rows have begun their window."""
-    requests = []
-    for admission in plan.admissions:
-        row = rows[admission.row]
-        requests.append(Request(row.row, row.token_ids, len(row.response_ids), admission.budget_tokens))
     with engine_faults(plan.step):
-        engine.submit(requests, sampling)
+        engine.submit(requests_of(plan, rows), sampling)
     state = StepState.of(plan)
     while state.running:
         with engine_faults(plan.step):
@@ -49,14 +45,33 @@ def run_rollout(
                 f"step {plan.step}: the rollout engine is empty, but {state.running} rows have not ended"
             )
         for completion in completions:
-            row = rows[completion.row]
-            row.take(completion)
-            reason = _reason(completion, row, max_response_tokens)
-            event = RowEnd(row.row, row.window_tokens, len(row.response_ids), reason)
-            decisions = schedule.on_row_end(state, event)
-            trace(row_end_record(clock(), state, event, decisions))
-            row.finished = any(d.action == "finish" and d.row == row.row for d in decisions)
-            state = state.after(decisions)
+            state = take_completion(schedule, state, completion, rows, max_response_tokens, trace, clock())
+
+
+def requests_of(plan: StepPlan, rows: Mapping[int, Row]) -> list[Request]:
+    """What the plan asks of an engine, in order."""
+    admitted = [(rows[admission.row], admission.budget_tokens) for admission in plan.admissions]
+    return [Request(row.row, row.token_ids, len(row.response_ids), budget) for row, budget in admitted]
+
+
+def take_completion(
+    schedule: Schedule,
+    state: StepState,
+    completion: Completion,
+    rows: Mapping[int, Row],
+    max_response_tokens: int,
+    trace: Trace,
+    now_s: float,
+) -> StepState:
+    """Give its row what it generated, and let the schedule decide, logged. Returns the step's state after that."""
+    row = rows[completion.row]
+    row.take(completion)
+    reason = _reason(completion, row, max_response_tokens)
+    event = RowEnd(row.row, row.window_tokens, len(row.response_ids), reason)
+    decisions = schedule.on_row_end(state, event)
+    trace(row_end_record(now_s, state, event, decisions))
+    row.finished = any(d.action == "finish" and d.row == row.row for d in decisions)
+    return state.after(decisions)
 
 
 @contextmanager

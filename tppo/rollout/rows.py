@@ -26,6 +26,8 @@ class Row:
     """The verifier's, before shaping; None while unfinished."""
     correct: bool | None = None
     """Whether the answer is right; None while unfinished."""
+    engine: int = 0
+    """That ran the current window."""
     preempted: int = 0
     """Times in the current window that the engine computed its keys and values again."""
     t_start: float = 0.0

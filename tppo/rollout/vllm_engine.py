@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from profiling.errors import ConfigError
 from tppo.rollout.protocol import Clock, Completion, Request, Sampling
+from tppo.rollout.sampling import uniform_of
 from tppo.rollout.spans import Spans
 
 _REASONS: dict[str | None, Any] = {"stop": "stop", "length": "budget"}
@@ -138,6 +139,7 @@ class VllmEngine:
                 max_tokens=request.budget_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
                 top_k=sampling.top_k or -1, logprobs=0, detokenize=False, ignore_eos=True,
                 stop_token_ids=list(sampling.stop_token_ids), output_kind=RequestOutputKind.DELTA,
+                seed=_seed_of(request, sampling) if sampling.by_row else None,
             )  # fmt: skip
             name = f"{request.row}-{self._submissions}"
             prompt = TokensPrompt(prompt_token_ids=request.token_ids)
@@ -265,6 +267,12 @@ class VllmEngine:
             row.request.row, row.token_ids, row.log_probs, reason, self.policy_version, row.t_start, self._spans.end,
             row.preempted,
         )  # fmt: skip
+
+
+def _seed_of(request: Request, sampling: Sampling) -> int:
+    """vLLM gives such a request a random stream of its own. A row that is cut and goes on begins another one."""
+    at = torch.tensor([request.row]), torch.tensor([len(request.token_ids)])
+    return int(2**53 * uniform_of(sampling.seed or 0, *at))
 
 
 def _seed_worker(worker: object, seed: int) -> None:
