@@ -12,8 +12,9 @@ from profiling.errors import ConfigError, DataError
 from profiling.reader import Run
 from profiling.settings import check_settings, to_toml
 from profiling.writer import RunWriter, refuse_a_run
-from tppo.checkpoints.content import POLICY, restore, restore_global_random_state
+from tppo.checkpoints.content import POLICY, restore
 from tppo.checkpoints.manifest import check_it_fits
+from tppo.checkpoints.random_state import set_global_random_state
 from tppo.checkpoints.store import Found, make_ready_to_resume, newest_usable
 from tppo.config import RunConfig
 from tppo.data.arithmetic import ArithmeticTask
@@ -57,7 +58,8 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
     longest_prompt = task.longest_prompt(tokenizer)
     check_rows_fit(config, policy, tokenizer, longest_prompt)
     state = new_state(policy, tokenizer, config)
-    time_s = restore(state, found.path) if found else 0.0
+    restored = restore(state, found.path) if found else None
+    time_s = restored.time_s if restored else 0.0
     schedule = schedule_of(config)
     engine = make_engine(
         config, policy, tokenizer, model_path=model_path, slots=slots_of(config, schedule),
@@ -67,7 +69,6 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
     engine.update_weights(state.policy_version)
     text = to_toml(config.model_dump(mode="json"))
     if found is not None:
-        restore_global_random_state(found.path)
         make_ready_to_resume(config.output, found)
         writer = RunWriter.resume(config.output, offsets=found.manifest.offsets, last_step=state.step, last_t_s=time_s)
         writer.write_text("config.toml", text)
@@ -83,7 +84,10 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
     )
     with profiler:
         sampling = sampling_of(config, tokenizer)
-        yield Trainer(config, state, task, FinalAnswer(), schedule, engine, sampling, held_out, writer, profiler)
+        trainer = Trainer(config, state, task, FinalAnswer(), schedule, engine, sampling, held_out, writer, profiler)
+        if restored is not None:
+            set_global_random_state(restored.global_random_state)  # last: what is built above may draw
+        yield trainer
 
 
 def checkpoint_of(config: RunConfig) -> Found:

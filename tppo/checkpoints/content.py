@@ -15,8 +15,10 @@ steps; the rows that carry over and their numbers are their state.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from profiling.errors import DataError, RunError
 from tppo.checkpoints.folders import empty_folder_for, hidden, put_in_place, remove
 from tppo.checkpoints.manifest import Manifest, checksums, toolkit_version, write_manifest
-from tppo.checkpoints.random_state import global_random_state, set_global_random_state
+from tppo.checkpoints.random_state import global_random_state
 from tppo.checkpoints.store import folder_of
 from tppo.checkpoints.stored_rows import RowTable, rows_of
 from tppo.models.policy import architecture_of, describe_model, save_policy
@@ -104,12 +106,19 @@ def write_content(folder: Path, state: TrainingState, time_s: float) -> None:
     save_file(table.tensors(), folder / ROWS)
 
 
-def restore(state: TrainingState, checkpoint: Path) -> float:
-    """Load what `save_checkpoint` wrote into `state`, whose policy was already loaded from the checkpoint. Returns
-    the run's clock. Raises DataError.
+@dataclass(frozen=True)
+class Restored:
+    """What is not part of the training state."""
 
-    Global random states come last, by `restore_global_random_state`: whatever is built after this may draw.
-    """
+    time_s: float
+    """The run's clock."""
+    global_random_state: dict[str, Any]
+    """To be set last: whatever is built before the first step may draw."""
+
+
+def restore(state: TrainingState, checkpoint: Path) -> Restored:
+    """Load what `save_checkpoint` wrote into `state`, whose policy was already loaded from the checkpoint. Raises
+    DataError."""
     try:
         optimizers = torch.load(checkpoint / OPTIMIZERS, weights_only=True)
         generators = torch.load(checkpoint / RANDOM, weights_only=True)
@@ -130,17 +139,9 @@ def restore(state: TrainingState, checkpoint: Path) -> float:
         ahead = progress["ahead"]
         if ahead is not None:
             state.ahead = Ahead([rows[place] for place in ahead["rows"]], ahead["records"])
-        return float(progress["time_s"])
+        return Restored(float(progress["time_s"]), generators["global"])
     except FAULTS as error:
         raise DataError(f"{checkpoint}: not a usable checkpoint: {_line(error)}") from None
-
-
-def restore_global_random_state(checkpoint: Path) -> None:
-    """Raises DataError."""
-    try:
-        set_global_random_state(torch.load(checkpoint / RANDOM, weights_only=True)["global"])
-    except FAULTS as error:
-        raise DataError(f"{checkpoint / RANDOM}: not usable: {_line(error)}") from None
 
 
 def _line(error: BaseException) -> str:
