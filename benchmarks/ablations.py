@@ -17,7 +17,7 @@ from benchmarks.arms import budget_table, curves_figure, train_arms
 from benchmarks.estimators import Sampled, advantage_figure, advantage_table, prefix_table
 from benchmarks.learning import ARMS, REGIME, TARGET
 from benchmarks.record_results import ROOT, machine, markdown
-from tppo.state import latest_checkpoint
+from tppo.checkpoints.store import newest_usable
 
 T_PPO = ARMS["tppo"]
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -83,7 +83,7 @@ def main() -> None:
             table.to_csv(target / f"{name}.csv", index=False)
             curves_figure(own, f"{study.capitalize()} (measured)", TARGET).savefig(target / f"{name}.png")
     source = options.output / f"tppo-full-s{first}"
-    sampled = Sampled(source, latest_checkpoint(source), responses=1024)
+    sampled = Sampled(source, newest_usable(source).path, responses=1024)
     advantages = advantage_table(sampled, WINDOWS, LAMBDAS)
     prefix = prefix_table(sampled, window=85, batches=20)
     print(markdown(advantages), markdown(prefix), sep="\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from profiling import schema
@@ -41,10 +42,13 @@ class RunWriter:
         self.trace({"type": "header", "schema": schema.SCHEMA_VERSION, **header})
 
     @classmethod
-    def resume(cls, path: Path | str, *, offsets: Mapping[str, int], last_step: int) -> "RunWriter":
+    def resume(
+        cls, path: Path | str, *, offsets: Mapping[str, int], last_step: int, last_t_s: float = math.inf
+    ) -> "RunWriter":
         """Go on writing a run as it was at a checkpoint: append-only files are cut back to `offsets` (bytes), part
-        files of later steps are removed; ledger and summary stay until new ones replace them. Raises DataError when
-        the files are shorter than the checkpoint says, before anything is changed."""
+        files of later steps and device samples after `last_t_s` are removed; ledger and summary stay until new ones
+        replace them. Raises DataError when the files are shorter than the checkpoint says, before anything is
+        changed."""
         writer = cls.__new__(cls)
         writer.path = Path(path)
         for name, offset in offsets.items():
@@ -58,6 +62,8 @@ class RunWriter:
                 os.truncate(writer.path / name, offset)
             for part in later:
                 part.unlink()
+            for name, time in (("devices", "t"), ("windows", "t_end")):
+                _cut_samples(writer.path / name, time, last_t_s)
         except OSError as error:
             raise RunError(f"{writer.path}: cannot be resumed in place: {error.strerror}") from None
         writer._trace = writer._open("trace.jsonl")
@@ -68,6 +74,19 @@ class RunWriter:
         """Length in bytes of each append-only file, for a checkpoint."""
         names = ("trace.jsonl", "metrics.jsonl")
         return {name: (self.path / name).stat().st_size for name in names if (self.path / name).exists()}
+
+    def sync(self) -> None:
+        """Wait until the disk has everything that was written: what a checkpoint refers to must not be younger."""
+        folders = [self.path, *(self.path / name for name in schema.PART_NAMES if (self.path / name).is_dir())]
+        try:
+            for path in (*(self.path / name for name in self.offsets()), *folders):
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be written: {error.strerror}") from None
 
     def trace(self, record: Mapping[str, Any]) -> None:
         """Append one record. An invalid record is our own bug: ValueError."""
@@ -145,9 +164,30 @@ def write_parquet(path: Path, columns: Mapping[str, Any], columns_schema: pa.Sch
     if missing:
         raise ValueError(f"{path.name}: columns {sorted(missing)} are missing or unknown")
     arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in columns_schema]
+    _write_table(path, pa.Table.from_arrays(arrays, schema=columns_schema))
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
     buffer = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_arrays(arrays, schema=columns_schema), buffer)
+    pq.write_table(table, buffer)
     write_atomically(path, buffer.getvalue().to_pybytes())
+
+
+def _cut_samples(folder: Path, time: str, last_t_s: float) -> None:
+    """Remove samples after `last_t_s`. Parts are in the order of time. A part that cannot be read stays: its reader
+    says so."""
+    for part in sorted(folder.glob("part-*.parquet"), reverse=True):
+        try:
+            table = pq.read_table(part)
+            kept = table.filter(pc.field(time) <= last_t_s)
+        except (pa.ArrowInvalid, OSError):
+            continue
+        if kept.num_rows == table.num_rows:
+            break
+        if kept.num_rows == 0:
+            part.unlink()
+        else:
+            _write_table(part, kept)
 
 
 def append_only_prefix(path: Path) -> bytes:

@@ -19,7 +19,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `tppo`. Returns the exit code: 0, 1 for a failed run, 2 for bad input, 130 on Ctrl-C."""
+    """Run `tppo`. Returns the exit code: 0, 1 for a failed run, 2 for bad input, 130 on Ctrl-C, 143 on SIGTERM."""
     own, others = split_at_dashes(list(sys.argv[1:] if argv is None else argv))
     debug = "--debug" in own
     words = [*joined_overrides([word for word in own if word != "--debug"]), *others]
@@ -143,9 +143,10 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     plot.add_argument("--format", default="png", help="png, pdf, svg; several with commas")
     plot.add_argument("--output", type=Path, default=Path("figures"), help="directory")
 
-    export = add("export", _export, "write a run for Perfetto (chrome), TensorBoard, or as tables")
+    export = add("export", _export, "write a run for Perfetto (chrome), TensorBoard, as tables, or its models")
     export.add_argument("run_directory", type=Path, metavar="RUN")
-    export.add_argument("--format", default="chrome", help="chrome, csv, parquet, tensorboard or wandb")
+    export.add_argument("--format", default="chrome", help="chrome, csv, huggingface, parquet, tensorboard or wandb")
+    export.add_argument("--checkpoint", metavar="NAME", help="of huggingface: step-000100, best or last (last)")
     export.add_argument(
         "--steps", default="0:", metavar="FIRST:LAST", help="only these steps, of chrome (default: all)"
     )
@@ -262,7 +263,15 @@ def _plot(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from tppo.commands.export import run_export
 
-    print(run_export(options.run_directory, form=options.format, steps=options.steps, output=options.output))
+    if options.format == "huggingface":
+        from tppo.quiet import quieten_libraries
+
+        quieten_libraries()
+    target = run_export(
+        options.run_directory, form=options.format, steps=options.steps, output=options.output,
+        checkpoint=options.checkpoint,
+    )  # fmt: skip
+    print(target)
     return 0
 
 

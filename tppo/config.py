@@ -166,7 +166,12 @@ class LoopConfig(Settings):
     stop_at_accuracy: float | None = Field(None, gt=0, le=1)
     """End when the mean of three consecutive evaluations reaches this; left out: run all steps."""
     checkpoint_every: NonNegativeInt = 0
-    """Steps between checkpoints; 0: only on Ctrl-C and at the end."""
+    """Steps between checkpoints; 0: only on Ctrl-C, on SIGTERM and at the end."""
+    keep_last: NonNegativeInt = 3
+    """Checkpoints to keep, the newest ones; 0: all."""
+    keep_best: NonNegativeInt = 1
+    """Checkpoints to keep besides, those of the best evaluations; true is 1, false is 0. With checkpoint_every, an
+    evaluation that belongs to them is saved whether or not a checkpoint is due."""
 
 
 class EvaluationConfig(Settings):

@@ -1,10 +1,11 @@
-"""What a training run shows on the terminal, and how Ctrl-C reaches it."""
+"""What a training run shows on the terminal, and how Ctrl-C and SIGTERM reach it."""
 
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -13,25 +14,42 @@ from tppo.config import RunConfig
 from tppo.evaluate import Accuracy
 
 
+@dataclass
+class Stop:
+    """Whether someone asked the loop to stop."""
+
+    signal: int | None = None
+
+    @property
+    def asked(self) -> bool:
+        return self.signal is not None
+
+
 @contextmanager
-def stop_on_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C asks the loop to stop after the step under way; a second one stops at once."""
-    asked = threading.Event()
+def stop_on_signal() -> Iterator[Stop]:
+    """Ctrl-C and SIGTERM ask the loop to stop after the step under way; a second signal, either one, stops at once."""
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield stop
         return
-    previous = signal.getsignal(signal.SIGINT)
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def as_before() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
     def ask(number: int, frame: object) -> None:
-        asked.set()
-        print("tppo: stopping after the step under way; Ctrl-C again stops at once", file=sys.stderr)
-        signal.signal(signal.SIGINT, previous)
+        stop.signal = number
+        as_before()
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        print(f"tppo: {name}: saving after the step under way; a second one stops at once", file=sys.stderr)
 
-    signal.signal(signal.SIGINT, ask)
+    for number in previous:
+        signal.signal(number, ask)
     try:
-        yield asked
+        yield stop
     finally:
-        signal.signal(signal.SIGINT, previous)
+        as_before()
 
 
 @contextmanager

@@ -1,25 +1,30 @@
 """Starts a training run, or goes on with one: checks everything before anything is written."""
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from profiling import Profiler
-from profiling.errors import ConfigError
+from profiling.errors import ConfigError, DataError
 from profiling.reader import Run
 from profiling.settings import check_settings, to_toml
 from profiling.writer import RunWriter, refuse_a_run
+from tppo.checkpoints.content import POLICY, restore
+from tppo.checkpoints.manifest import check_it_fits
+from tppo.checkpoints.random_state import set_global_random_state
+from tppo.checkpoints.store import Found, make_ready_to_resume, newest_usable
 from tppo.config import RunConfig
 from tppo.data.arithmetic import ArithmeticTask
 from tppo.learner.recipe import recipe_of
-from tppo.models.policy import describe_model, load_policy
+from tppo.models.policy import architecture_of, describe_model, load_policy
 from tppo.rewards.final_answer import FinalAnswer
 from tppo.rollout.engines import check_rows_fit, make_engine, sampling_of
 from tppo.run_records import header_of
 from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, Truncated
-from tppo.state import latest_checkpoint, new_state, read_progress, restore
+from tppo.state import new_state
 from tppo.torch_traces import steps_of
 from tppo.trainer import Outcome, Trainer
 
@@ -43,21 +48,18 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
     if config.profile.cuda_events and not torch.cuda.is_available():
         raise ConfigError("profile.cuda_events: torch sees no GPU; leave it out")
     torch.set_num_threads(config.train.threads)
-    checkpoint = latest_checkpoint(config.output) if resume else None
-    progress = read_progress(checkpoint) if checkpoint else None
-    if progress is not None:
-        check_it_can_go_on(config)
-    else:
+    found = checkpoint_of(config) if resume else None
+    if found is None:
         refuse_a_run(config.output)
-    model_path = str(checkpoint / "policy") if checkpoint else config.model.path
+    model_path = str(found.path / POLICY) if found else config.model.path
     policy, tokenizer = load_policy(model_path)
     task, held_out_task = task_of(config), task_of(config, config.evaluation.seed)
     held_out = [held_out_task.problem(number) for number in range(config.evaluation.problems)]
     longest_prompt = task.longest_prompt(tokenizer)
     check_rows_fit(config, policy, tokenizer, longest_prompt)
     state = new_state(policy, tokenizer, config)
-    if checkpoint is not None and progress is not None:
-        restore(state, checkpoint, progress)
+    restored = restore(state, found.path) if found else None
+    time_s = restored.time_s if restored else 0.0
     schedule = schedule_of(config)
     engine = make_engine(
         config, policy, tokenizer, model_path=model_path, slots=slots_of(config, schedule),
@@ -66,21 +68,45 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
     )  # fmt: skip
     engine.update_weights(state.policy_version)
     text = to_toml(config.model_dump(mode="json"))
-    if progress is not None:
-        writer = RunWriter.resume(config.output, offsets=progress["offsets"], last_step=state.step)
+    if found is not None:
+        make_ready_to_resume(config.output, found)
+        writer = RunWriter.resume(config.output, offsets=found.manifest.offsets, last_step=state.step, last_t_s=time_s)
         writer.write_text("config.toml", text)
     else:
         writer = RunWriter(config.output, header=header_of(schedule, config), config_toml=text)
-        writer.write_text("model.json", json.dumps(describe_model(policy), indent=1) + "\n")
+        model = {"architecture": architecture_of(policy), **describe_model(policy)}
+        writer.write_text("model.json", json.dumps(model, indent=1) + "\n")
     profiler = Profiler(
         writer=writer,
-        start_s=progress["time_s"] if progress else 0.0,
+        start_s=time_s,
         sampler_interval_s=config.profile.interval_s if config.profile.sampler else None,
         links=config.profile.links,
     )
     with profiler:
         sampling = sampling_of(config, tokenizer)
-        yield Trainer(config, state, task, FinalAnswer(), schedule, engine, sampling, held_out, writer, profiler)
+        trainer = Trainer(config, state, task, FinalAnswer(), schedule, engine, sampling, held_out, writer, profiler)
+        if restored is not None:
+            set_global_random_state(restored.global_random_state)  # last: what is built above may draw
+        yield trainer
+
+
+def checkpoint_of(config: RunConfig) -> Found:
+    """The newest usable checkpoint of the run, after checking that the run can go on from it. Those that are passed
+    over are named on standard error. Raises DataError or ConfigError, before anything is changed."""
+    assert config.output is not None
+    found = newest_usable(config.output, to_resume=True)
+    path = config.output / "model.json"
+    try:
+        model = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        model = None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    check_it_can_go_on(config)
+    check_it_fits(found.path, found.manifest, algorithm=config.algorithm.name, model=model)
+    for reason in found.passed_over.values():
+        print(f"tppo: {reason}; going on from {found.path.name}", file=sys.stderr)
+    return found
 
 
 def check_it_can_go_on(config: RunConfig) -> None:

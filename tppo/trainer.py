@@ -10,9 +10,11 @@ from profiling import Profiler
 from profiling.errors import RunError
 from profiling.writer import RunWriter
 from tppo.algorithms.geppo import next_learning_rate, reuse_weights
+from tppo.checkpoints.content import save_checkpoint
+from tppo.checkpoints.store import prune_checkpoints
 from tppo.collect import Collector, StepTimes
 from tppo.config import RunConfig
-from tppo.console import progress_bar, stop_on_interrupt
+from tppo.console import progress_bar, stop_on_signal
 from tppo.data.problem import Problem, Task
 from tppo.evaluate import Accuracy, evaluate
 from tppo.learner.estimates import estimate, monte_carlo_batch, policy_spans, score_log_probs, score_values
@@ -28,7 +30,7 @@ from tppo.rollout.engines import evaluation_engine
 from tppo.rollout.protocol import EngineError, RolloutEngine, Sampling
 from tppo.run_records import finish_run, write_step
 from tppo.schedule import Schedule
-from tppo.state import TrainingState, save_checkpoint
+from tppo.state import TrainingState
 from tppo.torch_traces import DeviceTimes, TorchProfile, steps_of
 
 EVALUATIONS_TO_STOP = 3
@@ -42,6 +44,8 @@ class Outcome:
     steps: int
     accuracy: float | None
     """Of the last evaluation."""
+    signal: int | None = None
+    """The one that interrupted it."""
 
 
 class Trainer:
@@ -69,6 +73,7 @@ class Trainer:
         self.writer = writer
         self.profiler = profiler
         self.clock = profiler.now
+        self.saved_step: int | None = None
         self.pad_token_id = state.tokenizer.pad_token_id
         self.probe = DriftProbe()
         self.on_device = DeviceTimes(profiler) if config.profile.cuda_events else None
@@ -82,24 +87,26 @@ class Trainer:
     def run(self, show_progress: bool) -> Outcome:
         config, state = self.config, self.state
         accuracy: Accuracy | None = None
-        with stop_on_interrupt() as interrupted, progress_bar(show_progress, config) as advance:
+        with stop_on_signal() as stop, progress_bar(show_progress, config) as advance:
             if not state.started:
                 if config.evaluation.every:
                     accuracy = self.evaluate(step=0)
                     self.writer.metrics({"step": 0, "time_s": self.clock(), "clock_s": 0.0, **_columns(accuracy)})
                 self.pretrain_value()
                 state.started = True
-            while state.step < config.train.steps and not interrupted.is_set() and not self.score_reached():
+            while state.step < config.train.steps and not stop.asked and not self.score_reached():
                 state.step += 1
                 with self.torch_profile.around(state.step):
                     metrics = self.train_step_or_save(state.step)
                 if self.on_device:
                     self.on_device.collect()
-                due = config.train.checkpoint_every and state.step % config.train.checkpoint_every == 0
+                every = config.train.checkpoint_every
+                due = every > 0 and state.step % every == 0
                 if config.evaluation.every and state.step % config.evaluation.every == 0:
                     self.wait_for_rollout()
                     accuracy = self.evaluate(state.step)
                     metrics |= _columns(accuracy)
+                    due = due or self.is_a_best_to_keep()
                 self.writer.metrics(metrics)
                 if due:
                     self.checkpoint()
@@ -107,11 +114,12 @@ class Trainer:
             self.torch_profile.finish(state.step)
             if self.on_device:
                 self.on_device.collect(everything=True)
-            self.checkpoint()
-            status = "interrupted" if interrupted.is_set() else "finished"
+            if self.saved_step != state.step:
+                self.checkpoint()
+            status = "interrupted" if stop.asked else "finished"
             wall_s = self.profiler.finish(status)
             finish_run(self.writer, self.schedule, config, wall_s)
-        return Outcome(status, state.step, accuracy.mean if accuracy else None)
+        return Outcome(status, state.step, accuracy.mean if accuracy else None, stop.signal)
 
     def train_step_or_save(self, step: int) -> dict[str, Any]:
         """A step; when the engine dies in it, everything as it was before the step goes into a checkpoint first."""
@@ -246,12 +254,19 @@ class Trainer:
                 max_response_tokens=self.config.rollout.max_response_tokens,
             )
         self.state.accuracies.append(accuracy.mean)
+        self.state.evaluated_step = step
         return accuracy
 
     def score_reached(self) -> bool:
         target = self.config.train.stop_at_accuracy
         last = self.state.accuracies[-EVALUATIONS_TO_STOP:]
         return target is not None and len(last) == EVALUATIONS_TO_STOP and sum(last) / len(last) >= target
+
+    def is_a_best_to_keep(self) -> bool:
+        """Whether the last evaluation belongs to the best ones, whose checkpoints are to be kept."""
+        train, (*before, last) = self.config.train, self.state.accuracies
+        best = sorted(before, reverse=True)[: train.keep_best]
+        return train.checkpoint_every > 0 and train.keep_best > 0 and (len(best) < train.keep_best or last > best[-1])
 
     def wait_for_rollout(self) -> None:
         """Of the next step, where one runs ahead: an evaluation or a checkpoint must not hide its time."""
@@ -263,7 +278,14 @@ class Trainer:
         self.wait_for_rollout()
         with self.profiler.phase("checkpoint", step=self.state.step):
             self.profiler.flush()
-            save_checkpoint(self.writer.path, self.state, self.writer.offsets(), self.clock())
+            self.writer.sync()
+            newest = save_checkpoint(
+                self.writer.path, self.state, algorithm=self.config.algorithm.name, offsets=self.writer.offsets(),
+                time_s=self.clock(),
+            )  # fmt: skip
+            train = self.config.train
+            prune_checkpoints(self.writer.path, newest, keep_last=train.keep_last, keep_best=train.keep_best)
+        self.saved_step = self.state.step
 
 
 def _columns(accuracy: Accuracy) -> dict[str, float]:

@@ -18,6 +18,7 @@ from profiling.reader import Run
 from profiling.settings import to_toml
 from profiling.writer import write_atomically
 from simulator.calibrate import calibrate
+from tppo.checkpoints.store import checkpoints_of
 from tppo.commands.predict import predict_all
 from tppo.config import RunConfig
 from tppo.hardware import measure_ceilings
@@ -82,7 +83,7 @@ def train_config(config: RunConfig) -> Run:
         check_it_is_that_run(directory, config)
         if (directory / "summary.json").exists() and (Run(directory).trailer or {}).get("status") == "finished":
             return Run(directory)
-    resumable = (directory / "checkpoints").is_dir() and any((directory / "checkpoints").glob("step-*"))
+    resumable = bool(checkpoints_of(directory))
     if directory.exists() and not resumable:
         shutil.rmtree(directory)  # this very run, killed before its first checkpoint
     outcome = train(config, resume=resumable)

@@ -16,6 +16,7 @@ from profiling.writer import write_atomically
 DEFAULTS = {
     "chrome": "trace.json",
     "csv": "export",
+    "huggingface": "huggingface",
     "parquet": "export",
     "tensorboard": "tensorboard",
     "wandb": "wandb-export",
@@ -23,12 +24,21 @@ DEFAULTS = {
 """Format -> where it goes if nothing is said."""
 
 
-def run_export(run_directory: Path, *, form: str, steps: str, output: Path | None) -> Path:
-    """Write the run in a format of DEFAULTS. Returns where. Raises ConfigError, DataError."""
+def run_export(
+    run_directory: Path, *, form: str, steps: str, output: Path | None, checkpoint: str | None = None
+) -> Path:
+    """Write the run in a format of DEFAULTS. Returns where. Raises ConfigError, DataError, RunError."""
     if form not in DEFAULTS:
         raise ConfigError(f"--format {form}: not one of {', '.join(DEFAULTS)}")
+    if checkpoint is not None and form != "huggingface":
+        raise ConfigError(f"--checkpoint {checkpoint}: belongs to --format huggingface; leave it out")
     first, last = steps_of(steps)
-    run, target = Run(run_directory), output or Path(DEFAULTS[form])
+    target = output or Path(DEFAULTS[form])
+    if form == "huggingface":
+        from tppo.commands.huggingface import export_huggingface  # torch: the other formats do not wait for it
+
+        return export_huggingface(run_directory, target, checkpoint)
+    run = Run(run_directory)
     if form == "chrome":
         write_atomically(target, json.dumps(chrome_trace(run, first, last)).encode())
     elif form == "tensorboard":

@@ -38,7 +38,7 @@ def run_training(config_path: Path | None, words: Sequence[str], *, output: Path
     outcome = train(config, resume=resume is not None)
     accuracy = f", accuracy {outcome.accuracy:.3f}" if outcome.accuracy is not None else ""
     print(f"{config.output}: {outcome.status} after {outcome.steps} steps{accuracy}")
-    return 130 if outcome.status == "interrupted" else 0
+    return 0 if outcome.signal is None else 128 + outcome.signal  # as a shell reports it: 130, 143
 
 
 def print_fields() -> None:

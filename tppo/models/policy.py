@@ -132,6 +132,11 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
     return layer
 
 
+def architecture_of(model: PreTrainedModel) -> str:
+    """As config.json names it: Qwen2ForCausalLM."""
+    return type(model).__name__
+
+
 def describe_model(model: PreTrainedModel) -> dict[str, int]:
     """The dimensions that cost formulas need. Unit of *_bytes*: bytes."""
     config = model.config.get_text_config()

@@ -7,6 +7,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+VALUE_MODEL = "value_model.safetensors"
+"""Its file in a checkpoint."""
+
 
 class ValueModel(nn.Module):
     """V(s_t), read at the last token of s_t. Starts from the policy's backbone; the head starts at zero, so every

@@ -1,0 +1,148 @@
+"""What a checkpoint holds, and how it becomes a training state again.
+
+    policy/                     the policy as a Hugging Face folder, with its tokenizer
+    value_model.safetensors     where the recipe has a value model
+    proximal_policy.safetensors ppo-ewma's average of the policy
+    optimizers.pt               both optimisers: moments, steps, learning rates
+    random.pt                   both generators of the run, and every global random state
+    progress.json               step, position in the data, weight updates, clock, learning-rate factor, accuracies,
+                                which rows carry over, are rolled out ahead, or train again
+    rows.safetensors            those rows' tokens, log-probabilities and values
+    manifest.json               whose it is, and the checksum of each file (tppo.checkpoints.manifest)
+
+Nothing is executed on reading: safetensors, JSON, and torch.load with weights_only. Schedules keep nothing between
+steps; the rows that carry over and their numbers are their state.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from profiling.errors import DataError, RunError
+from tppo.checkpoints.folders import empty_folder_for, hidden, put_in_place, remove
+from tppo.checkpoints.manifest import Manifest, checksums, toolkit_version, write_manifest
+from tppo.checkpoints.random_state import global_random_state
+from tppo.checkpoints.store import folder_of
+from tppo.checkpoints.stored_rows import RowTable, rows_of
+from tppo.models.policy import architecture_of, describe_model, save_policy
+from tppo.models.value import VALUE_MODEL
+from tppo.state import Ahead, TrainingState
+
+POLICY, PROXIMAL, OPTIMIZERS, RANDOM = "policy", "proximal_policy.safetensors", "optimizers.pt", "random.pt"
+PROGRESS, ROWS = "progress.json", "rows.safetensors"
+PLAIN = (
+    "step", "next_row", "policy_version", "clock_s", "accuracies", "evaluated_step", "lr_scale", "started",
+)  # fmt: skip
+"""Fields of the state that progress.json holds as they are."""
+FAULTS = (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError, UnpicklingError)
+"""What reading can meet in files that are not ours."""
+
+
+def save_checkpoint(
+    run: Path, state: TrainingState, *, algorithm: str, offsets: dict[str, int], time_s: float
+) -> Path:
+    """Write checkpoints/step-N of the run directory: whole or absent, and one of the same step stands until then.
+
+    `offsets`: length in bytes of the append-only files, so that resuming can discard what came after. time_s: the
+    run's clock. Raises RunError, and leaves the checkpoints as they were.
+    """
+    target = folder_of(run, state.step)
+    try:
+        temporary = empty_folder_for(target)
+        write_content(temporary, state, time_s)
+        manifest = Manifest(
+            toolkit=toolkit_version(),
+            algorithm=algorithm,
+            model={"architecture": architecture_of(state.policy), **describe_model(state.policy)},
+            step=state.step,
+            accuracy=state.accuracies[-1] if state.evaluated_step == state.step else None,
+            offsets=offsets,
+            files=checksums(temporary),
+        )
+        write_manifest(temporary, manifest)
+        put_in_place(target)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk as their own
+        remove(hidden(target, "tmp"))
+        raise RunError(
+            f"{target}: the checkpoint cannot be written: {_line(error)}; is the disk full? The one before is whole: "
+            "make room and go on with --resume"
+        ) from None
+    return target
+
+
+def write_content(folder: Path, state: TrainingState, time_s: float) -> None:
+    """Every file but the manifest. Raises OSError, RuntimeError or SafetensorError."""
+    save_policy(state.policy, state.tokenizer, folder / POLICY)
+    optimizers = {"policy_optimizer": state.policy_optimizer.state_dict()}
+    if state.value_model is not None and state.value_optimizer is not None:
+        save_file(state.value_model.state_dict(), folder / VALUE_MODEL)
+        optimizers["value_optimizer"] = state.value_optimizer.state_dict()
+    if state.proximal is not None:
+        save_file(state.proximal.state(), folder / PROXIMAL)
+    torch.save(optimizers, folder / OPTIMIZERS)
+    generators = {
+        "generator": state.generator.get_state(),
+        "rollout_generator": state.rollout_generator.get_state(),
+        "global": global_random_state(),
+    }
+    torch.save(generators, folder / RANDOM)
+    table = RowTable()
+    progress = {
+        **{name: getattr(state, name) for name in PLAIN},
+        "time_s": time_s,
+        "carried": table.add(state.carried),
+        "reusable": [table.add(batch) for batch in state.reusable],
+        "ahead": None
+        if state.ahead is None
+        else {"rows": table.add(state.ahead.rows), "records": state.ahead.records},
+    }
+    (folder / PROGRESS).write_text(json.dumps({**progress, "rows": table.records()}))
+    save_file(table.tensors(), folder / ROWS)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What is not part of the training state."""
+
+    time_s: float
+    """The run's clock."""
+    global_random_state: dict[str, Any]
+    """To be set last: whatever is built before the first step may draw."""
+
+
+def restore(state: TrainingState, checkpoint: Path) -> Restored:
+    """Load what `save_checkpoint` wrote into `state`, whose policy was already loaded from the checkpoint. Raises
+    DataError."""
+    try:
+        optimizers = torch.load(checkpoint / OPTIMIZERS, weights_only=True)
+        generators = torch.load(checkpoint / RANDOM, weights_only=True)
+        progress = json.loads((checkpoint / PROGRESS).read_bytes())
+        rows = rows_of(progress["rows"], load_file(checkpoint / ROWS))
+        state.policy_optimizer.load_state_dict(optimizers["policy_optimizer"])
+        if state.value_model is not None and state.value_optimizer is not None:
+            state.value_model.load_state_dict(load_file(checkpoint / VALUE_MODEL))
+            state.value_optimizer.load_state_dict(optimizers["value_optimizer"])
+        if state.proximal is not None:
+            state.proximal.load(load_file(checkpoint / PROXIMAL))
+        state.generator.set_state(generators["generator"])
+        state.rollout_generator.set_state(generators["rollout_generator"])
+        for name in PLAIN:
+            setattr(state, name, progress[name])
+        state.carried = [rows[place] for place in progress["carried"]]
+        state.reusable = [[rows[place] for place in batch] for batch in progress["reusable"]]
+        ahead = progress["ahead"]
+        if ahead is not None:
+            state.ahead = Ahead([rows[place] for place in ahead["rows"]], ahead["records"])
+        return Restored(float(progress["time_s"]), generators["global"])
+    except FAULTS as error:
+        raise DataError(f"{checkpoint}: not a usable checkpoint: {_line(error)}") from None
+
+
+def _line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
