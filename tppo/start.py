@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from profiling import Profiler
 from profiling.errors import ConfigError
@@ -13,6 +14,8 @@ from profiling.settings import check_settings, to_toml
 from profiling.writer import RunWriter, refuse_a_run
 from tppo.config import RunConfig
 from tppo.data.arithmetic import ArithmeticTask
+from tppo.data.problem import Problem
+from tppo.evaluation.evaluate import longest_prompt_of
 from tppo.learner.recipe import recipe_of
 from tppo.models.policy import describe_model, load_policy
 from tppo.rewards.final_answer import FinalAnswer
@@ -51,9 +54,8 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
         refuse_a_run(config.output)
     model_path = str(checkpoint / "policy") if checkpoint else config.model.path
     policy, tokenizer = load_policy(model_path)
-    task, held_out_task = task_of(config), task_of(config, config.evaluation.seed)
-    held_out = [held_out_task.problem(number) for number in range(config.evaluation.problems)]
-    longest_prompt = task.longest_prompt(tokenizer)
+    task, held_out = task_of(config), held_out_problems(config, tokenizer)
+    longest_prompt = max(task.longest_prompt(tokenizer), longest_prompt_of(held_out, tokenizer))
     check_rows_fit(config, policy, tokenizer, longest_prompt)
     state = new_state(policy, tokenizer, config)
     if checkpoint is not None and progress is not None:
@@ -110,6 +112,12 @@ def task_of(config: RunConfig, seed: int | None = None) -> ArithmeticTask:
         )
     except ValueError as error:
         raise ConfigError(f"data.{error}") from None
+
+
+def held_out_problems(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
+    """What evaluation asks. A data set's are plugged in here; it needs the tokenizer for its chat template."""
+    task = task_of(config, config.evaluation.seed)
+    return [task.problem(number) for number in range(config.evaluation.problems)]
 
 
 def schedule_of(config: RunConfig) -> Schedule:
