@@ -19,6 +19,7 @@ from tppo.evaluation.evaluate import longest_prompt_of
 from tppo.learner.recipe import recipe_of
 from tppo.models.policy import describe_model, load_policy
 from tppo.rewards.final_answer import FinalAnswer
+from tppo.rewards.protocol import Reward
 from tppo.rollout.engines import check_rows_fit, make_engine, sampling_of
 from tppo.run_records import header_of
 from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, Truncated
@@ -82,7 +83,7 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
     )
     with profiler:
         sampling = sampling_of(config, tokenizer)
-        yield Trainer(config, state, task, FinalAnswer(), schedule, engine, sampling, held_out, writer, profiler)
+        yield Trainer(config, state, task, reward_of(config), schedule, engine, sampling, held_out, writer, profiler)
 
 
 def check_it_can_go_on(config: RunConfig) -> None:
@@ -118,6 +119,11 @@ def held_out_problems(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
     """What evaluation asks. A data set's are plugged in here; it needs the tokenizer for its chat template."""
     task = task_of(config, config.evaluation.seed)
     return [task.problem(number) for number in range(config.evaluation.problems)]
+
+
+def reward_of(config: RunConfig) -> Reward:
+    """What grades the task's responses."""
+    return FinalAnswer()
 
 
 def schedule_of(config: RunConfig) -> Schedule:
