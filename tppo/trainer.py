@@ -87,9 +87,9 @@ class Trainer:
         with stop_on_interrupt() as interrupted, progress_bar(show_progress, config) as advance:
             if not state.started:
                 if config.evaluation.every:
-                    accuracy = self.evaluate(step=0)
+                    accuracy, found = self.evaluate(step=0)
                     times = {"time_s": self.clock(), "clock_s": 0.0}
-                    self.writer.metrics({"step": 0, **times, **validation_metrics(accuracy)})
+                    self.writer.metrics({"step": 0, **times, **found})
                 self.pretrain_value()
                 state.started = True
             while state.step < config.train.steps and not interrupted.is_set() and not self.score_reached():
@@ -101,8 +101,8 @@ class Trainer:
                 due = config.train.checkpoint_every and state.step % config.train.checkpoint_every == 0
                 if config.evaluation.every and state.step % config.evaluation.every == 0:
                     self.wait_for_rollout()
-                    accuracy = self.evaluate(state.step)
-                    metrics |= validation_metrics(accuracy)
+                    accuracy, found = self.evaluate(state.step)
+                    metrics |= found
                 self.writer.metrics(metrics)
                 if due:
                     self.checkpoint()
@@ -234,8 +234,8 @@ class Trainer:
         write_step(self.writer, 0, got, trained_tokens={})
         state.clock_s += self.clock() - start
 
-    def evaluate(self, step: int) -> Graded:
-        """Answers to the held-out problems, graded; no random state of the training is touched.
+    def evaluate(self, step: int) -> tuple[Graded, dict[str, float | None]]:
+        """Answers to the held-out problems, graded, and their metrics; no random state of the training is touched.
 
         The drift probe runs here too, outside the training clock."""
         with self.profiler.phase("evaluation", step=step), engine_faults(step):
@@ -250,9 +250,10 @@ class Trainer:
                 max_response_tokens=self.config.rollout.max_response_tokens,
                 samples=self.config.evaluation.samples,
             )
+            metrics = validation_metrics(graded)
             self.writer.table("evaluations", step, graded.columns(step))
         self.state.accuracies.append(graded.mean)
-        return graded
+        return graded, metrics
 
     def score_reached(self) -> bool:
         target = self.config.train.stop_at_accuracy

@@ -138,7 +138,7 @@ def test_greedy_takes_one_sample_and_one_problem_has_no_interval(capsys, run_dir
     assert result["metrics"]["avg@1"]["low"] is None
     assert result == evaluate(capsys, run_directory, "--temperature", 0, "--problems", 1)
     assert main(["eval", str(run_directory), "--problems", "1", "--samples", "2"]) == 0
-    assert "not from one problem" in capsys.readouterr().out
+    assert "all problems alike" in capsys.readouterr().out
 
 
 def test_options_reach_the_sampling(capsys, run_directory):

@@ -13,10 +13,14 @@ from profiling.schema import EVALUATIONS
 from profiling.settings import check_settings
 from tppo.config import RunConfig
 from tppo.data.arithmetic import ArithmeticTask
+from tppo.data.problem import Problem
+from tppo.data.tokenizer import character_tokenizer
 from tppo.evaluation.evaluate import evaluate, evaluation_slots
+from tppo.evaluation.graded import validation_metrics
 from tppo.models.policy import load_policy
 from tppo.rewards.final_answer import FinalAnswer
-from tppo.rollout.protocol import Sampling
+from tppo.rewards.protocol import Grade
+from tppo.rollout.protocol import Completion, Sampling
 from tppo.rollout.torch_engine import TorchEngine
 from tppo.start import train, trainer_for
 
@@ -63,8 +67,9 @@ def test_an_evaluation_leaves_every_random_state_as_it_was(make_config):
             ]  # fmt: skip
 
         before = states()
-        graded = trainer.evaluate(step=0)
+        graded, metrics = trainer.evaluate(step=0)
         assert graded.correct.shape == (8, 2)
+        assert metrics["val/accuracy"] == graded.mean
         assert states() == before
 
 
@@ -129,6 +134,56 @@ def answers(tiny_model, slots, samples, seed=0):
     )  # fmt: skip
     assert sum(ended) == 5 * samples
     return graded
+
+
+class ScriptedEngine:
+    """Ends rows two at a time, the last first, with the tokens of a script."""
+
+    def __init__(self, completions):
+        self.left = completions
+
+    def submit(self, requests, sampling):
+        assert [request.row for request in requests] == sorted(done.row for done in self.left)
+
+    def run_until_a_row_ends(self):
+        ended, self.left = self.left[-2:], self.left[:-2]
+        return sorted(ended, key=lambda done: done.row)
+
+    def take_records(self):
+        return []
+
+
+def test_each_response_is_graded_against_its_own_problem():
+    # problem 0 (answer 3): "#3$" right, "#7$" wrong; problem 1 (answer 7): "#7$" right, given up after "b";
+    # problem 2 (answer 3): cut after "#3", "#3$" right
+    tokenizer = character_tokenizer()
+    script = [("#3$", "stop"), ("#7$", "stop"), ("#7$", "stop"), ("b", "failed"), ("#3", "budget"), ("#3$", "stop")]
+    engine = ScriptedEngine([
+        Completion(row, tokenizer(text)["input_ids"], [], reason, 0, 0.0, 0.0)
+        for row, (text, reason) in enumerate(script)
+    ])  # fmt: skip
+    problems = [Problem("a1b2=", "3"), Problem("a3b4=", "7"), Problem("a0b3=", "3")]
+    graded = evaluate(engine, Sampling(), tokenizer, problems, FinalAnswer(), max_response_tokens=3, samples=2)
+    assert graded.correct.tolist() == [[True, False], [True, False], [False, True]]
+    assert graded.answers == [["3", "7"], ["7", None], [None, "3"]]
+    assert graded.tokens.tolist() == [[3, 3], [3, 1], [2, 3]]
+    assert graded.finished.tolist() == [[True, True], [True, False], [False, True]]
+    assert graded.cut.tolist() == [[False, False], [False, False], [True, False]]
+    assert graded.columns(5)["answer"] == ["3", "7", "7", None, None, "3"]
+
+
+def test_a_reward_that_reads_no_answers_leaves_the_votes_null():
+    class OnlyGrades:
+        def grade(self, problems, responses):
+            return [Grade(1.0, True) for _ in responses]
+
+    tokenizer = character_tokenizer()
+    tokens = tokenizer("#3$")["input_ids"]
+    engine = ScriptedEngine([Completion(row, tokens, [], "stop", 0, 0.0, 0.0) for row in range(2)])
+    problems = [Problem("a1b2=", "3")]
+    graded = evaluate(engine, Sampling(), tokenizer, problems, OnlyGrades(), max_response_tokens=3, samples=2)
+    assert (graded.estimates["pass@2"].value, graded.estimates["maj@2"]) == (1.0, None)
+    assert validation_metrics(graded)["val/maj@2"] is None
 
 
 def test_more_responses_than_slots_wait_for_their_turn(tiny_model):

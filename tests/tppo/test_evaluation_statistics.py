@@ -141,12 +141,14 @@ def test_the_bootstrap_draws_problems_whatever_the_block(monkeypatch):
     means = sorted(rng.choice(values[0], 5).mean() for _ in range(20_000))
     assert low[0] == pytest.approx(means[499], abs=0.03)
     assert high[0] == pytest.approx(means[19_499], abs=0.03)
-    assert (low[1], high[1]) == (1.0, 1.0)
+    assert (low[1], high[1]) == (None, None)  # every problem has the same value
     monkeypatch.setattr("tppo.evaluation.statistics.BLOCK_DRAWS", 35)  # blocks of seven resamples
     assert bootstrap(values)[0][0] == pytest.approx(low[0], abs=0.05)
 
 
-def test_one_problem_has_no_interval():
+def test_one_problem_or_problems_that_do_not_differ_have_no_interval():
+    alike = summarise(np.array([[True, False], [False, True], [True, False]]), [["7", "3"]] * 3)
+    assert (alike["avg@2"].low, alike["avg@2"].high, alike["avg@2"].value) == (None, None, 0.5)
     found = summarise(np.array([[True, False]]), [["7", "3"]])
     assert all((estimate.low, estimate.high) == (None, None) for estimate in found.values())
     assert found["avg@2"].value == 0.5

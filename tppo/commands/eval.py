@@ -211,7 +211,7 @@ def metrics_table(result: Mapping[str, Any]) -> Table:
             table.add_row(name, "no answers to count", "")
         else:
             low, high = estimate["low"], estimate["high"]
-            interval = "not from one problem" if low is None else f"{low:.1%} to {high:.1%}"
+            interval = "all problems alike" if low is None else f"{low:.1%} to {high:.1%}"
             table.add_row(name, f"{estimate['value']:.1%}", interval)
     table.add_row("tokens of a response", f"{result['mean_response_tokens']:,.1f}", "")
     table.add_row("cut at the maximum", f"{result['truncated_share']:.1%}", "")

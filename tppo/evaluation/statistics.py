@@ -28,7 +28,8 @@ Answers = Sequence[Sequence[str | None]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems. low, high: its 95 % interval; None with a single problem, which says nothing of others."""
+    """A mean over problems. low, high: its 95 % interval; None where the problems do not differ (or there is only
+    one): drawing the same again says nothing of others."""
 
     value: float
     low: float | None
@@ -115,10 +116,8 @@ def bootstrap(
     per_problem: Float[np.ndarray, "metrics problems"], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[list[float | None], list[float | None]]:
     """Lower and upper ends of each mean's 95 % percentile interval, problems drawn with replacement (Efron 1979).
-    All metrics share the draws. None with a single problem."""
-    metrics, problems = per_problem.shape
-    if problems < 2:
-        return [None] * metrics, [None] * metrics
+    All metrics share the draws. None for a metric that is the same for every problem, or with a single one."""
+    problems = per_problem.shape[1]
     rng = np.random.default_rng(seed)
     block = max(1, BLOCK_DRAWS // problems)
     means = []
@@ -128,8 +127,10 @@ def bootstrap(
         times = np.bincount((drawn + offsets).ravel(), minlength=drawn.size).reshape(drawn.shape)
         means.append(times @ per_problem.T / problems)  # (block, metrics)
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
-    return low.tolist(), high.tolist()
+    ends = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)  # (2, metrics)
+    differs = np.ptp(per_problem, axis=1) > 0
+    low, high = ([float(end) if known else None for end, known in zip(row, differs, strict=True)] for row in ends)
+    return low, high
 
 
 def standard_error(correct: Bool[np.ndarray, "problems samples"]) -> float:
