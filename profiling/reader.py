@@ -111,6 +111,11 @@ class Run:
         return self._table("engine")
 
     @cached_property
+    def evaluations(self) -> pd.DataFrame:
+        """Empty where nothing was evaluated, and in runs of toolkits that kept no such table."""
+        return self._table("evaluations")
+
+    @cached_property
     def devices(self) -> pd.DataFrame:
         return self._table("devices")
 

@@ -5,6 +5,7 @@
     trace.jsonl             header, phases, schedule decisions, probes, trailer (append only)
     rollouts/step-N.parquet ROLLOUTS: a row per (response, step)
     engine/step-N.parquet   ENGINE: decode spans of constant batch, and prefills
+    evaluations/step-N.parquet EVALUATIONS: a row per graded response of an evaluation; absent where there is none
     devices/part-N.parquet  DEVICES: samples of GPUs and of the host
     windows/part-N.parquet  WINDOWS: what drivers and counters averaged themselves
     ledger.parquet          LEDGER: GPU-seconds by step, GPU and cause
@@ -18,6 +19,8 @@ from typing import Any
 import pyarrow as pa
 
 SCHEMA_VERSION = 3
+"""Raised when a reader of the version before would fail on a run or misread it. A table of its own is no such change:
+whoever does not know it does not open it, and a run without it has an empty one."""
 
 PHASES = (
     "down",
@@ -151,6 +154,17 @@ WINDOW_METRICS = {
     "disk_write_bytes_per_s": "bytes/s",
 }
 
+EVALUATIONS = _columns(
+    ("step", _INT),  # after which the policy was evaluated; null: a model outside of any run
+    ("problem", _INT),  # number of the held-out problem
+    ("sample", _INT),
+    ("tokens", _INT),  # of the response
+    ("finished", _BOOL),  # it ended with a stop token
+    ("correct", _BOOL),
+    ("answer", _TEXT),  # as the reward read it; null: none
+    nullable=("step", "answer"),
+)
+
 LEDGER = _columns(
     ("step", _INT),  # -1: outside every step
     ("gpu", _INT),
@@ -158,8 +172,14 @@ LEDGER = _columns(
     ("seconds", _FLOAT),
 )
 
-TABLES = {"rollouts": ROLLOUTS, "engine": ENGINE, "devices": DEVICES, "windows": WINDOWS}
-PART_NAMES = {"rollouts": "step", "engine": "step", "devices": "part", "windows": "part"}
+TABLES = {
+    "rollouts": ROLLOUTS,
+    "engine": ENGINE,
+    "evaluations": EVALUATIONS,
+    "devices": DEVICES,
+    "windows": WINDOWS,
+}
+PART_NAMES = {"rollouts": "step", "engine": "step", "evaluations": "step", "devices": "part", "windows": "part"}
 
 TRACE_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "header": {

@@ -55,7 +55,8 @@ class RunWriter:
             file = writer.path / name
             if not file.exists() or file.stat().st_size < offset:
                 raise DataError(f"{file}: shorter than its checkpoint says ({offset} bytes); it cannot be resumed")
-        parts = [p for name in ("rollouts", "engine") for p in (writer.path / name).glob("step-*.parquet")]
+        by_step = [name for name, part in schema.PART_NAMES.items() if part == "step"]
+        parts = [p for name in by_step for p in (writer.path / name).glob("step-*.parquet")]
         later = [p for p in parts if p.stem[5:].isdigit() and int(p.stem[5:]) > last_step]
         try:
             for name, offset in offsets.items():
@@ -103,7 +104,7 @@ class RunWriter:
         self._append(self._metrics, finite, "metrics.jsonl")
 
     def table(self, name: str, number: int, columns: Mapping[str, Any]) -> None:
-        """Write part `number` of table `name` (rollouts, engine or devices); columns as in profiling.schema."""
+        """Write part `number` of table `name` of profiling.schema.TABLES, with its columns."""
         directory = self.path / name
         part = directory / f"{schema.PART_NAMES[name]}-{number:06d}.parquet"
         write_parquet(part, columns, schema.TABLES[name])

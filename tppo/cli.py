@@ -81,6 +81,13 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     train.add_argument("--resume", type=Path, metavar="DIR", help="go on from DIR's newest checkpoint")
     train.add_argument("--fields", action="store_true", help="print every field with its help and default")
 
+    evaluation = add("eval", _eval, "avg@k, pass@k and maj@k of a run or a model, with intervals; --section.key value "
+                     "overrides", overrides=True)  # fmt: skip
+    if command == "eval":
+        from tppo.commands.eval import add_flags as add_evaluation_flags
+
+        add_evaluation_flags(evaluation)
+
     profile = add("profile", _profile, "run any command under the sampler")
     profile.add_argument("--interval", type=float, default=0.1, help="seconds between samples")
     profile.add_argument("--output", type=Path, default=Path("runs/profile"), help="run directory")
@@ -185,6 +192,13 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> int:
         print_fields()
         return 0
     return run_training(options.config, rest, output=options.output, resume=options.resume)
+
+
+def _eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from tppo.commands.eval import run_eval
+
+    run_eval(options, rest)
+    return 0
 
 
 def _profile(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -178,7 +178,15 @@ class EvaluationConfig(Settings):
     every: NonNegativeInt = 5
     """Steps between evaluations; 0: none."""
     problems: PositiveInt = 256
-    """Held-out problems, one sampled answer each."""
+    """Held-out problems."""
+    samples: PositiveInt = 1
+    """Sampled answers to each; with more than one, pass@k and maj@k are recorded too."""
+    temperature: NonNegativeFloat | None = None
+    """Sampling temperature, 0 for the likeliest token; left out: as training samples. The same for the next two."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """As rollout.top_p."""
+    top_k: NonNegativeInt | None = None
+    """As rollout.top_k."""
     seed: NonNegativeInt = 1_000_003
     """Seed of the held-out problems; must differ from data.seed."""
 
@@ -269,6 +277,11 @@ class RunConfig(Settings):
             raise ValueError(
                 "rollout.temperature: vLLM cannot report log-probabilities at a temperature but before top_p and "
                 "top_k; set temperature = 1, or top_p = 1 and top_k = 0"
+            )
+        if self.evaluation.temperature == 0 and self.evaluation.samples > 1:
+            raise ValueError(
+                f"evaluation.samples = {self.evaluation.samples}: at evaluation.temperature = 0 all are the same; set "
+                "samples = 1, or a temperature above 0"
             )
         if self.evaluation.every and self.evaluation.seed == self.data.seed:
             raise ValueError("evaluation.seed equals data.seed: the held-out problems would be trained on")

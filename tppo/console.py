@@ -11,7 +11,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tppo.config import RunConfig
-from tppo.evaluate import Accuracy
+from tppo.evaluation.graded import Graded
 
 
 @dataclass
@@ -65,7 +65,7 @@ def progress_bar(show: bool, config: RunConfig) -> Iterator[Any]:
     with Progress(*columns, disable=not show, transient=False) as progress:
         bar = progress.add_task(name, total=config.train.steps, accuracy="-")
 
-        def advance(step: int, accuracy: Accuracy | None) -> None:
+        def advance(step: int, accuracy: Graded | None) -> None:
             shown = f"{accuracy.mean:.2f}" if accuracy else "-"
             progress.update(bar, completed=step, accuracy=shown)
 

@@ -1,8 +1,12 @@
 """Keeps libraries' progress bars and advice out of our own output."""
 
+import logging
+
 
 def quieten_libraries() -> None:
     import transformers
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # retries; what fails in the end is raised
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from profiling import Profiler
 from profiling.errors import ConfigError, DataError
@@ -18,9 +19,12 @@ from tppo.checkpoints.random_state import set_global_random_state
 from tppo.checkpoints.store import Found, make_ready_to_resume, newest_usable
 from tppo.config import RunConfig
 from tppo.data.arithmetic import ArithmeticTask
+from tppo.data.problem import Problem
+from tppo.evaluation.evaluate import longest_prompt_of
 from tppo.learner.recipe import recipe_of
 from tppo.models.policy import architecture_of, describe_model, load_policy
 from tppo.rewards.final_answer import FinalAnswer
+from tppo.rewards.protocol import Reward
 from tppo.rollout.engines import check_rows_fit, make_engine, sampling_of
 from tppo.run_records import header_of
 from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, Truncated
@@ -53,9 +57,8 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
         refuse_a_run(config.output)
     model_path = str(found.path / POLICY) if found else config.model.path
     policy, tokenizer = load_policy(model_path)
-    task, held_out_task = task_of(config), task_of(config, config.evaluation.seed)
-    held_out = [held_out_task.problem(number) for number in range(config.evaluation.problems)]
-    longest_prompt = task.longest_prompt(tokenizer)
+    task, held_out = task_of(config), held_out_problems(config, tokenizer)
+    longest_prompt = max(task.longest_prompt(tokenizer), longest_prompt_of(held_out, tokenizer))
     check_rows_fit(config, policy, tokenizer, longest_prompt)
     state = new_state(policy, tokenizer, config)
     restored = restore(state, found.path) if found else None
@@ -84,7 +87,9 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
     )
     with profiler:
         sampling = sampling_of(config, tokenizer)
-        trainer = Trainer(config, state, task, FinalAnswer(), schedule, engine, sampling, held_out, writer, profiler)
+        trainer = Trainer(
+            config, state, task, reward_of(config), schedule, engine, sampling, held_out, writer, profiler
+        )
         if restored is not None:
             set_global_random_state(restored.global_random_state)  # last: what is built above may draw
         yield trainer
@@ -136,6 +141,17 @@ def task_of(config: RunConfig, seed: int | None = None) -> ArithmeticTask:
         )
     except ValueError as error:
         raise ConfigError(f"data.{error}") from None
+
+
+def held_out_problems(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
+    """What evaluation asks. A data set's are plugged in here; it needs the tokenizer for its chat template."""
+    task = task_of(config, config.evaluation.seed)
+    return [task.problem(number) for number in range(config.evaluation.problems)]
+
+
+def reward_of(config: RunConfig) -> Reward:
+    """What grades the task's responses."""
+    return FinalAnswer()
 
 
 def schedule_of(config: RunConfig) -> Schedule:

@@ -1,7 +1,7 @@
 """The training loop: roll out, grade, score, update value, update policy. Read it top to bottom."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from tppo.collect import Collector, StepTimes
 from tppo.config import RunConfig
 from tppo.console import progress_bar, stop_on_signal
 from tppo.data.problem import Problem, Task
-from tppo.evaluate import Accuracy, evaluate
+from tppo.evaluation.evaluate import evaluate, evaluation_sampling, evaluation_slots, longest_prompt_of
+from tppo.evaluation.graded import Graded, validation_metrics, validation_names
 from tppo.learner.estimates import estimate, monte_carlo_batch, policy_spans, score_log_probs, score_values
 from tppo.learner.policy_update import additive_width, total_variation, update_policy
 from tppo.learner.recipe import recipe_of
@@ -79,19 +80,21 @@ class Trainer:
         self.on_device = DeviceTimes(profiler) if config.profile.cuda_events else None
         self.torch_profile = TorchProfile(profiler, steps_of(config.profile.torch_steps))
         self.collector = Collector(config, self.recipe, state, task, reward, schedule, engine, sampling, profiler)
+        prompt_tokens = max(task.longest_prompt(state.tokenizer), longest_prompt_of(held_out, state.tokenizer))
         self.evaluation_engine = evaluation_engine(
-            config, state.policy, state.tokenizer, engine, slots=len(held_out),
-            max_tokens=task.longest_prompt(state.tokenizer) + config.rollout.max_response_tokens,
+            config, state.policy, state.tokenizer, engine, slots=evaluation_slots(config, len(held_out)),
+            max_tokens=prompt_tokens + config.rollout.max_response_tokens,
         )  # fmt: skip
 
     def run(self, show_progress: bool) -> Outcome:
         config, state = self.config, self.state
-        accuracy: Accuracy | None = None
+        accuracy: Graded | None = None
         with stop_on_signal() as stop, progress_bar(show_progress, config) as advance:
             if not state.started:
                 if config.evaluation.every:
-                    accuracy = self.evaluate(step=0)
-                    self.writer.metrics({"step": 0, "time_s": self.clock(), "clock_s": 0.0, **_columns(accuracy)})
+                    accuracy, found = self.evaluate(step=0)
+                    times = {"time_s": self.clock(), "clock_s": 0.0}
+                    self.writer.metrics({"step": 0, **times, **found})
                 self.pretrain_value()
                 state.started = True
             while state.step < config.train.steps and not stop.asked and not self.score_reached():
@@ -104,8 +107,8 @@ class Trainer:
                 due = every > 0 and state.step % every == 0
                 if config.evaluation.every and state.step % config.evaluation.every == 0:
                     self.wait_for_rollout()
-                    accuracy = self.evaluate(state.step)
-                    metrics |= _columns(accuracy)
+                    accuracy, found = self.evaluate(state.step)
+                    metrics |= found
                     due = due or self.is_a_best_to_keep()
                 self.writer.metrics(metrics)
                 if due:
@@ -212,8 +215,7 @@ class Trainer:
             **policy_metrics,
             **value_metrics,
             "actor/lr": lr,
-            "val/accuracy": None,
-            "val/accuracy_stderr": None,
+            **dict.fromkeys(validation_names(config.evaluation.samples)),
         }  # fmt: skip
 
     def sync_weights(self, times: StepTimes) -> None:
@@ -240,22 +242,27 @@ class Trainer:
         write_step(self.writer, 0, got, trained_tokens={})
         state.clock_s += self.clock() - start
 
-    def evaluate(self, step: int) -> Accuracy:
-        """Held-out accuracy. The drift probe runs here too, outside the training clock."""
+    def evaluate(self, step: int) -> tuple[Graded, dict[str, float | None]]:
+        """Answers to the held-out problems, graded, and their metrics; no random state of the training is touched.
+
+        The drift probe runs here too, outside the training clock."""
         with self.profiler.phase("evaluation", step=step), engine_faults(step):
             probe = {"type": "probe", "step": step, "t": self.clock(), "seconds": self.probe.run()}
             self.profiler.trace(probe)
-            accuracy = evaluate(
+            graded = evaluate(
                 self.evaluation_engine,
-                replace(self.sampling, seed=self.config.evaluation.seed + step),
+                evaluation_sampling(self.config, self.sampling, seed=self.config.evaluation.seed + step),
                 self.state.tokenizer,
                 self.held_out,
                 self.reward,
                 max_response_tokens=self.config.rollout.max_response_tokens,
+                samples=self.config.evaluation.samples,
             )
-        self.state.accuracies.append(accuracy.mean)
+            metrics = validation_metrics(graded)
+            self.writer.table("evaluations", step, graded.columns(step))
+        self.state.accuracies.append(graded.mean)
         self.state.evaluated_step = step
-        return accuracy
+        return graded, metrics
 
     def score_reached(self) -> bool:
         target = self.config.train.stop_at_accuracy
@@ -286,7 +293,3 @@ class Trainer:
             train = self.config.train
             prune_checkpoints(self.writer.path, newest, keep_last=train.keep_last, keep_best=train.keep_best)
         self.saved_step = self.state.step
-
-
-def _columns(accuracy: Accuracy) -> dict[str, float]:
-    return {"val/accuracy": accuracy.mean, "val/accuracy_stderr": accuracy.stderr}

@@ -60,13 +60,14 @@ def steps_of(text: str) -> tuple[int, int | None]:
 
 
 def write_tables(run: Run, directory: Path, form: str) -> None:
-    """phases, metrics, rollouts, engine, devices, windows, ledger, and devices by phase; those that are not empty."""
+    """Every table of the run that is not empty, and devices by phase."""
     tables = {
         "phases": run.phases,
         "device_phases": run.device_phases,
         "metrics": run.metrics,
         "rollouts": run.rollouts,
         "engine": run.engine,
+        "evaluations": run.evaluations,
         "devices": run.devices,
         "windows": run.windows,
         "ledger": pd.DataFrame() if run.ledger is None else run.ledger,

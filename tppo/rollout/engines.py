@@ -70,7 +70,7 @@ def evaluation_engine(
     slots: int,
     max_tokens: int,
 ) -> RolloutEngine:
-    """What evaluates: a torch engine of its own, as wide as there are problems; the training's where it is vLLM."""
+    """What evaluates: a torch engine of its own; the training's where it is vLLM."""
     if config.rollout.engine == "vllm":
         return training_engine
     return TorchEngine(
