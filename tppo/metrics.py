@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tppo.learner.estimates import PolicyBatch, ValueBatch
+from tppo.learner.work import Work
 from tppo.rollout.rows import Row
 
 TIMINGS = {
@@ -32,6 +33,7 @@ def step_metrics(
     step_s: float,
     max_response_tokens: int,
     discarded: int,
+    work: Work,
 ) -> dict[str, Any]:
     """Lengths, rewards, advantages and times of one step; what has no meaning in this step is null.
 
@@ -47,8 +49,6 @@ def step_metrics(
     trained = policy_batch.spans.rows
     processed = sum(row.all_tokens for row in trained)
     advantages = policy_batch.advantages[policy_batch.mask]
-    passes = [batch.spans.work for batch in (policy_batch, value_batch) if batch is not None]
-    computed = sum(each.computed for each in passes)
     return {
         **{metric: seconds.get(phase, 0.0) for phase, metric in TIMINGS.items()},
         "timing_s/step": step_s,
@@ -65,7 +65,7 @@ def step_metrics(
         "critic/advantages/min": _statistic(advantages, torch.min),
         **_value_metrics(value_batch),
         "perf/total_num_tokens": processed,
-        "perf/padding_waste": 1 - sum(each.tokens for each in passes) / computed if computed else None,
+        "perf/padding_waste": 1 - work.tokens / work.computed if work.computed else None,
         "perf/throughput": processed / step_s,
         "training/generated_tokens": sum(row.window_tokens for row in rows),
         "training/processed_tokens": processed,

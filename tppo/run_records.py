@@ -17,13 +17,15 @@ from tppo.learner.recipe import recipe_of
 from tppo.schedule import Schedule, describe
 
 
-def cluster_of(config: RunConfig) -> Cluster:
-    """One engine, on the devices that train; a host without a GPU counts as one."""
-    return Cluster(engines=1, gpus_per_engine=config.vllm.tensor_parallel if config.rollout.engine == "vllm" else 1)
+def cluster_of(config: RunConfig, ranks: int) -> Cluster:
+    """An engine a rank, on the devices that train; a rank without a GPU counts as one."""
+    return Cluster(
+        engines=ranks, gpus_per_engine=config.vllm.tensor_parallel if config.rollout.engine == "vllm" else 1
+    )
 
 
-def header_of(schedule: Schedule, config: RunConfig) -> dict[str, Any]:
-    cluster = cluster_of(config)
+def header_of(schedule: Schedule, config: RunConfig, ranks: int) -> dict[str, Any]:
+    cluster = cluster_of(config, ranks)
     packages = ["torch", "transformers", *(["vllm"] if config.rollout.engine == "vllm" else [])]
     return {
         "clock": "perf_counter",
@@ -74,9 +76,9 @@ def write_step(writer: RunWriter, step: int, got: Collected, *, trained_tokens: 
     writer.table("engine", step, {name: [s[name] for s in spans] for name in ENGINE.names})
 
 
-def finish_run(writer: RunWriter, schedule: Schedule, config: RunConfig, wall_s: float) -> None:
+def finish_run(writer: RunWriter, schedule: Schedule, config: RunConfig, wall_s: float, ranks: int) -> None:
     """Ledger and summary, computed from what the directory holds, as for any other run."""
-    run, cluster = Run(writer.path), cluster_of(config)
+    run, cluster = Run(writer.path), cluster_of(config, ranks)
     ledger = build_ledger(cluster=cluster, phases=run.phases, engine=run.engine, rollouts=run.rollouts, wall_s=wall_s)
     summary = summarise(
         cluster=cluster, phases=run.phases, engine=run.engine, rollouts=run.rollouts, ledger=ledger, wall_s=wall_s,

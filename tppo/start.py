@@ -2,8 +2,10 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +25,10 @@ from tppo.data.problem import Problem
 from tppo.evaluation.evaluate import longest_prompt_of
 from tppo.learner.recipe import recipe_of
 from tppo.models.policy import architecture_of, describe_model, load_policy
+from tppo.parallel.clocks import notes_of, offsets_to_main
+from tppo.parallel.ranks import Ranks, joined_ranks
+from tppo.parallel.rollout import check_schedule_fits
+from tppo.parallel.silent import SilentWriter
 from tppo.rewards.final_answer import FinalAnswer
 from tppo.rewards.protocol import Reward
 from tppo.rollout.engines import check_rows_fit, make_engine, sampling_of
@@ -52,53 +58,91 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
     if config.profile.cuda_events and not torch.cuda.is_available():
         raise ConfigError("profile.cuda_events: torch sees no GPU; leave it out")
     torch.set_num_threads(config.train.threads)
-    found = checkpoint_of(config) if resume else None
-    if found is None:
-        refuse_a_run(config.output)
+    model, parallel = config.model, config.parallel
+    with joined_ranks(device=model.device, dtype=model.dtype, replicas=parallel.replicas) as ranks:
+        check_it_fits_the_ranks(config, ranks)
+        found = ranks.everyones(lambda: checkpoint_of(config, resume) if ranks.main else None)[0]
+        with _trainer_of_rank(config, found, ranks) as trainer:
+            yield trainer
+
+
+@contextmanager
+def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks) -> Iterator[Trainer]:
+    """found: the checkpoint to go on from."""
     model_path = str(found.path / POLICY) if found else config.model.path
-    policy, tokenizer = load_policy(model_path)
+    policy, tokenizer = load_policy(model_path, attention=config.model.attention)
     task, held_out = task_of(config), held_out_problems(config, tokenizer)
     longest_prompt = max(task.longest_prompt(tokenizer), longest_prompt_of(held_out, tokenizer))
     check_rows_fit(config, policy, tokenizer, longest_prompt)
-    state = new_state(policy, tokenizer, config)
+    model = {"architecture": architecture_of(policy), **describe_model(policy)}
+    state = new_state(policy, tokenizer, config, ranks)
     restored = restore(state, found.path) if found else None
     time_s = restored.time_s if restored else 0.0
     schedule = schedule_of(config)
     engine = make_engine(
-        config, policy, tokenizer, model_path=model_path, slots=slots_of(config, schedule),
+        config, policy, tokenizer, model_path=model_path, slots=slots_of(config, schedule, ranks),
         max_tokens=longest_prompt + config.rollout.max_response_tokens, generator=state.rollout_generator,
         clock=lambda: profiler.now(),
     )  # fmt: skip
     engine.update_weights(state.policy_version)
-    text = to_toml(config.model_dump(mode="json"))
-    if found is not None:
-        make_ready_to_resume(config.output, found)
-        writer = RunWriter.resume(config.output, offsets=found.manifest.offsets, last_step=state.step, last_t_s=time_s)
-        writer.write_text("config.toml", text)
-    else:
-        writer = RunWriter(config.output, header=header_of(schedule, config), config_toml=text)
-        model = {"architecture": architecture_of(policy), **describe_model(policy)}
-        writer.write_text("model.json", json.dumps(model, indent=1) + "\n")
+    header = header_of(schedule, config, ranks.world)
+    writer = open_run(config, found, ranks, header=header, model=model, last_t_s=time_s)
+    offsets = offsets_to_main(ranks)
+    zero_s = ranks.from_main(time.perf_counter() - time_s)
     profiler = Profiler(
         writer=writer,
-        start_s=time_s,
-        sampler_interval_s=config.profile.interval_s if config.profile.sampler else None,
+        start_s=time.perf_counter() + offsets[ranks.rank].seconds - zero_s,
+        sampler_interval_s=config.profile.interval_s if config.profile.sampler and ranks.main else None,
         links=config.profile.links,
     )
     with profiler:
-        sampling = sampling_of(config, tokenizer)
+        for note in notes_of(offsets):
+            profiler.trace(note)
+        sampling = sampling_of(config, tokenizer, ranks)
         trainer = Trainer(
-            config, state, task, reward_of(config), schedule, engine, sampling, held_out, writer, profiler
+            config, state, task, reward_of(config), schedule, engine, sampling, held_out, writer, profiler, ranks
         )
         if restored is not None:
             set_global_random_state(restored.global_random_state)  # last: what is built above may draw
         yield trainer
 
 
-def checkpoint_of(config: RunConfig) -> Found:
-    """The newest usable checkpoint of the run, after checking that the run can go on from it. Those that are passed
-    over are named on standard error. Raises DataError or ConfigError, before anything is changed."""
+def open_run(
+    config: RunConfig, found: Found | None, ranks: Ranks, *, header: dict[str, Any], model: dict[str, Any],
+    last_t_s: float,
+) -> RunWriter:  # fmt: skip
+    """The run directory, new or as it was at the checkpoint; a silent one on ranks that do not write. Raises
+    InputError or RunError, on all ranks."""
     assert config.output is not None
+    path, text = config.output, to_toml(config.model_dump(mode="json"))
+    opened: list[RunWriter] = []
+
+    def begin() -> None:
+        opened.append(RunWriter(path, header=header, config_toml=text))
+        opened[0].write_text("model.json", json.dumps(model, indent=1) + "\n")
+
+    def go_on(found: Found) -> None:
+        make_ready_to_resume(path, found)
+        offsets, step = found.manifest.offsets, found.manifest.step
+        opened.append(RunWriter.resume(path, offsets=offsets, last_step=step, last_t_s=last_t_s))
+        opened[0].write_text("config.toml", text)
+
+    def open_here() -> None:
+        if ranks.main:
+            begin() if found is None else go_on(found)
+
+    ranks.everyones(open_here)
+    return opened[0] if opened else SilentWriter(path)
+
+
+def checkpoint_of(config: RunConfig, resume: bool) -> Found | None:
+    """The newest usable checkpoint of the run, after checking that the run can go on from it, or None for a new run.
+    Those that are passed over are named on standard error. Raises DataError or ConfigError, before anything is
+    changed."""
+    assert config.output is not None
+    if not resume:
+        refuse_a_run(config.output)
+        return None
     found = newest_usable(config.output, to_resume=True)
     path = config.output / "model.json"
     try:
@@ -112,6 +156,21 @@ def checkpoint_of(config: RunConfig) -> Found:
     for reason in found.passed_over.values():
         print(f"tppo: {reason}; going on from {found.path.name}", file=sys.stderr)
     return found
+
+
+def check_it_fits_the_ranks(config: RunConfig, ranks: Ranks) -> None:
+    """Raises ConfigError."""
+    check_schedule_fits(config.rollout.schedule, ranks)
+    if ranks.world > 1 and config.rollout.engine == "vllm":
+        raise ConfigError(
+            f'rollout.engine = "vllm": cannot run inside {ranks.world} ranks that torchrun started; set "torch", or use '
+            "one process"
+        )
+    if ranks.world > config.rollout.prompts_per_step * config.rollout.samples_per_prompt:
+        raise ConfigError(
+            f"rollout.prompts_per_step x rollout.samples_per_prompt = {config.rows_per_step} rows: fewer than the "
+            f"{ranks.world} ranks; start fewer ranks"
+        )
 
 
 def check_it_can_go_on(config: RunConfig) -> None:
@@ -162,9 +221,9 @@ def schedule_of(config: RunConfig) -> Schedule:
     return Truncated(window=config.rollout.window) if recipe_of(config).truncated else Synchronous()
 
 
-def slots_of(config: RunConfig, schedule: Schedule) -> int:
-    """Rows that the engine runs at once."""
-    rows = config.rows_per_step
+def slots_of(config: RunConfig, schedule: Schedule, ranks: Ranks) -> int:
+    """Rows that an engine runs at once."""
+    rows = -(-config.rows_per_step // ranks.world)
     if isinstance(schedule, Oversample):
         rows = schedule.rows_started(rows)
     return config.rollout.max_rows_per_engine or rows

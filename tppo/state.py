@@ -7,14 +7,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from profiling.errors import ConfigError
 from tppo.algorithms.ewma import ProximalPolicy, beta_for
 from tppo.algorithms.recipes import RECIPES
 from tppo.config import RunConfig
+from tppo.models.activations import checkpoint_activations
 from tppo.models.policy import load_policy
 from tppo.models.value import VALUE_MODEL, ValueModel
+from tppo.parallel.ranks import SINGLE, Ranks, compute_dtype
+from tppo.parallel.shard import shard
 from tppo.rollout.rows import Row
 
 
@@ -63,14 +67,27 @@ class TrainingState:
     """Of the last of them."""
 
 
-def new_state(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> TrainingState:
-    """The state before the first step. Raises ConfigError when value.path does not fit the policy."""
+def new_state(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, ranks: Ranks = SINGLE
+) -> TrainingState:
+    """The state before the first step; its models are on the ranks' devices, sharded where the ranks shard. Raises
+    ConfigError when value.path does not fit the policy."""
     recipe, settings = RECIPES[config.algorithm.name], config.optimizer
     value_model = ValueModel(policy) if recipe.has_value_model else None
     if value_model is not None and config.value.path:
         load_value_model(value_model, Path(config.value.path))
     updates = config.train.epochs * config.train.mini_batches
-    beta = config.algorithm.ewma_beta or beta_for(updates)
+    proximal = None
+    if recipe.proximal == "ewma":
+        proximal = ProximalPolicy(policy, config.algorithm.ewma_beta or beta_for(updates))
+    reference = None
+    if config.algorithm.kl_coef:
+        reference = load_policy(config.model.path, attention=config.model.attention)[0].requires_grad_(False)
+    for model in (policy, value_model, reference, proximal and proximal.model):
+        if model is not None:
+            place(model, config, ranks)
+    if proximal is not None:
+        proximal.restart(policy)
 
     def adamw(parameters: Any, lr: float) -> torch.optim.AdamW:
         return torch.optim.AdamW(
@@ -85,9 +102,20 @@ def new_state(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, confi
         value_optimizer=None if value_model is None else adamw(value_model.parameters(), settings.value_lr),
         generator=torch.Generator().manual_seed(config.train.seed),
         rollout_generator=torch.Generator().manual_seed(config.train.seed),
-        proximal=ProximalPolicy(policy, beta) if recipe.proximal == "ewma" else None,
-        reference=load_policy(config.model.path)[0].requires_grad_(False) if config.algorithm.kl_coef else None,
+        proximal=proximal,
+        reference=reference,
     )
+
+
+def place(model: nn.Module, config: RunConfig, ranks: Ranks) -> None:
+    """On this rank's device, as a whole or as a shard."""
+    if config.model.activation_checkpointing:
+        checkpoint_activations(model)
+    if ranks.mesh is None:
+        model.to(ranks.device)
+    else:
+        compute = compute_dtype(config.model.dtype, ranks.device)
+        shard(model, ranks, compute=compute, cpu_offload=config.parallel.cpu_offload)
 
 
 def load_value_model(value_model: ValueModel, checkpoint: Path) -> None:

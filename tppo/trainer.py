@@ -14,7 +14,7 @@ from tppo.checkpoints.content import save_checkpoint
 from tppo.checkpoints.store import prune_checkpoints
 from tppo.collect import Collector, StepTimes
 from tppo.config import RunConfig
-from tppo.console import progress_bar, stop_on_signal
+from tppo.console import Stop, progress_bar, stop_on_signal
 from tppo.data.problem import Problem, Task
 from tppo.evaluation.evaluate import evaluate, evaluation_sampling, evaluation_slots, longest_prompt_of
 from tppo.evaluation.graded import Graded, validation_metrics, validation_names
@@ -24,6 +24,7 @@ from tppo.learner.recipe import recipe_of
 from tppo.learner.step import set_learning_rate
 from tppo.learner.value_update import update_value
 from tppo.metrics import step_metrics
+from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.probe import DriftProbe
 from tppo.rewards.protocol import Reward
 from tppo.rollout.drive import engine_faults
@@ -62,8 +63,10 @@ class Trainer:
         held_out: Sequence[Problem],
         writer: RunWriter,
         profiler: Profiler,
+        ranks: Ranks = SINGLE,
     ) -> None:
         self.config = config
+        self.ranks = ranks
         self.recipe = recipe_of(config)
         self.state = state
         self.schedule = schedule
@@ -78,8 +81,10 @@ class Trainer:
         self.pad_token_id = state.tokenizer.pad_token_id
         self.probe = DriftProbe()
         self.on_device = DeviceTimes(profiler) if config.profile.cuda_events else None
-        self.torch_profile = TorchProfile(profiler, steps_of(config.profile.torch_steps))
-        self.collector = Collector(config, self.recipe, state, task, reward, schedule, engine, sampling, profiler)
+        self.torch_profile = TorchProfile(profiler, steps_of(config.profile.torch_steps) if ranks.main else None)
+        self.collector = Collector(
+            config, self.recipe, state, task, reward, schedule, engine, sampling, profiler, ranks
+        )
         prompt_tokens = max(task.longest_prompt(state.tokenizer), longest_prompt_of(held_out, state.tokenizer))
         self.evaluation_engine = evaluation_engine(
             config, state.policy, state.tokenizer, engine, slots=evaluation_slots(config, len(held_out)),
@@ -89,7 +94,7 @@ class Trainer:
     def run(self, show_progress: bool) -> Outcome:
         config, state = self.config, self.state
         accuracy: Graded | None = None
-        with stop_on_signal() as stop, progress_bar(show_progress, config) as advance:
+        with stop_on_signal() as stop, progress_bar(show_progress and self.ranks.main, config) as advance:
             if not state.started:
                 if config.evaluation.every:
                     accuracy, found = self.evaluate(step=0)
@@ -97,7 +102,7 @@ class Trainer:
                     self.writer.metrics({"step": 0, **times, **found})
                 self.pretrain_value()
                 state.started = True
-            while state.step < config.train.steps and not stop.asked and not self.score_reached():
+            while state.step < config.train.steps and not self.asked_to_stop(stop) and not self.score_reached():
                 state.step += 1
                 with self.torch_profile.around(state.step):
                     metrics = self.train_step_or_save(state.step)
@@ -121,8 +126,15 @@ class Trainer:
                 self.checkpoint()
             status = "interrupted" if stop.asked else "finished"
             wall_s = self.profiler.finish(status)
-            finish_run(self.writer, self.schedule, config, wall_s)
+            if self.ranks.main:
+                finish_run(self.writer, self.schedule, config, wall_s, self.ranks.world)
         return Outcome(status, state.step, accuracy.mean if accuracy else None, stop.signal)
+
+    def asked_to_stop(self, stop: Stop) -> bool:
+        """Any rank may have got the signal: all end after the same step."""
+        if self.ranks.world > 1:
+            stop.signal = next((number for number in self.ranks.gather(stop.signal) if number is not None), None)
+        return stop.asked
 
     def train_step_or_save(self, step: int) -> dict[str, Any]:
         """A step; when the engine dies in it, everything as it was before the step goes into a checkpoint first."""
@@ -140,7 +152,7 @@ class Trainer:
     def train_step(self, step: int) -> dict[str, Any]:
         """One step of the recipe; returns its row of metrics."""
         config, state, recipe, pad = self.config, self.state, self.recipe, self.pad_token_id
-        times = StepTimes(self.profiler, step, self.on_device)
+        times = StepTimes(self.profiler, step, self.on_device, self.ranks)
         start = self.clock()
         got = self.collector.collect(times)
         if self.schedule.steps_ahead:
@@ -157,13 +169,13 @@ class Trainer:
         current = reference = None
         if recipe.proximal == "step_start":
             with times.phase("logprob_forward", spans.work):
-                current = score_log_probs(state.policy, spans, config, pad)
+                current = score_log_probs(state.policy, spans, config, pad, self.ranks)
         if state.reference is not None:
             with times.phase("reference_forward", spans.work):
-                reference = score_log_probs(state.reference, spans, config, pad)
+                reference = score_log_probs(state.reference, spans, config, pad, self.ranks)
         with times.phase("value_forward" if state.value_model else "reward", spans.work):
             if state.value_model:
-                score_values(state.value_model, spans, config, pad)
+                score_values(state.value_model, spans, config, pad, self.ranks)
             policy_batch, value_batch = estimate(
                 spans, ages, recipe, config, policy_version=state.policy_version, current=current, reference=reference
             )
@@ -177,7 +189,7 @@ class Trainer:
                     state.value_model, state.value_optimizer, value_batch, recipe, config, pad, state.generator,
                     epochs=config.value.epochs,
                     steps_per_epoch=config.value.mini_batches or config.train.mini_batches,
-                    clip=config.algorithm.value_clip,
+                    clip=config.algorithm.value_clip, ranks=self.ranks,
                 )  # fmt: skip
                 value_metrics["critic/lr"] = critic_lr
         with times.phase("update_policy", policy_batch.spans.work):
@@ -189,10 +201,10 @@ class Trainer:
             )
             policy_metrics = update_policy(
                 state.policy, state.policy_optimizer, policy_batch, recipe, config, pad, state.generator,
-                state.proximal,
+                state.proximal, self.ranks,
             )  # fmt: skip
             if recipe.reuse > 1:
-                moved = total_variation(state.policy, policy_batch, config, pad)
+                moved = total_variation(state.policy, policy_batch, config, pad, self.ranks)
                 policy_metrics["actor/total_variation"] = moved
                 state.lr_scale = next_learning_rate(state.lr_scale, moved, additive_width(recipe))
                 kept = len(reuse_weights(recipe.reuse)) - 1
@@ -210,7 +222,7 @@ class Trainer:
             "clock_s": state.clock_s,
             **step_metrics(
                 [*got.rows, *got.discarded], policy_batch, value_batch if state.value_model else None, times.seconds,
-                end - start, config.rollout.max_response_tokens, len(got.discarded),
+                end - start, config.rollout.max_response_tokens, len(got.discarded), times.work,
             ),
             **policy_metrics,
             **value_metrics,
@@ -229,7 +241,7 @@ class Trainer:
         if config.value.pretrain_rows == 0 or state.value_model is None or state.value_optimizer is None:
             return
         start = self.clock()
-        times = StepTimes(self.profiler, step=0)
+        times = StepTimes(self.profiler, step=0, ranks=self.ranks)
         got = self.collector.collect_for_values(config.value.pretrain_rows, times)
         batch = monte_carlo_batch([row for row in got.rows if row.finished], self.recipe.gamma)
         with times.phase("update_value", batch.spans.work):
@@ -238,6 +250,7 @@ class Trainer:
                 state.value_model, state.value_optimizer, batch, self.recipe, config, self.pad_token_id,
                 state.generator, epochs=config.value.pretrain_epochs,
                 steps_per_epoch=max(1, len(got.rows) * config.train.mini_batches // config.rows_per_step), clip=None,
+                ranks=self.ranks,
             )  # fmt: skip
         write_step(self.writer, 0, got, trained_tokens={})
         state.clock_s += self.clock() - start
@@ -288,8 +301,9 @@ class Trainer:
             self.writer.sync()
             newest = save_checkpoint(
                 self.writer.path, self.state, algorithm=self.config.algorithm.name, offsets=self.writer.offsets(),
-                time_s=self.clock(),
+                time_s=self.clock(), ranks=self.ranks,
             )  # fmt: skip
             train = self.config.train
-            prune_checkpoints(self.writer.path, newest, keep_last=train.keep_last, keep_best=train.keep_best)
+            if self.ranks.main:
+                prune_checkpoints(self.writer.path, newest, keep_last=train.keep_last, keep_best=train.keep_best)
         self.saved_step = self.state.step

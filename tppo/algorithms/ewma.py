@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tppo.parallel.tensors import like, whole
+
 
 def beta_for(updates_per_rollout: int) -> float:
     """Decay whose centre of mass, beta / (1 - beta), is `updates_per_rollout` updates: 8 give 0.889, 16 give 0.941."""
@@ -24,6 +26,11 @@ class ProximalPolicy:
         self.beta = beta
         self.total_weight = 1.0
         self.model: PreTrainedModel = copy.deepcopy(policy).requires_grad_(False)
+        self.restart(policy)
+
+    def restart(self, policy: PreTrainedModel) -> None:
+        """From the policy as it is: its weights may have moved to another device, or become shards."""
+        self.total_weight = 1.0
         self._average = {name: p.detach().float().clone() for name, p in policy.named_parameters()}
 
     @torch.no_grad()
@@ -37,14 +44,14 @@ class ProximalPolicy:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds."""
-        average = {name: tensor.clone() for name, tensor in self._average.items()}
+        average = {name: whole(tensor).cpu().clone() for name, tensor in self._average.items()}
         return {**average, "total_weight": torch.tensor(self.total_weight, dtype=torch.float64)}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         self.total_weight = float(state["total_weight"])
         for name, average in self._average.items():
-            average.copy_(state[name])
+            average.copy_(like(average, state[name]))
         self._publish()
 
     def _publish(self) -> None:

@@ -4,6 +4,7 @@
     value_model.safetensors     where the recipe has a value model
     proximal_policy.safetensors ppo-ewma's average of the policy
     optimizers.pt               both optimisers: moments, steps, learning rates
+    optimizers/                 the same where models are sharded, a file a rank (torch.distributed.checkpoint)
     random.pt                   both generators of the run, and every global random state
     progress.json               step, position in the data, weight updates, clock, learning-rate factor, accuracies,
                                 which rows carry over, are rolled out ahead, or train again
@@ -15,6 +16,7 @@ steps; the rows that carry over and their numbers are their state.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,15 +25,28 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from profiling.errors import DataError, RunError
 from tppo.checkpoints.folders import empty_folder_for, hidden, put_in_place, remove
 from tppo.checkpoints.manifest import Manifest, checksums, toolkit_version, write_manifest
 from tppo.checkpoints.random_state import global_random_state
+from tppo.checkpoints.shards import (
+    SHARDS,
+    Weights,
+    load_optimizer,
+    load_shards,
+    load_weights,
+    optimizers_of,
+    save_shards,
+    whole_weights,
+)
 from tppo.checkpoints.store import folder_of
 from tppo.checkpoints.stored_rows import RowTable, rows_of
 from tppo.models.policy import architecture_of, describe_model, save_policy
 from tppo.models.value import VALUE_MODEL
+from tppo.parallel.ranks import SINGLE, Ranks
+from tppo.parallel.shard import is_sharded
 from tppo.state import Ahead, TrainingState
 
 POLICY, PROXIMAL, OPTIMIZERS, RANDOM = "policy", "proximal_policy.safetensors", "optimizers.pt", "random.pt"
@@ -40,22 +55,42 @@ PLAIN = (
     "step", "next_row", "policy_version", "clock_s", "accuracies", "evaluated_step", "lr_scale", "started",
 )  # fmt: skip
 """Fields of the state that progress.json holds as they are."""
-FAULTS = (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError, UnpicklingError)
+FAULTS = (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError, UnpicklingError,
+    CheckpointException,
+)  # fmt: skip
 """What reading can meet in files that are not ours."""
 
 
 def save_checkpoint(
-    run: Path, state: TrainingState, *, algorithm: str, offsets: dict[str, int], time_s: float
+    run: Path, state: TrainingState, *, algorithm: str, offsets: dict[str, int], time_s: float, ranks: Ranks = SINGLE
 ) -> Path:
     """Write checkpoints/step-N of the run directory: whole or absent, and one of the same step stands until then.
 
     `offsets`: length in bytes of the append-only files, so that resuming can discard what came after. time_s: the
-    run's clock. Raises RunError, and leaves the checkpoints as they were.
+    run's clock. All ranks take part; the first writes all but the optimisers' shards. Raises RunError, and leaves the
+    checkpoints as they were.
     """
     target = folder_of(run, state.step)
-    try:
-        temporary = empty_folder_for(target)
-        write_content(temporary, state, time_s)
+
+    def failed(error: BaseException) -> RunError:
+        remove(hidden(target, "tmp"))
+        return RunError(
+            f"{target}: the checkpoint cannot be written: {_line(error)}; is the disk full? The one before is whole: "
+            "make room and go on with --resume"
+        )
+
+    def write(part: Callable[[], None]) -> None:
+        """By the first rank. torch and safetensors report a full disk as errors of their own."""
+        try:
+            part()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise failed(error) from None
+
+    def first() -> None:
+        write_content(empty_folder_for(target), state, time_s, weights)
+
+    def last() -> None:
+        temporary = hidden(target, "tmp")
         manifest = Manifest(
             toolkit=toolkit_version(),
             algorithm=algorithm,
@@ -67,25 +102,27 @@ def save_checkpoint(
         )
         write_manifest(temporary, manifest)
         put_in_place(target)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk as their own
-        remove(hidden(target, "tmp"))
-        raise RunError(
-            f"{target}: the checkpoint cannot be written: {_line(error)}; is the disk full? The one before is whole: "
-            "make room and go on with --resume"
-        ) from None
+
+    weights = whole_weights(state)
+    ranks.everyones(lambda: write(first) if ranks.main else None)
+    if is_sharded(state.policy):
+        try:
+            save_shards(hidden(target, "tmp") / SHARDS, state)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            raise failed(error) from None
+    ranks.everyones(lambda: write(last) if ranks.main else None)
     return target
 
 
-def write_content(folder: Path, state: TrainingState, time_s: float) -> None:
-    """Every file but the manifest. Raises OSError, RuntimeError or SafetensorError."""
-    save_policy(state.policy, state.tokenizer, folder / POLICY)
-    optimizers = {"policy_optimizer": state.policy_optimizer.state_dict()}
-    if state.value_model is not None and state.value_optimizer is not None:
-        save_file(state.value_model.state_dict(), folder / VALUE_MODEL)
-        optimizers["value_optimizer"] = state.value_optimizer.state_dict()
-    if state.proximal is not None:
-        save_file(state.proximal.state(), folder / PROXIMAL)
-    torch.save(optimizers, folder / OPTIMIZERS)
+def write_content(folder: Path, state: TrainingState, time_s: float, weights: Weights) -> None:
+    """Every file but the manifest and the optimisers' shards. Raises OSError, RuntimeError or SafetensorError."""
+    save_policy(state.policy, state.tokenizer, folder / POLICY, weights.policy)
+    if weights.value_model is not None:
+        save_file(weights.value_model, folder / VALUE_MODEL)
+    if weights.proximal is not None:
+        save_file(weights.proximal, folder / PROXIMAL)
+    if not is_sharded(state.policy):
+        torch.save({name: own.state_dict() for name, _, own in optimizers_of(state)}, folder / OPTIMIZERS)
     generators = {
         "generator": state.generator.get_state(),
         "rollout_generator": state.rollout_generator.get_state(),
@@ -120,16 +157,19 @@ def restore(state: TrainingState, checkpoint: Path) -> Restored:
     """Load what `save_checkpoint` wrote into `state`, whose policy was already loaded from the checkpoint. Raises
     DataError."""
     try:
-        optimizers = torch.load(checkpoint / OPTIMIZERS, weights_only=True)
         generators = torch.load(checkpoint / RANDOM, weights_only=True)
         progress = json.loads((checkpoint / PROGRESS).read_bytes())
         rows = rows_of(progress["rows"], load_file(checkpoint / ROWS))
-        state.policy_optimizer.load_state_dict(optimizers["policy_optimizer"])
-        if state.value_model is not None and state.value_optimizer is not None:
-            state.value_model.load_state_dict(load_file(checkpoint / VALUE_MODEL))
-            state.value_optimizer.load_state_dict(optimizers["value_optimizer"])
+        if state.value_model is not None:
+            load_weights(state.value_model, load_file(checkpoint / VALUE_MODEL))
         if state.proximal is not None:
             state.proximal.load(load_file(checkpoint / PROXIMAL))
+        if (checkpoint / SHARDS).is_dir():
+            load_shards(checkpoint / SHARDS, state)
+        else:
+            stored = torch.load(checkpoint / OPTIMIZERS, weights_only=True)
+            for name, _, own in optimizers_of(state):
+                load_optimizer(own, stored[name])
         state.generator.set_state(generators["generator"])
         state.rollout_generator.set_state(generators["rollout_generator"])
         for name in PLAIN:

@@ -63,6 +63,7 @@ def evaluation_sampling(config: RunConfig, training: Sampling, seed: int) -> Sam
         training.top_k if own.top_k is None else own.top_k,
         training.stop_token_ids,
         seed,
+        training.by_row,
     )
 
 

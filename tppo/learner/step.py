@@ -7,7 +7,7 @@ from torch import nn
 
 from profiling.errors import RunError
 from tppo.config import RunConfig
-from tppo.parallel.shard import whole
+from tppo.parallel.tensors import whole
 
 
 def step_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, name: str) -> float:

@@ -1,7 +1,7 @@
 """What the training passes of a step computed: for a roofline, for MFU and for padding waste."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 
 
 @dataclass(slots=True)
@@ -40,11 +40,19 @@ class Work:
         self.backward_tokens += sum(lengths) - sum(skipped)
         self.backward_pairs += sum(map(causal_pairs, lengths)) - sum(map(causal_pairs, skipped))
 
+    def counts(self) -> list[int]:
+        """In the order of the fields."""
+        return list(astuple(self))
+
+    def add(self, more: "Work") -> None:
+        for field, count in zip(fields(self), more.counts(), strict=True):
+            setattr(self, field.name, getattr(self, field.name) + count)
+
     def since(self, before: "Work") -> "Work":
-        return Work(**{f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self)})
+        return Work(*(now - then for now, then in zip(self.counts(), before.counts(), strict=True)))
 
     def copy(self) -> "Work":
-        return Work(**asdict(self))
+        return Work(*self.counts())
 
 
 def causal_pairs(tokens: int) -> int:

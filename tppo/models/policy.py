@@ -134,7 +134,7 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
 
 def architecture_of(model: PreTrainedModel) -> str:
     """As config.json names it: Qwen2ForCausalLM."""
-    return type(model).__name__
+    return type(model).__name__.removeprefix("FSDP")
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, int]:
@@ -161,6 +161,9 @@ def describe_model(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    model.save_pretrained(path)
+def save_policy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, weights: dict[str, Tensor] | None = None
+) -> None:
+    """weights: whole, where the model's own are shards."""
+    model.save_pretrained(path, state_dict=weights)
     tokenizer.save_pretrained(path)

@@ -104,17 +104,16 @@ SINGLE = Ranks()
 
 
 @contextmanager
-def joined_ranks(*, device: str = "auto", sharded: bool = False, replicas: int = 1) -> Iterator[Ranks]:
-    """The ranks that torchrun started, or this process alone. device: auto, cpu or cuda.
-
-    sharded: models are sharded also where one process is alone (its passes then compute in another type than its
-    weights). replicas: groups that each hold all shards (HSDP). Raises ConfigError.
+def joined_ranks(*, device: str = "auto", dtype: str = "auto", replicas: int = 1) -> Iterator[Ranks]:
+    """The ranks that torchrun started, or this process alone. device: auto, cpu or cuda. dtype: in which training
+    passes compute; another than the weights' float32 is sharding's work, also where one process is alone. replicas:
+    groups that each hold all shards (HSDP). Raises ConfigError.
     """
     world, rank = _from_environment("WORLD_SIZE", 1), _from_environment("RANK", 0)
     own = _device(device, _from_environment("LOCAL_RANK", 0))
     if world % replicas:
         raise ConfigError(f"parallel.replicas = {replicas}: the {world} ranks cannot be divided into as many groups")
-    if world == 1 and not sharded:
+    if world == 1 and compute_dtype(dtype, own) == torch.float32:
         yield Ranks(device=own)
         return
     if own.type == "cuda":
@@ -132,6 +131,13 @@ def joined_ranks(*, device: str = "auto", sharded: bool = False, replicas: int =
         yield Ranks(rank, world, own, mesh)
     finally:
         dist.destroy_process_group()
+
+
+def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Of training passes. wanted: auto, float32 or bfloat16."""
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 
 
 def _from_environment(name: str, otherwise: int) -> int:

@@ -4,7 +4,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -12,7 +12,6 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
 
 from tppo.models.policy import SCORE, score_tokens
 from tppo.parallel.ranks import Ranks
@@ -50,8 +49,3 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All shards together, on every rank: a collective where `tensor` is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -8,7 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from profiling.errors import ConfigError
 from tppo.config import RunConfig
-from tppo.models.policy import input_layer
+from tppo.models.policy import input_layer, load_policy
+from tppo.parallel.ranks import SINGLE, Ranks
+from tppo.parallel.shard import is_sharded
 from tppo.rollout.protocol import Clock, RolloutEngine, Sampling
 from tppo.rollout.slot_cache import SlotCache
 from tppo.rollout.torch_engine import TorchEngine
@@ -49,11 +51,16 @@ def make_engine(
             kv_cache_bytes=None if gib is None else int(gib * GIB), block_size=vllm.block_size, eager=vllm.eager,
         )  # fmt: skip
     check_cache_fits(model, slots, max_tokens)
-    needs_a_copy = dtype != model.dtype or rollout.schedule == "asynchronous"
-    own = model
+    # Neither shards nor a model that checkpoints its activations can decode with keys and values.
+    cannot_decode = is_sharded(model) or config.model.activation_checkpointing
+    own, needs_a_copy = model, cannot_decode or dtype != model.dtype or rollout.schedule == "asynchronous"
+    if cannot_decode:
+        own = load_policy(model_path)[0].to(device)
+    elif needs_a_copy:
+        own = copy.deepcopy(model)
+        own.set_attn_implementation("sdpa")
     if needs_a_copy:
-        own = copy.deepcopy(model).requires_grad_(False)
-        for weight in own.parameters():
+        for weight in own.requires_grad_(False).parameters():
             weight.data = weight.data.to(dtype)
     return TorchEngine(
         own, slots=slots, max_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id, generator=generator, clock=clock,
@@ -70,20 +77,25 @@ def evaluation_engine(
     slots: int,
     max_tokens: int,
 ) -> RolloutEngine:
-    """What evaluates: a torch engine of its own; the training's where it is vLLM."""
+    """What evaluates: a torch engine of its own, of the training engine's weights where the policy's cannot decode;
+    the training's where it is vLLM."""
     if config.rollout.engine == "vllm":
         return training_engine
+    if isinstance(training_engine, TorchEngine) and (is_sharded(model) or config.model.activation_checkpointing):
+        model = training_engine.model
     return TorchEngine(
         model, slots=slots, max_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id, generator=torch.Generator(),
         clock=lambda: 0.0,
     )  # fmt: skip
 
 
-def sampling_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Sampling:
-    """How training samples."""
+def sampling_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks = SINGLE) -> Sampling:
+    """How training samples. With several ranks by row, unless set otherwise: which rank runs a row changes nothing."""
     rollout = config.rollout
     stops = (tokenizer.eos_token_id, *rollout.stop_token_ids)
-    return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, stops)
+    by_row = rollout.draws == "row" or (rollout.draws == "auto" and ranks.world > 1)
+    seed = config.train.seed if by_row else None
+    return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, stops, seed, by_row)
 
 
 def check_rows_fit(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from tppo.batching import micro_batches, pad_right
 from tppo.models.cached import hidden_states
 from tppo.models.policy import input_layer, output_layer
-from tppo.parallel.shard import whole
+from tppo.parallel.tensors import whole
 from tppo.rollout.protocol import Clock, Completion, Request, Sampling
 from tppo.rollout.sampling import draw
 from tppo.rollout.slot_cache import Parked, SlotCache
