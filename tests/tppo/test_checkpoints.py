@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -202,34 +203,42 @@ def test_resuming_what_is_no_run_or_has_no_checkpoint_is_one_line(config, tmp_pa
         assert message in line
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root may write anywhere")
-def test_a_directory_that_became_read_only_keeps_its_checkpoints(config):
-    """Root may write anywhere, so a user without rights tries."""
-    before = content_of(config.output / "checkpoints")
-    for path in (config.output, *config.output.rglob("*")):
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    code = (
-        "import sys; from tppo.cli import main; "
-        f"sys.exit(main(['train', '--resume', {str(config.output)!r}, '--train.steps', '6']))"
-    )
-    done = as_nobody([sys.executable, "-c", code], config.output)
-    for path in (config.output, *config.output.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    assert done.returncode == 1, done.stderr
-    (line,) = done.stderr.strip().splitlines()
-    assert "cannot be" in line
-    assert content_of(config.output / "checkpoints") == before
+def test_a_directory_that_became_read_only_keeps_its_checkpoints(config, tmp_path):
+    """Root may write anywhere: then a user without rights tries, in a place that everyone can enter."""
+    with tempfile.TemporaryDirectory() as place:
+        run = Path(place) / "run"
+        shutil.copytree(config.output, run)
+        for path in (Path(place), run, *run.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        before = content_of(run)
+        longer = config.model_copy(update={"output": run, "train": config.train.model_copy(update={"steps": 6})})
+        status, error = as_nobody(lambda: train(longer, resume=True, show_progress=False), tmp_path / "error")
+        for path in (Path(place), run, *run.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        assert (status, error.count("\n")) == (1, 1), error
+        assert f"RunError: {run}: cannot be resumed in place: Permission denied" in error
+        assert content_of(run) == before
 
 
-def as_nobody(command, directory):
-    prefix = []
-    if os.geteuid() == 0:
-        for parent in directory.parents:
-            if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
-                parent.chmod(parent.stat().st_mode | 0o055)
-        prefix = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    environment = {**os.environ, "HOME": "/nonexistent", "PYTHONPATH": os.getcwd()}
-    return subprocess.run([*prefix, *command], capture_output=True, text=True, env=environment)
+def as_nobody(work, error: Path):
+    """Exit status and standard error of `work` in a fork that has no rights."""
+    with error.open("wb") as file:
+        child = os.fork()
+        if child == 0:
+            status = 0
+            try:
+                os.dup2(file.fileno(), 2)
+                if os.geteuid() == 0:
+                    os.setgroups([])
+                    os.setgid(65534)
+                    os.setuid(65534)
+                work()
+            except BaseException as fault:
+                os.write(2, f"{type(fault).__name__}: {fault}\n".encode())
+                status = 1
+            finally:
+                os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), error.read_text()
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(make_config):
@@ -339,6 +348,17 @@ def test_a_folder_replaces_another_and_every_file_is_synced(tmp_path, monkeypatc
     assert (tmp_path / "new" / "inner" / "file").read_text() == "new"
     own = tmp_path / ".new.tmp"
     assert synced == [str(path) for path in (own / "inner", own / "inner" / "file", own, tmp_path)]
+
+
+def test_what_a_checkpoint_refers_to_is_on_the_disk_before_it(make_config, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
+    config = make_config("run", train={"steps": 1})
+    train(config, show_progress=False)
+    first = next(place for place, path in enumerate(synced) if "/checkpoints/" in path)
+    for name in ("trace.jsonl", "metrics.jsonl", "rollouts", "engine"):
+        assert str(config.output / name) in synced[:first], name
+    assert synced[first:].index(str(config.output / "checkpoints")) > 10  # the rename, after every file
 
 
 def test_a_checksum_is_what_zlib_says(tmp_path):
