@@ -1,8 +1,9 @@
 """The rollout side of a step: plan, generate, grade. What comes back is ready to train on."""
 
+import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -100,7 +101,6 @@ class Collector:
         self.ranks = ranks
         self.config, self.recipe, self.state, self.task, self.reward = config, recipe, state, task, reward
         self.schedule, self.engine, self.sampling, self.profiler = schedule, engine, sampling, profiler
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
         self._under_way: Future[Ahead] | None = None
         self._before: _Before | None = None
 
@@ -155,7 +155,7 @@ class Collector:
         self.state.carried = [row.copy() for row in self.state.carried]
         self._remember()
         plan, fresh = self.admit(self.schedule, step, self.config.rows_per_step)
-        self._under_way = self._thread.submit(lambda: Ahead(fresh, self.generate(self.schedule, plan, fresh)))
+        self._under_way = _in_a_thread(lambda: Ahead(fresh, self.generate(self.schedule, plan, fresh)))
 
     def wait(self, times: StepTimes) -> None:
         """For the rollout that runs ahead, if one does; the time is the step's exposed rollout time."""
@@ -225,3 +225,17 @@ class Collector:
         known = {row: grade for part in self.ranks.everyones(grades) for row, grade in part.items()}
         for row in done:
             row.reward, row.correct = known[row.row].reward, known[row.row].correct
+
+
+def _in_a_thread(work: Callable[[], Ahead]) -> Future[Ahead]:
+    """A daemon's, unlike an executor's: a run that is stopped at once does not wait for its rollout."""
+    future: Future[Ahead] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # it is raised where the result is taken
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="rollout", daemon=True).start()
+    return future

@@ -163,8 +163,8 @@ def check_it_fits_the_ranks(config: RunConfig, ranks: Ranks) -> None:
     check_schedule_fits(config.rollout.schedule, ranks)
     if ranks.world > 1 and config.rollout.engine == "vllm":
         raise ConfigError(
-            f'rollout.engine = "vllm": cannot run inside {ranks.world} ranks that torchrun started; set "torch", or use '
-            "one process"
+            f'rollout.engine = "vllm": cannot run inside {ranks.world} ranks that torchrun started; set "torch", or '
+            "use one process"
         )
     if ranks.world > config.rollout.prompts_per_step * config.rollout.samples_per_prompt:
         raise ConfigError(

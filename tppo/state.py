@@ -83,7 +83,7 @@ def new_state(
     reference = None
     if config.algorithm.kl_coef:
         reference = load_policy(config.model.path, attention=config.model.attention)[0].requires_grad_(False)
-    for model in (policy, value_model, reference, proximal and proximal.model):
+    for model in (policy, value_model, reference, proximal.model if proximal else None):
         if model is not None:
             place(model, config, ranks)
     if proximal is not None:

@@ -4,14 +4,16 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from profiling.errors import ConfigError, DataError
 from tppo.checkpoints.content import restore
 from tppo.checkpoints.store import checkpoints_of, newest_usable
 from tppo.cli import main
-from tppo.commands.huggingface import export_huggingface
+from tppo.commands.huggingface import export_huggingface, value_model_of
 from tppo.models.policy import load_policy, token_log_probs
+from tppo.models.value import ValueModel
 from tppo.start import train
 from tppo.state import new_state
 
@@ -38,6 +40,7 @@ def test_transformers_loads_policy_and_value_model_and_computes_what_we_do(confi
     policy, tokenizer = AutoModelForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
     value, facts = AutoModelForTokenClassification.from_pretrained(target / "value", output_loading_info=True)
     assert not any(facts.values()), facts  # no weight is missing, left over or of another shape
+    assert value.config.classifier_dropout == 0  # also in training
     assert (target / "generation_config.json").exists()
     assert AutoTokenizer.from_pretrained(target / "value").get_vocab() == tokenizer.get_vocab()
     rows = [tokenizer("a1b2c3=")["input_ids"], tokenizer("a7b8c9=")["input_ids"]]
@@ -55,6 +58,34 @@ def test_transformers_loads_policy_and_value_model_and_computes_what_we_do(confi
         ours = token_log_probs(state.policy, ids, row[before], column[before], targets).log_probs
         theirs = policy(input_ids=ids).logits.log_softmax(-1)[row[before], column[before], targets]
         torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=0)
+
+
+SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("llama", {**SIZES, "num_key_value_heads": 1, "intermediate_size": 48}),
+        ("qwen3", {**SIZES, "num_key_value_heads": 1, "intermediate_size": 48, "head_dim": 16}),
+        ("mistral", {**SIZES, "num_key_value_heads": 1, "intermediate_size": 48}),
+        ("gpt2", {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 2}),
+    ],
+)
+def test_value_models_of_other_architectures_are_token_classifiers_too(tmp_path, kind, sizes):
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    value = ValueModel(policy)
+    torch.nn.init.normal_(value.head.weight)
+    torch.nn.init.normal_(value.head.bias)
+    policy.save_pretrained(tmp_path / "policy")
+    save_file(value.state_dict(), tmp_path / "value_model.safetensors")
+    value_model_of(tmp_path).save_pretrained(tmp_path / "value")
+    loaded = AutoModelForTokenClassification.from_pretrained(tmp_path / "value")
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        ours = value(ids, torch.zeros(10, dtype=torch.long), torch.arange(10))
+        torch.testing.assert_close(loaded(input_ids=ids).logits[0, :, 0], ours, atol=1e-6, rtol=0)
 
 
 def test_the_card_names_run_step_and_algorithm_and_no_path(config, tmp_path):

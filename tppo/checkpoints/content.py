@@ -55,8 +55,9 @@ PLAIN = (
     "step", "next_row", "policy_version", "clock_s", "accuracies", "evaluated_step", "lr_scale", "started",
 )  # fmt: skip
 """Fields of the state that progress.json holds as they are."""
-FAULTS = (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError, UnpicklingError,
-    CheckpointException,
+FAULTS = (
+    OSError, EOFError, LookupError, AttributeError, TypeError, ValueError, RuntimeError, SafetensorError,
+    UnpicklingError, CheckpointException,
 )  # fmt: skip
 """What reading can meet in files that are not ours."""
 

@@ -88,7 +88,10 @@ def read_manifest(checkpoint: Path) -> Manifest:
             f"{checkpoint}: a checkpoint of schema {values.get('schema')} (tppo {values.get('toolkit')}), and this "
             f"tppo reads schema {SCHEMA}; go on with the tppo that wrote it"
         )
-    return Manifest(**values)
+    try:
+        return Manifest(**values)
+    except TypeError as error:
+        raise DataError(f"{path} is not a manifest: {_line(error)}") from None
 
 
 def verified(checkpoint: Path) -> Manifest:

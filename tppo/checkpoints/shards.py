@@ -15,6 +15,7 @@ from tppo.parallel.tensors import like, whole
 from tppo.state import TrainingState
 
 SHARDS = "optimizers"
+Trained = tuple[str, nn.Module, torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ def _whole(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
 
 
-def optimizers_of(state: TrainingState) -> list[tuple[str, nn.Module, torch.optim.Optimizer]]:
+def optimizers_of(state: TrainingState) -> list[Trained]:
     """Name, model and optimiser."""
-    both: list[tuple[str, nn.Module, torch.optim.Optimizer]] = [
+    both: list[Trained] = [
         ("policy_optimizer", state.policy, state.policy_optimizer)
     ]
     if state.value_model is not None and state.value_optimizer is not None:

@@ -60,7 +60,7 @@ def newest_usable(run: Path, *, to_resume: bool = False) -> Found:
         except DataError as error:
             passed_over[checkpoint] = str(error)
     if not passed_over:
-        raise DataError(f"{run}: has no checkpoint to resume from")
+        raise DataError(f"{run}: has no checkpoint to resume from; start the run again, in another directory")
     raise DataError(f"{run}: has no usable checkpoint: {'; '.join(passed_over.values())}")
 
 

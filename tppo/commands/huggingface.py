@@ -87,12 +87,14 @@ def chosen_checkpoint(source: Path, name: str | None) -> tuple[Path, Manifest]:
         return source.resolve(), verified(source)
     if not source.is_dir():
         raise DataError(f"{source}: no such run directory")
+    known = checkpoints_of(source)
+    if not known:
+        raise DataError(f"{source}: has no checkpoint")
     if name in (None, "last"):
         found = newest_usable(source)
         for reason in found.passed_over.values():
             print(f"tppo: {reason}; exporting {found.path.name}", file=sys.stderr)
         return found.path.resolve(), found.manifest
-    known = checkpoints_of(source)
     if name == "best":
         best = by_accuracy(known)
         if not best:
@@ -102,7 +104,7 @@ def chosen_checkpoint(source: Path, name: str | None) -> tuple[Path, Manifest]:
         if path.name == name:
             return path.resolve(), verified(path)
     raise ConfigError(
-        f"--checkpoint {name}: {source} has {', '.join(path.name for path in known) or 'none'}; or write best or last"
+        f"--checkpoint {name}: {source} has {', '.join(path.name for path in known)}; or write best or last"
     )
 
 

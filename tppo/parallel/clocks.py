@@ -1,4 +1,4 @@
-"""The run's clock on every rank. Processes of one boot share a monotonic clock; those of other hosts ask for the time."""
+"""The run's clock on every rank. Processes of one boot share a monotonic clock; those of other hosts ask for it."""
 
 import time
 from collections.abc import Callable

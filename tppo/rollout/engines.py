@@ -55,7 +55,8 @@ def make_engine(
     cannot_decode = is_sharded(model) or config.model.activation_checkpointing
     own, needs_a_copy = model, cannot_decode or dtype != model.dtype or rollout.schedule == "asynchronous"
     if cannot_decode:
-        own = load_policy(model_path)[0].to(device)
+        own = load_policy(model_path)[0]
+        own.to(device)  # type: ignore[arg-type]
     elif needs_a_copy:
         own = copy.deepcopy(model)
         own.set_attn_implementation("sdpa")
