@@ -207,6 +207,8 @@ def test_slots_are_bounded_by_problems_or_a_rollout(make_config):
     assert evaluation_slots(make_config("b", evaluation={"samples": 32}), 8) == 8
     assert evaluation_slots(make_config("c", evaluation={"samples": 32}, rollout={"prompts_per_step": 64}), 8) == 64
     assert evaluation_slots(make_config("d", evaluation={"samples": 2}, rollout={"prompts_per_step": 64}), 8) == 16
+    # more problems than rows of a step: as many slots as problems, so that one sample each is drawn as ever
+    assert evaluation_slots(make_config("e", evaluation={"samples": 1}), 200) == 200
 
 
 def test_several_greedy_samples_are_refused():
