@@ -1,7 +1,10 @@
 """Keeps libraries' progress bars and advice out of our own output."""
 
+import os
+
 
 def quieten_libraries() -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the library is imported
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -1,27 +1,32 @@
 """Starts a training run, or goes on with one: checks everything before anything is written."""
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from profiling import Profiler
-from profiling.errors import ConfigError
+from profiling.errors import ConfigError, DataError
 from profiling.reader import Run
 from profiling.settings import check_settings, to_toml
 from profiling.writer import RunWriter, refuse_a_run
 from tppo.config import RunConfig
-from tppo.data.arithmetic import ArithmeticTask
+from tppo.data.tasks import Problems, problems_of
 from tppo.learner.recipe import recipe_of
 from tppo.models.policy import describe_model, load_policy
-from tppo.rewards.final_answer import FinalAnswer
+from tppo.rewards.make import reward_of
 from tppo.rollout.engines import check_rows_fit, make_engine, sampling_of
 from tppo.run_records import header_of
 from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, Truncated
 from tppo.state import latest_checkpoint, new_state, read_progress, restore
 from tppo.torch_traces import steps_of
 from tppo.trainer import Outcome, Trainer
+
+DATA_JSON = "data.json"
+"""In the run directory: tells a data set's problems from others."""
 
 
 def train(config: RunConfig, *, resume: bool = False, show_progress: bool = True) -> Outcome:
@@ -51,9 +56,12 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
         refuse_a_run(config.output)
     model_path = str(checkpoint / "policy") if checkpoint else config.model.path
     policy, tokenizer = load_policy(model_path)
-    task, held_out_task = task_of(config), task_of(config, config.evaluation.seed)
-    held_out = [held_out_task.problem(number) for number in range(config.evaluation.problems)]
-    longest_prompt = task.longest_prompt(tokenizer)
+    problems = problems_of(config, tokenizer)
+    if progress is not None:
+        check_problems_are_the_same(config.output, problems)
+    for note in problems.notes:
+        print(f"tppo: {note}", file=sys.stderr)
+    longest_prompt = problems.task.longest_prompt(tokenizer)
     check_rows_fit(config, policy, tokenizer, longest_prompt)
     state = new_state(policy, tokenizer, config)
     if checkpoint is not None and progress is not None:
@@ -65,22 +73,27 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
         clock=lambda: profiler.now(),
     )  # fmt: skip
     engine.update_weights(state.policy_version)
-    text = to_toml(config.model_dump(mode="json"))
-    if progress is not None:
-        writer = RunWriter.resume(config.output, offsets=progress["offsets"], last_step=state.step)
-        writer.write_text("config.toml", text)
-    else:
-        writer = RunWriter(config.output, header=header_of(schedule, config), config_toml=text)
-        writer.write_text("model.json", json.dumps(describe_model(policy), indent=1) + "\n")
-    profiler = Profiler(
-        writer=writer,
-        start_s=progress["time_s"] if progress else 0.0,
-        sampler_interval_s=config.profile.interval_s if config.profile.sampler else None,
-        links=config.profile.links,
-    )
-    with profiler:
-        sampling = sampling_of(config, tokenizer)
-        yield Trainer(config, state, task, FinalAnswer(), schedule, engine, sampling, held_out, writer, profiler)
+    with reward_of(config, tokenizer) as reward:
+        text = to_toml(config.model_dump(mode="json"))
+        if progress is not None:
+            writer = RunWriter.resume(config.output, offsets=progress["offsets"], last_step=state.step)
+            writer.write_text("config.toml", text)
+        else:
+            writer = RunWriter(config.output, header=header_of(schedule, config), config_toml=text)
+            writer.write_text("model.json", json.dumps(describe_model(policy), indent=1) + "\n")
+            if problems.fingerprint is not None:
+                writer.write_text(DATA_JSON, json.dumps({"fingerprint": problems.fingerprint}) + "\n")
+        profiler = Profiler(
+            writer=writer,
+            start_s=progress["time_s"] if progress else 0.0,
+            sampler_interval_s=config.profile.interval_s if config.profile.sampler else None,
+            links=config.profile.links,
+        )
+        with profiler:
+            sampling = sampling_of(config, tokenizer)
+            yield Trainer(
+                config, state, problems.task, reward, schedule, engine, sampling, problems.held_out, writer, profiler
+            )
 
 
 def check_it_can_go_on(config: RunConfig) -> None:
@@ -99,17 +112,20 @@ def check_it_can_go_on(config: RunConfig) -> None:
         raise ConfigError(f"algorithm.name: the run was started as {before.algorithm.name}; start another run instead")
 
 
-def task_of(config: RunConfig, seed: int | None = None) -> ArithmeticTask:
-    data = config.data
+def check_problems_are_the_same(directory: Path, problems: Problems) -> None:
+    """Raises ConfigError when a data set gives other problems than when the run was started."""
+    if problems.fingerprint is None:
+        return
+    path = directory / DATA_JSON
     try:
-        return ArithmeticTask(
-            median_steps=data.median_steps,
-            sigma=data.sigma,
-            max_steps=data.max_steps,
-            seed=data.seed if seed is None else seed,
+        before = json.loads(path.read_bytes())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}; start another run instead") from None
+    if before != problems.fingerprint:
+        raise ConfigError(
+            "data: the problems are not those that the run was started with; put the data set and [evaluation] back "
+            "as they were, or start another run"
         )
-    except ValueError as error:
-        raise ConfigError(f"data.{error}") from None
 
 
 def schedule_of(config: RunConfig) -> Schedule:

@@ -1,4 +1,4 @@
-"""The arithmetic task's reward: +1 where the response ends with the right answer, else -1. The working is not read."""
+"""The arithmetic task's reward: whether the response ends with the right answer. The working is not read."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,12 @@ from tppo.rewards.protocol import Grade
 
 
 class FinalAnswer:
+    def __init__(self, right: float = 1.0, wrong: float = -1.0) -> None:
+        self.right, self.wrong = right, wrong
+
     def grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
-        right = [verify(problem, response) for problem, response in zip(problems, responses, strict=True)]
-        return [Grade(1.0 if correct else -1.0, correct) for correct in right]
+        correct = [verify(problem, response) for problem, response in zip(problems, responses, strict=True)]
+        return [Grade(self.right if each else self.wrong, each) for each in correct]
+
+    def close(self) -> None:
+        pass
