@@ -20,7 +20,7 @@ class SourceConfig(Settings):
     """A data set, and how to read it."""
 
     path: str = ""
-    """Name on the Hugging Face hub, local .jsonl, .json, .parquet or .csv file or a folder of them, or "original": 60
+    """Name on the Hugging Face hub, local .jsonl, .json, .parquet or .csv file or a folder of them, or "original": 64
     problems that come along."""
     split: str = "train"
     """Split of a hub data set or of a folder whose files name theirs."""

@@ -2,7 +2,7 @@
 
 import re
 
-OPENING = re.compile(r"\\f?boxed\s*")
+OPENING = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 
 
 def last_boxed(text: str) -> str | None:

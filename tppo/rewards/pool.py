@@ -100,8 +100,9 @@ class WorkerPool:
     def start(self) -> None:
         """Start every worker and wait until all have prepared. Raises RewardError with a worker's own reason."""
         try:
-            self._workers += [_Worker(self._setup) for _ in range(self._size - len(self._workers))]
-            for worker in self._workers:
+            fresh = [_Worker(self._setup) for _ in range(self._size - len(self._workers))]
+            self._workers += fresh
+            for worker in fresh:
                 _await_ready(worker)
         except BaseException:
             self.close()
