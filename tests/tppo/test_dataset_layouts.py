@@ -179,7 +179,7 @@ def test_an_empty_folder_and_a_file_that_is_not_there_are_one_line(tmp_path):
             read(path)
 
 
-def test_a_hub_name_without_a_network_is_one_line_at_once(monkeypatch):
+def test_a_hub_name_without_a_network_is_one_line_at_once():
     start = time.monotonic()
     with pytest.raises(DataError, match=r"'nobody/nothing', split 'train': .* HF_HUB_OFFLINE is set") as fault:
         read("nobody/nothing")
@@ -189,18 +189,44 @@ def test_a_hub_name_without_a_network_is_one_line_at_once(monkeypatch):
 
 def test_a_hub_that_does_not_answer_is_one_line_at_once(monkeypatch):
     import datasets
-    import httpx
     from huggingface_hub import HfApi, constants
+
+    class ConnectError(Exception):
+        """As of an HTTP library that we do not know."""
 
     def refuse(*arguments, **options):
         assert options["timeout"] <= 10
-        raise httpx.ConnectError("Name or service not known")
+        raise ConnectError("Name or service not known")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(HfApi, "dataset_info", refuse)
     with pytest.raises(DataError, match=r"the hub cannot be reached: Name or service not known; check the network"):
         read("nobody/nothing")
+
+
+def test_a_hub_that_refuses_or_lacks_the_split_is_one_line(monkeypatch):
+    import datasets
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
+    def info(*arguments, **options):
+        raise HFValidationError("Repo id must use alphanumeric chars")
+
+    monkeypatch.setattr(HfApi, "dataset_info", info)
+    with pytest.raises(DataError, match=r"'a b/c': not a name on the hub: Repo id must use"):
+        read("a b/c")
+
+    def load(name, subset, split):
+        raise ValueError("Unknown split \"train\". Should be one of ['test'].\nmore")
+
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *arguments, **options: None)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match=r"Should be one of \['test'\].; see data.split and data.subset$"):
+        read("owner/name")
 
 
 def test_the_rows_of_a_hub_data_set_are_read_as_those_of_a_file(monkeypatch):

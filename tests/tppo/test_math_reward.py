@@ -138,26 +138,32 @@ def test_results_come_in_the_order_of_the_jobs(pool):
 
 
 ORPHANS = """
-import sys
+import sys, threading
 from tppo.rewards.pool import WorkerPool
-pool = WorkerPool({"math": True, "pattern": "(a+)+$", "function": None}, workers=3, timeout_s=2)
-pool.start()
-print(*pool.pids, flush=True)
-pool.run([{"kind": "format", "text": "a" * 40 + "b"}, {"kind": "math", "gold": "2", "text": sys.argv[1]}])
+
+searching = WorkerPool({"math": True, "pattern": "(a+)+$", "function": None}, workers=2, timeout_s=1)
+sleeping = WorkerPool({"math": False, "pattern": None, "function": "mine:sleep", "sys_path": [sys.argv[1]]},
+                      workers=1, timeout_s=60)
+searching.start(), sleeping.start()
+print(*searching.pids, *sleeping.pids, flush=True)
+job = {"kind": "function", "prompt": "", "response": "", "answer": ""}
+threading.Thread(target=sleeping.run, args=([job],)).start()
+searching.run([{"kind": "format", "text": "a" * 40 + "b"}])
 """
 
 
-def test_a_killed_trainer_leaves_no_worker():
-    """One worker idles, one hangs in Python, one in a call that lets no thread run."""
-    parent = subprocess.Popen([sys.executable, "-c", ORPHANS, HANGS], stdout=subprocess.PIPE, text=True)
+def test_a_killed_trainer_leaves_no_worker(tmp_path):
+    """One worker idles, one sleeps, one is in a call that lets no thread run."""
+    (tmp_path / "mine.py").write_text("import time\ndef sleep(prompt, response, answer): time.sleep(1000)\n")
+    parent = subprocess.Popen([sys.executable, "-c", ORPHANS, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     pids = [int(pid) for pid in parent.stdout.readline().split()]
-    time.sleep(0.5)
+    time.sleep(0.4)
     assert len(pids) == 3
-    assert all(map(psutil.pid_exists, pids))
+    assert all(map(alive, pids))
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60  # 3 s of CPU time, on a machine that may be busy
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, pids))

@@ -7,9 +7,11 @@ import pytest
 
 from profiling.errors import ConfigError, RunError
 from profiling.reader import Run
+from tppo.collect import StepTimes
 from tppo.data.problem import Problem
 from tppo.rewards.protocol import RewardError
 from tppo.start import train, trainer_for
+from tppo.state import Ahead
 
 MINE = """
 import pathlib
@@ -137,6 +139,27 @@ def test_a_reward_that_fails_leaves_a_checkpoint_from_which_the_run_goes_on_as_i
     assert resumed.rollouts.drop(columns=times).equals(whole.rollouts.drop(columns=times))
     rewards = whole.rollouts.query("finished").reward
     assert 0 < rewards.mean() < 1
+
+
+def test_rows_that_only_waited_keep_their_windows_when_the_grading_of_rows_rolled_out_ahead_fails(data_config):
+    config = data_config(algorithm={"name": "ppo"}, rollout={"schedule": "asynchronous"}, evaluation={"every": 0})
+    with trainer_for(config) as trainer:
+        state, collector = trainer.state, trainer.collector
+        waiting, graded = collector.fresh_row(100), collector.fresh_row(101)
+        waiting.response_ids, waiting.log_probs = [5, 6, 7], [-1.0, -1.0, -1.0]  # window_start is 0
+        graded.response_ids, graded.finished = [5], True
+        state.carried, state.ahead = [waiting], Ahead([graded], [])
+
+        class Fails:
+            def grade(self, problems, responses):
+                raise RewardError("broken")
+
+        collector.reward = Fails()
+        with pytest.raises(RewardError):
+            collector.collect(StepTimes(trainer.profiler, 1))
+        collector.undo()
+        assert state.carried[0].response_ids == [5, 6, 7]
+        assert state.ahead.rows == [graded]
 
 
 def test_a_reward_that_fails_in_an_evaluation_leaves_the_last_checkpoint_as_it_is(data_config, monkeypatch):

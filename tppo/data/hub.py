@@ -41,9 +41,8 @@ def open_hub(name: str, *, split: str, subset: str, key: str) -> Table:
 
 def _ask_the_hub(name: str, key: str) -> None:
     """One question with a time limit and no retries. Raises DataError when there is no such data set, or no answer."""
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         HfApi().dataset_info(name, timeout=PROBE_TIMEOUT_S)
@@ -52,13 +51,13 @@ def _ask_the_hub(name: str, key: str) -> None:
             f"{key}.path = {name!r}: no local file or folder, and the hub refuses it: {_line(error)}; check the name, "
             "and HF_TOKEN where it is private"
         ) from None
-    except (httpx.HTTPError, OSError) as error:
+    except HFValidationError as error:
+        raise DataError(f"{key}.path = {name!r}: not a name on the hub: {_line(error)}") from None
+    except Exception as error:  # of whichever HTTP library this version of the hub's client stands on
         raise DataError(
             f"{key}.path = {name!r}: no local file or folder, and the hub cannot be reached: {_line(error)}; check "
             "the network, set HF_HUB_OFFLINE=1 to use a copy in the cache, or name local files"
         ) from None
-    except ValueError as error:
-        raise DataError(f"{key}.path = {name!r}: not a name on the hub: {_line(error)}") from None
 
 
 def _remedy(error: Exception, offline: bool, key: str) -> str:
