@@ -208,7 +208,7 @@ def test_a_hub_that_does_not_answer_is_one_line_at_once(monkeypatch):
 def test_a_hub_that_refuses_or_lacks_the_split_is_one_line(monkeypatch):
     import datasets
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
@@ -219,6 +219,15 @@ def test_a_hub_that_refuses_or_lacks_the_split_is_one_line(monkeypatch):
     monkeypatch.setattr(HfApi, "dataset_info", info)
     with pytest.raises(DataError, match=r"'a b/c': not a name on the hub: Repo id must use"):
         read("a b/c")
+
+    def absent(*arguments, **options):
+        error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)  # its own wants a response of some library
+        Exception.__init__(error, "Repository Not Found\nmore")
+        raise error
+
+    monkeypatch.setattr(HfApi, "dataset_info", absent)
+    with pytest.raises(DataError, match=r"and the hub refuses it: Repository Not Found; check the name, and HF_TOKEN"):
+        read("owner/name")
 
     def load(name, subset, split):
         raise ValueError("Unknown split \"train\". Should be one of ['test'].\nmore")
