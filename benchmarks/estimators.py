@@ -23,6 +23,7 @@ from tppo.algorithms.masks import window_mask
 from tppo.algorithms.recipes import RECIPES
 from tppo.config import RunConfig
 from tppo.data.arithmetic import verify
+from tppo.data.tasks import arithmetic_task
 from tppo.learner.batch import Spans, in_micro_batches
 from tppo.learner.estimates import estimate, score_values
 from tppo.learner.policy_update import update_policy
@@ -32,7 +33,6 @@ from tppo.rollout.engines import sampling_of
 from tppo.rollout.protocol import Request
 from tppo.rollout.rows import Row
 from tppo.rollout.torch_engine import TorchEngine
-from tppo.start import task_of
 from tppo.state import load_value_model
 
 FIRST_PROBLEM = 5_000_000
@@ -49,7 +49,7 @@ class Sampled:
         self.value_model = ValueModel(self.policy)
         load_value_model(self.value_model, checkpoint)
         self.pad = self.tokenizer.pad_token_id
-        task, longest = task_of(self.config), self.config.rollout.max_response_tokens
+        task, longest = arithmetic_task(self.config), self.config.rollout.max_response_tokens
         engine = TorchEngine(
             self.policy, slots=64, max_tokens=task.max_prompt_tokens + longest, pad_token_id=self.pad,
             generator=torch.Generator().manual_seed(seed), clock=lambda: 0.0,

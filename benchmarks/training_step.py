@@ -33,13 +33,14 @@ from benchmarks.trl_process import TRL_VERSION, Peer, environment
 from profiling.settings import check_settings
 from tppo.config import RunConfig
 from tppo.data.problem import Problem
+from tppo.data.tasks import arithmetic_task
 from tppo.learner.batch import Spans
 from tppo.learner.estimates import score_log_probs, score_values
 from tppo.models.policy import load_policy, new_qwen2, output_layer
 from tppo.models.value import ValueModel
 from tppo.quiet import quieten_libraries
 from tppo.rollout.rows import Row
-from tppo.start import task_of, trainer_for
+from tppo.start import trainer_for
 from tppo.trainer import Trainer
 
 RESULTS = ROOT / "docs" / "results" / "training_step"
@@ -186,7 +187,7 @@ def their_step(peer: Peer, threads: int, command: str = "step") -> dict[str, flo
 
 def peer_settings(trainer: Trainer, directory: Path, steps: int) -> dict[str, Any]:
     config = trainer.config
-    task = task_of(config)
+    task = arithmetic_task(config)
     prompts = [task.problem(number).prompt for number in range(ROWS * 4)]
     return {
         "model": config.model.path, "output": str(directory / "peer"), "capture": str(directory / "seen.pt"),

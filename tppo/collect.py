@@ -70,6 +70,8 @@ class Collected:
     """Those that are dropped for good: only dynamic sampling drops any, whole prompts at a time."""
     records: list[dict[str, Any]] = field(default_factory=list)
     """The engine's, of their rollout."""
+    grades: list[Grade] = field(default_factory=list)
+    """Of every row that finished."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class _Before:
     next_row: int
     carried: list[Row]
     generator: torch.Tensor
+    ahead: Ahead | None
+    """Rolled out already, and not graded."""
 
 
 class Collector:
@@ -123,7 +127,7 @@ class Collector:
                 with times.phase("rollout"):
                     got.records += self.generate(self.schedule, plan, fresh)
             with times.phase("reward"):
-                self.grade(fresh)
+                got.grades += self.grade(fresh)
                 keep = [True] * len(fresh)
                 if recipe.dynamic_sampling:
                     right = torch.tensor([bool(row.correct) for row in fresh])
@@ -144,8 +148,8 @@ class Collector:
         with times.phase("rollout"):
             records = self.generate(schedule, plan, fresh)
         with times.phase("reward"):
-            self.grade(fresh)
-        return Collected(fresh, [], records)
+            grades = self.grade(fresh)
+        return Collected(fresh, [], records, grades)
 
     def start_ahead(self, step: int) -> None:
         """Begin the rollout of `step`, which comes later, in a thread; `collect` takes it up.
@@ -166,18 +170,20 @@ class Collector:
             self.state.ahead = under_way.result()
 
     def undo(self) -> None:
-        """The last rollout failed: rows, numbering and random state as they were before it."""
+        """The last rollout, or its grading, failed: rows, numbering and random state as they were before it."""
         if self._before is None:
             return
-        for row in self._before.carried:
-            row.undo_window()
+        if self._before.ahead is None:  # else nothing was rolled out since
+            for row in self._before.carried:
+                row.undo_window()
+        self.state.ahead = self._before.ahead
         self.state.carried = self._before.carried
         self.state.next_row = self._before.next_row
         self.state.rollout_generator.set_state(self._before.generator)
 
     def _remember(self) -> None:
         state = self.state
-        self._before = _Before(state.next_row, state.carried, state.rollout_generator.get_state())
+        self._before = _Before(state.next_row, state.carried, state.rollout_generator.get_state(), state.ahead)
 
     def admit(self, schedule: Schedule, step: int, rows: int) -> tuple[StepPlan, list[Row]]:
         """The schedule's plan for `rows` rows and its rows in order: carried ones as they are, fresh ones with the
@@ -212,7 +218,7 @@ class Collector:
         )  # fmt: skip
         return self.engine.take_records()
 
-    def grade(self, rows: Sequence[Row]) -> None:
+    def grade(self, rows: Sequence[Row]) -> list[Grade]:
         """Finished rows only; the others have no reward yet. Each rank grades what it has generated."""
         done = [row for row in rows if row.finished]
         own = [row for row in done if row.engine == self.ranks.rank] if self.ranks.world > 1 else done
@@ -225,6 +231,7 @@ class Collector:
         known = {row: grade for part in self.ranks.everyones(grades) for row, grade in part.items()}
         for row in done:
             row.reward, row.correct = known[row.row].reward, known[row.row].correct
+        return [known[row.row] for row in done]
 
 
 def _in_a_thread(work: Callable[[], Ahead]) -> Future[Ahead]:

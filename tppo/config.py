@@ -1,5 +1,6 @@
 """What `tppo train` reads from TOML. A field's docstring is its help; overrides are `--section.field value`."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,9 +33,37 @@ class ParallelConfig(Settings):
     """Keep shards, gradients and optimiser states on the CPU between passes."""
 
 
-class DataConfig(Settings):
-    task: Literal["arithmetic"] = "arithmetic"
-    """arithmetic: running sums modulo 10 with written-out working."""
+class SourceConfig(Settings):
+    """A data set, and how to read it."""
+
+    path: str = ""
+    """Name on the Hugging Face hub, local .jsonl, .json, .parquet or .csv file or a folder of them, or "original": 64
+    problems that come along."""
+    split: str = "train"
+    """Split of a hub data set or of a folder whose files name theirs."""
+    subset: str = ""
+    """Configuration of a hub data set ("main" of GSM8K), or part of a folder."""
+    layout: Literal["auto", "gsm8k", "math", "dapo-math-17k", "aime-2024", "aime-2025", "columns"] = "auto"
+    """Which columns are problem and answer (tppo.data.layouts); auto: recognised, or the two columns named here."""
+    prompt_column: str = ""
+    """Column of the problem: text, or chat messages."""
+    answer_column: str = ""
+    """Column of the answer; a dot steps into it: reward_model.ground_truth."""
+
+
+class DataConfig(SourceConfig):
+    task: Literal["arithmetic", "dataset"] = "arithmetic"
+    """arithmetic: running sums modulo 10 with written-out working. dataset: problems with answers, read from path."""
+    system_prompt: str = ""
+    """System message before every problem of a data set; left out: none."""
+    prompt_template: str = "{problem}"
+    """Text around every problem of a data set, say one that asks for the final answer in \\boxed{}."""
+    chat_template: Literal["auto", "always", "never"] = "auto"
+    """Whether a data set's prompts go through the tokenizer's chat template; auto: where it has one."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Rows of a data set with longer prompts are left out, and counted."""
+    shuffle: bool = True
+    """Each pass over a data set in another order, drawn from data.seed and the number of the pass."""
     median_steps: PositiveFloat = 7.5
     """Median number of steps of a problem; a step is five response tokens."""
     sigma: float = Field(0.85, ge=0, le=10)
@@ -42,7 +71,50 @@ class DataConfig(Settings):
     max_steps: PositiveInt = 50
     """Most steps of a problem."""
     seed: NonNegativeInt = 0
-    """Seed of the problems; row i is the same problem under every algorithm."""
+    """Seed of the problems, or of a data set's order; row i is the same problem under every algorithm."""
+
+
+class RewardConfig(Settings):
+    kind: Literal["auto", "final_answer", "math", "python", "http"] = "auto"
+    """final_answer: the arithmetic task's. math: the answer in \\boxed{}, or else the last one written, compared by
+    math-verify. python: a function of yours. http: a service. auto: final_answer or math, by the
+    task."""
+    right: float = 1.0
+    """Reward of a right answer (final_answer, math)."""
+    wrong: float = -1.0
+    """Reward of any other response (final_answer, math)."""
+    right_above: float = 0.0
+    """A response counts as right where its reward is above this (python, http)."""
+    format_pattern: str = ""
+    """Regular expression that a well-formed response contains (\\A and \\Z for all of it); left out: none."""
+    format_reward: float = 0.1
+    """Added where format_pattern matches."""
+    timeout_s: PositiveFloat | None = None
+    """For one answer, or one request; left out: 5 for math and formats, 60 for python, 30 for http. An answer whose
+    check takes longer is wrong; a function that takes longer ends the run."""
+    workers: PositiveInt = 2
+    """Processes that check answers."""
+    function: str = ""
+    """python: package.module:function, called with (prompt, response, answer) in a process without the model; returns
+    the reward. Looked up as the trainer imports, and last in the working directory."""
+    url: str = ""
+    """http: gets a POST of a JSON list of {prompt, response, answer}; replies with a list of rewards in that order."""
+    batch_rows: PositiveInt = 64
+    """Responses in one request."""
+    retries: NonNegativeInt = 3
+    """Times that a failed request is made again, after 1, 2, 4 ... seconds."""
+
+    @model_validator(mode="after")
+    def check_it_can_be_called(self) -> "RewardConfig":
+        if self.kind == "python" and not re.fullmatch(r"\w+(\.\w+)*[:.]\w+", self.function):
+            raise ValueError(f"reward.function = {self.function!r}: write package.module:function")
+        if self.kind == "http" and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"reward.url = {self.url!r}: write http://HOST:PORT/PATH, or https://")
+        try:
+            re.compile(self.format_pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"reward.format_pattern = {self.format_pattern!r}: {error}") from None
+        return self
 
 
 class AlgorithmConfig(Settings):
@@ -194,11 +266,15 @@ class LoopConfig(Settings):
     evaluation that belongs to them is saved whether or not a checkpoint is due."""
 
 
-class EvaluationConfig(Settings):
+class EvaluationConfig(SourceConfig):
+    path: str = ""
+    """Data set to evaluate on, as data.path; left out: problems held out of data.path, which do not train then."""
+    split: str = "test"
+    """As data.split, of evaluation.path."""
     every: NonNegativeInt = 5
     """Steps between evaluations; 0: none."""
     problems: PositiveInt = 256
-    """Held-out problems."""
+    """Held-out problems; all of evaluation.path where it has fewer."""
     samples: PositiveInt = 1
     """Sampled answers to each; with more than one, pass@k and maj@k are recorded too."""
     temperature: NonNegativeFloat | None = None
@@ -208,7 +284,7 @@ class EvaluationConfig(Settings):
     top_k: NonNegativeInt | None = None
     """As rollout.top_k."""
     seed: NonNegativeInt = 1_000_003
-    """Seed of the held-out problems; must differ from data.seed."""
+    """Seed of the held-out problems, or of their choice; must differ from data.seed under arithmetic."""
 
 
 class ProfileConfig(Settings):
@@ -231,6 +307,7 @@ class RunConfig(Settings):
     """Run directory; must not hold a run."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     rollout: RolloutConfig = RolloutConfig()
     vllm: VllmConfig = VllmConfig()
@@ -311,6 +388,14 @@ class RunConfig(Settings):
                 f"evaluation.samples = {self.evaluation.samples}: at evaluation.temperature = 0 all are the same; set "
                 "samples = 1, or a temperature above 0"
             )
-        if self.evaluation.every and self.evaluation.seed == self.data.seed:
+        if self.data.task == "dataset" and not self.data.path:
+            raise ValueError('data.path: missing; name a data set, or set data.task = "arithmetic"')
+        if "{problem}" not in self.data.prompt_template:
+            raise ValueError(f"data.prompt_template = {self.data.prompt_template!r}: put {{problem}} into it")
+        if self.data.task == "arithmetic" and (self.data.path or self.evaluation.path):
+            raise ValueError('data.path, evaluation.path: belong to data.task = "dataset"; set it, or leave them out')
+        if self.data.task == "dataset" and self.reward.kind == "final_answer":
+            raise ValueError('reward.kind = "final_answer": belongs to the arithmetic task; set it to "math"')
+        if self.data.task == "arithmetic" and self.evaluation.every and self.evaluation.seed == self.data.seed:
             raise ValueError("evaluation.seed equals data.seed: the held-out problems would be trained on")
         return self

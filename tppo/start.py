@@ -5,10 +5,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from profiling import Profiler
 from profiling.errors import ConfigError, DataError
@@ -20,8 +20,7 @@ from tppo.checkpoints.manifest import check_it_fits
 from tppo.checkpoints.random_state import set_global_random_state
 from tppo.checkpoints.store import Found, make_ready_to_resume, newest_usable
 from tppo.config import RunConfig
-from tppo.data.arithmetic import ArithmeticTask
-from tppo.data.problem import Problem
+from tppo.data.tasks import Problems, problems_of
 from tppo.evaluation.evaluate import longest_prompt_of
 from tppo.learner.recipe import recipe_of
 from tppo.models.policy import architecture_of, describe_model, load_policy
@@ -29,14 +28,16 @@ from tppo.parallel.clocks import notes_of, offsets_to_main
 from tppo.parallel.ranks import Ranks, joined_ranks
 from tppo.parallel.rollout import check_schedule_fits
 from tppo.parallel.silent import SilentWriter
-from tppo.rewards.final_answer import FinalAnswer
-from tppo.rewards.protocol import Reward
+from tppo.rewards.make import reward_of
 from tppo.rollout.engines import check_rows_fit, make_engine, sampling_of
 from tppo.run_records import header_of
 from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, Truncated
 from tppo.state import new_state
 from tppo.torch_traces import steps_of
 from tppo.trainer import Outcome, Trainer
+
+DATA_JSON = "data.json"
+"""In the run directory: tells a data set's problems from others."""
 
 
 def train(config: RunConfig, *, resume: bool = False, show_progress: bool = True) -> Outcome:
@@ -69,12 +70,16 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
 @contextmanager
 def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks) -> Iterator[Trainer]:
     """found: the checkpoint to go on from."""
+    assert config.output is not None
     model_path = str(found.path / POLICY) if found else config.model.path
     policy, tokenizer = load_policy(model_path, attention=config.model.attention)
-    task, held_out = task_of(config), held_out_problems(config, tokenizer)
-    longest_prompt = max(task.longest_prompt(tokenizer), longest_prompt_of(held_out, tokenizer))
+    problems = problems_of(config, tokenizer)
+    if found is not None:
+        check_problems_are_the_same(config.output, problems)
+    for note in problems.notes if ranks.main else ():
+        print(f"tppo: {note}", file=sys.stderr)
+    longest_prompt = max(problems.task.longest_prompt(tokenizer), longest_prompt_of(problems.held_out, tokenizer))
     check_rows_fit(config, policy, tokenizer, longest_prompt)
-    model = {"architecture": architecture_of(policy), **describe_model(policy)}
     state = new_state(policy, tokenizer, config, ranks)
     restored = restore(state, found.path) if found else None
     time_s = restored.time_s if restored else 0.0
@@ -86,40 +91,55 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks) -> It
     )  # fmt: skip
     engine.update_weights(state.policy_version)
     header = header_of(schedule, config, ranks.world)
-    writer = open_run(config, found, ranks, header=header, model=model, last_t_s=time_s)
-    offsets = offsets_to_main(ranks)
-    zero_s = ranks.from_main(time.perf_counter() - time_s)
-    profiler = Profiler(
-        writer=writer,
-        start_s=time.perf_counter() + offsets[ranks.rank].seconds - zero_s,
-        sampler_interval_s=config.profile.interval_s if config.profile.sampler and ranks.main else None,
-        links=config.profile.links,
-    )
-    with profiler:
-        for note in notes_of(offsets):
-            profiler.trace(note)
-        sampling = sampling_of(config, tokenizer, ranks)
-        trainer = Trainer(
-            config, state, task, reward_of(config), schedule, engine, sampling, held_out, writer, profiler, ranks
+    about = {"model.json": {"architecture": architecture_of(policy), **describe_model(policy)}}
+    if problems.fingerprint is not None:
+        about[DATA_JSON] = {"fingerprint": problems.fingerprint}
+    with reward_of(config, tokenizer) as reward:
+        writer = open_run(config, found, ranks, header=header, about=about, last_t_s=time_s)
+        offsets = offsets_to_main(ranks)
+        zero_s = ranks.from_main(time.perf_counter() - time_s)
+        profiler = Profiler(
+            writer=writer,
+            start_s=time.perf_counter() + offsets[ranks.rank].seconds - zero_s,
+            sampler_interval_s=config.profile.interval_s if config.profile.sampler and ranks.main else None,
+            links=config.profile.links,
         )
-        if restored is not None:
-            set_global_random_state(restored.global_random_state)  # last: what is built above may draw
-        yield trainer
+        with profiler:
+            for record in notes_of(offsets):
+                profiler.trace(record)
+            sampling = sampling_of(config, tokenizer, ranks)
+            trainer = Trainer(
+                config,
+                state,
+                problems.task,
+                reward,
+                schedule,
+                engine,
+                sampling,
+                problems.held_out,
+                writer,
+                profiler,
+                ranks,
+            )
+            if restored is not None:
+                set_global_random_state(restored.global_random_state)  # last: what is built above may draw
+            yield trainer
 
 
 def open_run(
-    config: RunConfig, found: Found | None, ranks: Ranks, *, header: dict[str, Any], model: dict[str, Any],
+    config: RunConfig, found: Found | None, ranks: Ranks, *, header: dict[str, Any], about: dict[str, Any],
     last_t_s: float,
 ) -> RunWriter:  # fmt: skip
-    """The run directory, new or as it was at the checkpoint; a silent one on ranks that do not write. Raises
-    InputError or RunError, on all ranks."""
+    """The run directory, new or as it was at the checkpoint; a silent one on ranks that do not write. about: files
+    of a new one, name -> content. Raises InputError or RunError, on all ranks."""
     assert config.output is not None
     path, text = config.output, to_toml(config.model_dump(mode="json"))
     opened: list[RunWriter] = []
 
     def begin() -> None:
         opened.append(RunWriter(path, header=header, config_toml=text))
-        opened[0].write_text("model.json", json.dumps(model, indent=1) + "\n")
+        for name, content in about.items():
+            opened[0].write_text(name, json.dumps(content, indent=1) + "\n")
 
     def go_on(found: Found) -> None:
         make_ready_to_resume(path, found)
@@ -189,28 +209,20 @@ def check_it_can_go_on(config: RunConfig) -> None:
         raise ConfigError(f"algorithm.name: the run was started as {before.algorithm.name}; start another run instead")
 
 
-def task_of(config: RunConfig, seed: int | None = None) -> ArithmeticTask:
-    data = config.data
+def check_problems_are_the_same(directory: Path, problems: Problems) -> None:
+    """Raises ConfigError when a data set gives other problems than when the run was started."""
+    if problems.fingerprint is None:
+        return
+    path = directory / DATA_JSON
     try:
-        return ArithmeticTask(
-            median_steps=data.median_steps,
-            sigma=data.sigma,
-            max_steps=data.max_steps,
-            seed=data.seed if seed is None else seed,
+        before = json.loads(path.read_bytes())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}; start another run instead") from None
+    if before != problems.fingerprint:
+        raise ConfigError(
+            "data: the problems are not those that the run was started with; put the data set and [evaluation] back "
+            "as they were, or start another run"
         )
-    except ValueError as error:
-        raise ConfigError(f"data.{error}") from None
-
-
-def held_out_problems(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
-    """What evaluation asks. A data set's are plugged in here; it needs the tokenizer for its chat template."""
-    task = task_of(config, config.evaluation.seed)
-    return [task.problem(number) for number in range(config.evaluation.problems)]
-
-
-def reward_of(config: RunConfig) -> Reward:
-    """What grades the task's responses."""
-    return FinalAnswer()
 
 
 def schedule_of(config: RunConfig) -> Schedule:

@@ -26,7 +26,7 @@ from tppo.learner.value_update import update_value
 from tppo.metrics import step_metrics
 from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.probe import DriftProbe
-from tppo.rewards.protocol import Reward
+from tppo.rewards.protocol import Reward, RewardError, grade_metrics
 from tppo.rollout.drive import engine_faults
 from tppo.rollout.engines import evaluation_engine
 from tppo.rollout.protocol import EngineError, RolloutEngine, Sampling
@@ -137,10 +137,10 @@ class Trainer:
         return stop.asked
 
     def train_step_or_save(self, step: int) -> dict[str, Any]:
-        """A step; when the engine dies in it, everything as it was before the step goes into a checkpoint first."""
+        """A step; when engine or reward fail in it, everything as it was before it goes into a checkpoint first."""
         try:
             return self.train_step(step)
-        except EngineError as error:
+        except (EngineError, RewardError) as error:
             self.state.step = step - 1
             self.collector.undo()
             self.checkpoint()
@@ -224,6 +224,7 @@ class Trainer:
                 [*got.rows, *got.discarded], policy_batch, value_batch if state.value_model else None, times.seconds,
                 end - start, config.rollout.max_response_tokens, len(got.discarded), times.work,
             ),
+            **grade_metrics(got.grades),
             **policy_metrics,
             **value_metrics,
             "actor/lr": lr,

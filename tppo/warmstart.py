@@ -22,6 +22,8 @@ from tppo.models.policy import new_qwen2, save_policy, token_log_probs
 
 FIRST_DEMONSTRATION = 10_000_000
 """Problems are numbered; demonstrations use numbers that training never reaches."""
+TASK_FIELDS = {"task", "median_steps", "sigma", "max_steps", "seed"}
+"""Of [data]: what the arithmetic task reads."""
 
 
 class WarmStartConfig(Settings):
@@ -47,7 +49,7 @@ def warm_start(
     report: Callable[[int, float], None],
 ) -> Path:
     """Directory of the model, trained now or found in `cache`. `report(step, loss)` is called now and then."""
-    settings = {"warm_start": config.model_dump(), "data": data.model_dump()}
+    settings = {"warm_start": config.model_dump(), "data": data.model_dump(include=TASK_FIELDS)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     target = cache / f"warm-start-{key}"
     if target.is_dir():

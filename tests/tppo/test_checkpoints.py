@@ -23,6 +23,7 @@ from tppo.checkpoints.store import checkpoints_of, prune_checkpoints
 from tppo.checkpoints.stored_rows import RowTable, rows_of
 from tppo.cli import main
 from tppo.data.problem import Problem
+from tppo.evaluation.graded import Graded
 from tppo.models.policy import load_policy
 from tppo.rollout.rows import Row
 from tppo.start import train
@@ -282,13 +283,18 @@ def state_of(config, name=None):
     return state
 
 
+def graded(mean):
+    """Ten problems, so many right."""
+    right = np.arange(10)[:, None] < round(10 * mean)
+    return Graded(np.ones((10, 1), dtype=int), right | True, ~right & False, right, [[None]] * 10)
+
+
 def test_the_last_ones_and_the_best_one_are_kept(make_config, monkeypatch):
     """Accuracies 0.1, 0.9, 0.3, ... at steps 1, 2, 3: step 2 stays beside the last two."""
     import tppo.trainer as trainer
-    from tppo.evaluate import Accuracy
 
     means = iter([0.0, 0.1, 0.9, 0.3, 0.2, 0.4, 0.3])
-    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: Accuracy(next(means), 0.1))
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: graded(next(means)))
     config = make_config("run", train={"steps": 6, "checkpoint_every": 1, "keep_last": 2}, evaluation={"every": 1})
     train(config, show_progress=False)
     assert names(config.output) == ["step-000002", "step-000005", "step-000006"]
@@ -297,10 +303,9 @@ def test_the_last_ones_and_the_best_one_are_kept(make_config, monkeypatch):
 
 def test_a_best_evaluation_between_two_checkpoints_is_saved_too(make_config, monkeypatch):
     import tppo.trainer as trainer
-    from tppo.evaluate import Accuracy
 
     means = iter([0.5, 0.4, 0.6, 0.6, 0.1, 0.2, 0.3])  # of steps 0 to 6; a tie is no new best
-    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: Accuracy(next(means), 0.1))
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: graded(next(means)))
     options = {"train": {"steps": 6, "checkpoint_every": 5, "keep_last": 1}, "evaluation": {"every": 1}}
     config = make_config("run", **options)
     train(config, show_progress=False)

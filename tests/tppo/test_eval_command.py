@@ -6,11 +6,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from profiling.errors import ConfigError
 from profiling.reader import Run
 from profiling.schema import EVALUATIONS
 from tppo.cli import main
-from tppo.commands.eval import Flags, config_of, data_settings
+from tppo.commands.eval import Flags, config_of
 from tppo.data.problem import Problem
 from tppo.evaluation.graded import Graded
 from tppo.evaluation.per_problem import hardest_first
@@ -165,7 +164,7 @@ def test_options_reach_the_sampling(capsys, run_directory):
         (["--engine", "sglang"], "tppo eval: engine = 'sglang': input should be 'torch' or 'vllm'"),
         (["--max-response-tokens", "500"], "rollout.max_response_tokens = 500"),
         (["--checkpoint", "step-000007"], "has step-000001, step-000002; name one of them, or last"),
-        (["--data", "math.jsonl"], "--data math.jsonl: this version asks only the arithmetic task"),
+        (["--data", "math.jsonl"], "evaluation.path = 'math.jsonl': no such file or folder"),
         (["--evaluation.seeds", "3"], "unknown key 'evaluation.seeds'; did you mean 'evaluation.seed'?"),
         (["--sampels", "3"], "unknown key 'sampels'"),
         (["more"], "more: not an option"),
@@ -244,11 +243,19 @@ def test_evaluation_goes_before_rollout_and_a_flag_before_both():
     assert config_of(source, Flags(), None, {"evaluation.samples": 6}, where="r").evaluation.samples == 6
 
 
-def test_data_names_the_task_or_a_file_where_files_are_known():
-    assert data_settings("arithmetic") == {"data.task": "arithmetic"}
-    assert data_settings("aime.jsonl", {"path": None}) == {"data.task": "dataset", "data.path": "aime.jsonl"}
-    with pytest.raises(ConfigError, match=r"--data aime.jsonl: this version asks only the arithmetic task"):
-        data_settings("aime.jsonl", {})
+def test_a_data_set_is_asked_whole_and_graded_by_its_reward(run_directory, tmp_path, capsys):
+    rows = [{"problem": f"a{i}b{i}=", "answer": str(2 * i)} for i in range(5)]
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["eval", str(run_directory), "--data", str(file), "--samples", "2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["problems"], result["samples"]) == (5, 2)
+    assert result["data"]["task"] == "dataset"
+    assert result["metrics"]["avg@2"]["value"] == 0.0  # no response boxes an answer
+    assert main(["eval", str(run_directory), "--data", str(file), "--problems", "3", "--samples", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == 3
+    assert main(["eval", str(run_directory), "--data", str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl" in capsys.readouterr().err
 
 
 def test_a_name_that_is_no_directory_may_be_on_the_hub():

@@ -42,9 +42,7 @@ def _whole(model: nn.Module) -> dict[str, Tensor]:
 
 def optimizers_of(state: TrainingState) -> list[Trained]:
     """Name, model and optimiser."""
-    both: list[Trained] = [
-        ("policy_optimizer", state.policy, state.policy_optimizer)
-    ]
+    both: list[Trained] = [("policy_optimizer", state.policy, state.policy_optimizer)]
     if state.value_model is not None and state.value_optimizer is not None:
         both.append(("value_optimizer", state.value_model, state.value_optimizer))
     return both

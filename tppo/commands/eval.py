@@ -19,13 +19,15 @@ from profiling.errors import ConfigError
 from profiling.schema import EVALUATIONS
 from profiling.settings import Settings, check_settings, parse_overrides, with_overrides
 from profiling.writer import write_atomically, write_parquet
-from tppo.config import DataConfig, RunConfig
+from tppo.config import RunConfig
 from tppo.evaluation.source import Source, find_source
 
 if TYPE_CHECKING:
     from tppo.evaluation.standalone import Evaluation
 
 SAMPLES = 32
+ALL = 10**9
+"""Problems, of a data set that is named."""
 SHOWN_CHARACTERS = 40
 """Of a prompt, in the table of problems."""
 RESULT, TABLE = "evaluation.json", "evaluations.parquet"
@@ -77,7 +79,7 @@ def run_eval(options: argparse.Namespace, words: Sequence[str]) -> None:
     from tppo.evaluation.per_problem import hardest_first
     from tppo.evaluation.standalone import evaluate_model
 
-    with progress(config.evaluation.problems * config.evaluation.samples) as advance:
+    with progress() as advance:
         found = evaluate_model(config, seed=flags.seed, on_end=advance)
     result = as_record(found, config, source, flags.seed, options.source)
     rows = hardest_first(found.problems, found.graded)
@@ -140,13 +142,11 @@ def sampled_by_evaluation(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "rollout": rest, "evaluation": {**moved, **own}}
 
 
-def data_settings(name: str, fields: Mapping[str, Any] = DataConfig.model_fields) -> dict[str, Any]:
-    """--data as overrides of [data]."""
+def data_settings(name: str) -> dict[str, Any]:
+    """--data as overrides of [data] and [evaluation]: all of its problems."""
     if name == "arithmetic":
-        return {"data.task": "arithmetic"}
-    if "path" not in fields:
-        raise ConfigError(f"--data {name}: this version asks only the arithmetic task; write --data arithmetic")
-    return {"data.task": "dataset", "data.path": name}
+        return {"data.task": "arithmetic", "data.path": "", "evaluation.path": ""}
+    return {"data.task": "dataset", "data.path": name, "evaluation.path": name, "evaluation.problems": ALL}
 
 
 def claim(directory: Path) -> None:
@@ -161,11 +161,11 @@ def claim(directory: Path) -> None:
 
 
 @contextmanager
-def progress(responses: int) -> Iterator[Any]:
+def progress() -> Iterator[Any]:
     columns = (TextColumn("responses"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("", total=responses)
-        yield lambda ended: bar.advance(task, ended)
+        task = bar.add_task("", total=None)
+        yield lambda ended, of: bar.update(task, advance=ended, total=of)
 
 
 def as_record(found: "Evaluation", config: RunConfig, source: Source, seed: int, where: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from tppo.config import RunConfig
 from tppo.data.problem import Problem, prompt_ids
 from tppo.evaluation.graded import Graded
-from tppo.rewards.protocol import AnswerReader, Reward
+from tppo.rewards.protocol import Reward, answers_of
 from tppo.rollout.protocol import Completion, Request, RolloutEngine, Sampling
 
 
@@ -21,12 +21,12 @@ def evaluate(
     *,
     max_response_tokens: int,
     samples: int = 1,
-    on_end: Callable[[int], None] = lambda responses: None,
+    on_end: Callable[[int, int], None] = lambda ended, of: None,
 ) -> Graded:
     """`samples` answers to each problem; those that do not fit the engine's slots wait. With `sampling.seed`,
     training's random state is not touched. A response that the engine gives up is graded as it is.
 
-    on_end: called with the number of responses that ended together.
+    on_end: called with the number of responses that ended together, and of all.
     """
     prompts = [prompt_ids(tokenizer, problem) for problem in problems]
     requests = [
@@ -38,12 +38,12 @@ def evaluate(
     done: dict[int, Completion] = {}
     while ended := engine.run_until_a_row_ends():
         done |= {completion.row: completion for completion in ended}
-        on_end(len(ended))
+        on_end(len(ended), len(requests))
     engine.take_records()
     completions = [done[row] for row in range(len(requests))]
     responses = [str(tokenizer.decode(completion.token_ids)) for completion in completions]
     grades = reward.grade([problem for problem in problems for _ in range(samples)], responses)
-    given = reward.answers(responses) if isinstance(reward, AnswerReader) else [None] * len(responses)
+    given = answers_of(reward, responses)
     shape = (len(problems), samples)
     return Graded(
         tokens=np.array([len(completion.token_ids) for completion in completions]).reshape(shape),
@@ -74,5 +74,5 @@ def evaluation_slots(config: RunConfig, problems: int) -> int:
 
 
 def longest_prompt_of(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the longest prompt, special ones included."""
-    return max(len(prompt_ids(tokenizer, problem)) for problem in problems)
+    """Tokens of the longest prompt, special ones included; 0 without problems."""
+    return max((len(prompt_ids(tokenizer, problem)) for problem in problems), default=0)

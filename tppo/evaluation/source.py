@@ -13,6 +13,7 @@ KEPT: dict[str, tuple[str, ...] | None] = {
     "data": None,
     "vllm": None,
     "evaluation": None,
+    "reward": None,
     "rollout": (
         "prompts_per_step",
         "samples_per_prompt",

@@ -9,12 +9,13 @@ from torch import nn
 
 from tppo.config import RunConfig
 from tppo.data.problem import Problem
+from tppo.data.tasks import evaluation_problems
 from tppo.evaluation.evaluate import evaluate, evaluation_sampling, evaluation_slots, longest_prompt_of
 from tppo.evaluation.graded import Graded
 from tppo.models.policy import load_policy
+from tppo.rewards.make import reward_of
 from tppo.rollout.engines import check_rows_fit, make_engine, sampling_of
 from tppo.rollout.protocol import Sampling
-from tppo.start import held_out_problems, reward_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Evaluation:
 
 
 def evaluate_model(
-    config: RunConfig, *, seed: int, on_end: Callable[[int], None] = lambda responses: None
+    config: RunConfig, *, seed: int, on_end: Callable[[int, int], None] = lambda ended, of: None
 ) -> Evaluation:
     """`config.evaluation.samples` answers of the model at `config.model.path` to each held-out problem.
 
@@ -40,7 +41,7 @@ def evaluate_model(
         nn.Module.cuda(policy)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is never attended to; any token will do
-    problems = held_out_problems(config, tokenizer)
+    problems = evaluation_problems(config, tokenizer)
     longest_prompt = longest_prompt_of(problems, tokenizer)
     check_rows_fit(config, policy, tokenizer, longest_prompt)
     sampling = evaluation_sampling(config, sampling_of(config, tokenizer), seed)
@@ -51,8 +52,9 @@ def evaluate_model(
         max_tokens=longest_prompt + config.rollout.max_response_tokens,
         generator=torch.Generator().manual_seed(seed), clock=time.perf_counter,
     )  # fmt: skip
-    graded = evaluate(
-        engine, sampling, tokenizer, problems, reward_of(config),
-        max_response_tokens=config.rollout.max_response_tokens, samples=config.evaluation.samples, on_end=on_end,
-    )  # fmt: skip
+    with reward_of(config, tokenizer) as reward:
+        graded = evaluate(
+            engine, sampling, tokenizer, problems, reward, max_response_tokens=config.rollout.max_response_tokens,
+            samples=config.evaluation.samples, on_end=on_end,
+        )  # fmt: skip
     return Evaluation(problems, graded, sampling)

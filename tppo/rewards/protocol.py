@@ -4,7 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from profiling.errors import RunError
 from tppo.data.problem import Problem
+
+
+class RewardError(RunError):
+    """A reward failed, and no grade can be given. Rows are as they were before."""
 
 
 @dataclass(frozen=True)
@@ -13,11 +18,24 @@ class Grade:
     """What trains; on the last token."""
     correct: bool
     """What accuracy, dynamic sampling and evaluation count."""
+    timed_out: bool | None = None
+    """Its check took too long, or ended its process; None where checks have no limit."""
+    unparsed: bool | None = None
+    """No answer could be read out of it; None where the reward reads none."""
+    well_formed: bool | None = None
+    """It matches reward.format_pattern; None without one, or where that check timed out."""
 
 
 class Reward(Protocol):
     def grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
-        """One grade per (problem, response), in order. responses: text, special tokens included."""
+        """One grade per (problem, response), in order. responses: text, special tokens included.
+
+        Raises RewardError when there is no grade to give.
+        """
+        ...
+
+    def close(self) -> None:
+        """End what it has started. Can be called twice."""
         ...
 
 
@@ -28,3 +46,20 @@ class AnswerReader(Protocol):
     def answers(self, responses: Sequence[str]) -> list[str | None]:
         """In order. Responses that answer the same have the same text here; None: no answer can be read."""
         ...
+
+
+def answers_of(reward: Reward, responses: Sequence[str]) -> list[str | None]:
+    """All None for a reward that reads no answers."""
+    return reward.answers(responses) if isinstance(reward, AnswerReader) else [None] * len(responses)
+
+
+def grade_metrics(grades: Sequence[Grade]) -> dict[str, float | None]:
+    """reward/timeouts and reward/unparsed: responses; reward/format_share: share of them. None: has no meaning."""
+    timed_out = [grade.timed_out for grade in grades if grade.timed_out is not None]
+    unparsed = [grade.unparsed for grade in grades if grade.unparsed is not None]
+    well_formed = [grade.well_formed for grade in grades if grade.well_formed is not None]
+    return {
+        "reward/timeouts": sum(timed_out) if timed_out else None,
+        "reward/unparsed": sum(unparsed) if unparsed else None,
+        "reward/format_share": sum(well_formed) / len(well_formed) if well_formed else None,
+    }

@@ -107,8 +107,12 @@ def check_rows_fit(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None:
         if longest_prompt >= positions:
+            data = config.data
+            limit = f"data.max_steps = {data.max_steps}"
+            if data.task == "dataset":
+                limit = f"data.max_prompt_tokens = {data.max_prompt_tokens}"
             raise ConfigError(
-                f"data.max_steps = {config.data.max_steps}: prompts of up to {longest_prompt} tokens leave no room in "
+                f"{limit}: prompts of up to {longest_prompt} tokens leave no room in "
                 f"the {positions} positions of {config.model.path}; lower it, or take another model"
             )
         if longest_prompt + rollout.max_response_tokens > positions:

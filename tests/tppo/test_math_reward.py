@@ -1,0 +1,177 @@
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from tppo.data.problem import Problem
+from tppo.rewards.form import FormReward
+from tppo.rewards.math import MathReward, certain
+from tppo.rewards.pool import TIMED_OUT, WorkerPool
+from tppo.rewards.protocol import Grade, grade_metrics
+
+HANGS = r"\boxed{10^{10^{10^{10}}}}"
+BACKTRACKS = "a" * 40 + "b"
+PATTERN = r"(a+)+\Z"
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = WorkerPool({"math": True, "pattern": PATTERN, "function": None}, workers=2, timeout_s=2)
+    with contextlib.closing(pool):
+        yield pool
+
+
+def graded(reward, *pairs):
+    return reward.grade([Problem("p", answer) for answer, _ in pairs], [response for _, response in pairs])
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "correct"),
+    [("1/2", r"so $\boxed{0.5}$", True), (r"\frac{3}{4}", "The answer is 0.75", True), ("x+1", r"\boxed{1+x}", True),
+     ("33", r"\boxed{033}", True), ("033", "Answer: 33", True), ("34", "Answer: 35", False),
+     ("34", r"34, no: \boxed{35}", False), ("7", r"\boxed{7} or \boxed{8}", False),
+     ("8", r"\boxed{7}, \boxed{8}", True),
+     (r"\text{(B)}", r"\boxed{B}", True), ("(1,2)", r"\boxed{(2,1)}", False), ("5", r"\boxed{x = 5}", True)],
+)  # fmt: skip
+def test_answers_are_compared_as_mathematics(pool, answer, response, correct):
+    assert graded(MathReward(pool), (answer, response)) == [
+        Grade(1.0 if correct else -1.0, correct, timed_out=False, unparsed=False)
+    ]
+
+
+def test_a_response_without_an_answer_is_wrong_and_counted(pool):
+    grades = graded(MathReward(pool, right=2.0, wrong=-0.5), ("5", "I do not know"), ("5", ""), ("5", r"\boxed{5}"))
+    assert grades == [Grade(-0.5, False, False, True), Grade(-0.5, False, False, True), Grade(2.0, True, False, False)]
+
+
+@pytest.mark.parametrize(
+    ("gold", "given", "verdict"),
+    [("33", "033", True), ("33", "34", False), ("-1", "-1", True), (" x ", "x", True), ("1/2", "0.5", None),
+     ("1,234", "1234", None), ("5", "5.0", None), ("5", "٥", None)],
+)  # fmt: skip
+def test_only_certain_answers_skip_the_comparison(gold, given, verdict):
+    assert certain(gold, given) is verdict
+
+
+def test_certain_answers_start_no_process():
+    pool = WorkerPool({"math": True, "pattern": None, "function": None}, workers=1, timeout_s=1)
+    assert [grade.correct for grade in graded(MathReward(pool), ("7", r"\boxed{7}"), ("7", r"\boxed{8}"))] == [
+        True,
+        False,
+    ]
+    assert pool.pids == []
+
+
+def test_an_answer_that_hangs_is_wrong_and_the_others_are_graded(pool):
+    pool.start()
+    before, start = pool.pids, time.monotonic()
+    grades = graded(MathReward(pool), ("1/2", r"\boxed{0.5}"), ("2", HANGS), *[("1/2", r"\boxed{0.50}")] * 20)
+    assert time.monotonic() - start < 20  # 2 s for the answer, the rest for another process on a busy machine
+    assert [grade.correct for grade in grades] == [True, False, *[True] * 20]
+    assert [grade.timed_out for grade in grades] == [False, True, *[False] * 20]
+    replaced = set(before) - set(pool.pids)
+    assert len(replaced) == 1
+    assert not psutil.pid_exists(replaced.pop())
+    assert len(pool.pids) == 2
+
+
+def test_a_pattern_that_backtracks_for_years_is_cut_short_and_counted(pool):
+    reward = FormReward(MathReward(pool), pool, extra=0.25)
+    grades = graded(reward, ("5", r"\boxed{5} aaa"), ("5", r"\boxed{5} b"), ("5", r"\boxed{5} " + BACKTRACKS))
+    assert [grade.reward for grade in grades] == [1.25, 1.0, 1.0]
+    assert [grade.well_formed for grade in grades] == [True, False, None]
+    assert grade_metrics(grades) == {"reward/timeouts": 1, "reward/unparsed": 0, "reward/format_share": 0.5}
+
+
+def test_metrics_without_a_meaning_are_null():
+    assert set(grade_metrics([Grade(1.0, True)]).values()) == {None}
+    assert set(grade_metrics([]).values()) == {None}
+
+
+def test_a_worker_that_was_killed_between_two_calls_is_replaced(pool):
+    pool.start()
+    psutil.Process(pool.pids[0]).kill()
+    time.sleep(0.2)
+    assert [grade.correct for grade in graded(MathReward(pool), *[("1/2", r"\boxed{0.5}")] * 4)] == [True] * 4
+
+
+def test_no_worker_imports_torch_and_ctrl_c_reaches_none(pool):
+    pool.start()
+    for pid in pool.pids:
+        assert not [m.path for m in psutil.Process(pid).memory_maps() if "torch" in m.path]
+        assert os.getpgid(pid) != os.getpgid(0)
+
+
+def test_closing_ends_every_worker_also_in_the_middle_of_a_call():
+    pool = WorkerPool({"math": False, "pattern": PATTERN, "function": None}, workers=2, timeout_s=60)
+    pool.start()
+    pids = pool.pids
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(KeyboardInterrupt):
+            pool.run([{"kind": "format", "text": BACKTRACKS}] * 2)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert not any(map(psutil.pid_exists, pids))
+    assert pool.run([{"kind": "format", "text": "aa"}]) == [{"match": True}]  # it can be used again
+    pool.close()
+    pool.close()
+    assert pool.pids == []
+
+
+def test_results_come_in_the_order_of_the_jobs(pool):
+    texts = ["a", "b", "ba", "ab"] * 25
+    expected = [True, False, True, False] * 25
+    assert [r["match"] for r in pool.run([{"kind": "format", "text": text} for text in texts])] == expected
+    big = pool.run([{"kind": "format", "text": "b" * 3_000_000}, {"kind": "format", "text": BACKTRACKS}])
+    assert big == [{"match": False}, TIMED_OUT]
+
+
+ORPHANS = """
+import sys, threading
+from tppo.rewards.pool import WorkerPool
+
+searching = WorkerPool({"math": True, "pattern": "(a+)+$", "function": None}, workers=2, timeout_s=1)
+sleeping = WorkerPool({"math": False, "pattern": None, "function": "mine:sleep", "sys_path": [sys.argv[1]]},
+                      workers=1, timeout_s=60)
+searching.start(), sleeping.start()
+print(*searching.pids, *sleeping.pids, flush=True)
+job = {"kind": "function", "prompt": "", "response": "", "answer": ""}
+threading.Thread(target=sleeping.run, args=([job],)).start()
+searching.run([{"kind": "format", "text": "a" * 40 + "b"}])
+"""
+
+
+def test_a_killed_trainer_leaves_no_worker(tmp_path):
+    """One worker idles, one sleeps, one is in a call that lets no thread run."""
+    (tmp_path / "mine.py").write_text("import time\ndef sleep(prompt, response, answer): time.sleep(1000)\n")
+    parent = subprocess.Popen([sys.executable, "-c", ORPHANS, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    time.sleep(0.4)
+    assert len(pids) == 3
+    assert all(map(alive, pids))
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 60  # 3 s of CPU time, on a machine that may be busy
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, pids))
+
+
+def alive(pid):
+    """A zombie has ended; whether someone collects orphans is the machine's affair."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

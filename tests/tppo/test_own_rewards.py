@@ -1,0 +1,202 @@
+"""Rewards that are not ours: a user's function, a service."""
+
+import contextlib
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from profiling.errors import ConfigError
+from tppo.data.problem import Problem
+from tppo.data.tokenizer import character_tokenizer
+from tppo.rewards.http import HttpReward
+from tppo.rewards.make import WithoutEnd, reward_of
+from tppo.rewards.protocol import Grade, RewardError
+
+FUNCTIONS = """
+import os, sys, time
+import numpy as np
+
+print("printing does no harm")
+
+def overlap(prompt, response, answer):
+    print("nor here")
+    return np.float32(len(response) / 4 + (answer in response) + (prompt == "p"))
+
+def says_nothing(prompt, response, answer): pass
+def says_nan(prompt, response, answer): return float("nan")
+def says_text(prompt, response, answer): return "0.5"
+def raises(prompt, response, answer): return 1 / 0
+def leaves(prompt, response, answer): sys.exit("bye")
+def dies(prompt, response, answer): os._exit(3)
+def hangs(prompt, response, answer): time.sleep(1000)
+"""
+
+
+@pytest.fixture
+def function_reward(tmp_path, monkeypatch, make_config):
+    """A context with the reward of one of the functions above, in the working directory's module `mine`."""
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)
+
+    def make(name, **settings):
+        settings = {"kind": "python", "function": f"mine:{name}", "timeout_s": 20, "workers": 1, **settings}
+        return reward_of(make_config("run", reward=settings), character_tokenizer())
+
+    return make
+
+
+def test_a_function_grades_with_prompt_response_and_answer(function_reward):
+    # "ab": 2/4 + 1 + 0;  "b$", less its end: 1/4 + 0 + 1
+    with function_reward("overlap", right_above=1.4, function="mine.overlap") as reward:
+        grades = reward.grade([Problem("q", "a"), Problem("p", "x")], ["ab", "b$"])
+    assert grades == [Grade(1.5, True), Grade(1.25, False)]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [("says_nothing", "returned None, not a number"), ("says_nan", "returned nan, not a finite number"),
+     ("says_text", "returned '0.5', not a number"), ("raises", "ZeroDivisionError: division by zero"),
+     ("leaves", "SystemExit: bye"), ("dies", "ended its process or took longer than reward.timeout_s = 20")],
+)  # fmt: skip
+def test_a_function_that_gives_no_reward_is_one_line_with_its_name_and_the_problem(function_reward, name, fault):
+    with function_reward(name) as reward, pytest.raises(RewardError) as raised:
+        reward.grade([Problem("What is 1+1?", "2")], ["2"])
+    assert f"reward.function = 'mine:{name}': {fault}" in str(raised.value)
+    assert "on the problem 'What is 1+1?' with the answer '2'" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_function_that_never_returns_is_cut_short(function_reward):
+    start = time.monotonic()
+    with (
+        function_reward("hangs", timeout_s=1) as reward,
+        pytest.raises(RewardError, match=r"reward.timeout_s = 1, on"),
+    ):
+        reward.grade([Problem("p", "2")], ["2"])
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize(
+    ("function", "fault"),
+    [("mine:absent", "AttributeError: module 'mine' has no attribute 'absent'"),
+     ("nowhere.at_all:f", "ModuleNotFoundError: No module named 'nowhere'"),
+     ("mine:np", "TypeError: mine:np is not a function")],
+)  # fmt: skip
+def test_a_function_that_is_not_there_is_told_before_the_run_starts(function_reward, function, fault):
+    with pytest.raises(ConfigError) as raised, function_reward("", function=function):
+        pass
+    assert f"reward.function = {function!r}: {fault}; name a function that imports" in str(raised.value)
+
+
+def test_a_form_adds_to_any_reward(make_config):
+    settings = {"format_pattern": r"\A.#\d\$\Z", "format_reward": 0.5, "right": 2.0, "wrong": 0.0}
+    with reward_of(make_config("run", reward=settings), character_tokenizer()) as reward:
+        grades = reward.grade([Problem("p", "3")] * 3, ["a#3$", "a#4$", "aa#3$"])
+    assert [grade.reward for grade in grades] == [2.5, 0.5, 2.0]
+    assert [grade.well_formed for grade in grades] == [True, True, False]
+
+
+def test_the_token_that_ended_a_response_is_not_graded():
+    seen = []
+
+    class Sees:
+        def grade(self, problems, responses):
+            seen.extend(responses)
+            return []
+
+        def close(self):
+            pass
+
+    WithoutEnd(Sees(), ["<end>", "", "|"]).grade([], ["a<end>", "b|", "c", "d<end><end>", "<end>e"])
+    assert seen == ["a", "b", "c", "d<end>", "<end>e"]
+
+
+@contextlib.contextmanager
+def service(*replies):
+    """A server that gives `replies`, (status, body), one after the other and the last for ever; yields its url and
+    the bodies that it got. A body of None: it hangs up."""
+    got = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            assert self.headers["Content-Type"] == "application/json"
+            status, body = replies[min(len(got), len(replies) - 1)]
+            got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            if body is None:
+                return
+            if callable(body):
+                body = body(got[-1])
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/grade", got
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def lengths(batch):
+    return json.dumps({"rewards": [len(item["response"]) - 1 for item in batch]}).encode()
+
+
+def grade(url, rows=3, **settings):
+    pauses = []
+    reward = HttpReward(url, timeout_s=5, sleep=pauses.append, **settings)
+    problems = [Problem(f"p{i}", f"a{i}") for i in range(rows)]
+    return reward.grade(problems, ["x" * i for i in range(rows)]), pauses
+
+
+def test_a_service_that_fails_twice_and_then_works_has_graded():
+    with service((503, b"busy"), (200, None), (200, lengths)) as (url, got):
+        grades, pauses = grade(url)
+    assert grades == [Grade(-1.0, False), Grade(0.0, False), Grade(1.0, True)]
+    assert pauses == [1.0, 2.0]
+    assert got[0] == got[2] == [{"prompt": f"p{i}", "response": "x" * i, "answer": f"a{i}"} for i in range(3)]
+
+
+def test_responses_go_in_batches_and_come_back_in_order():
+    with service((200, lengths)) as (url, got):
+        grades, _ = grade(url, rows=5, batch_rows=2, right_above=2.5)
+    assert [len(batch) for batch in got] == [2, 2, 1]
+    assert [(g.reward, g.correct) for g in grades] == [(-1, False), (0, False), (1, False), (2, False), (3, True)]
+
+
+def test_a_service_that_never_recovers_is_one_line_after_the_last_try():
+    with service((500, b"")) as (url, got), pytest.raises(RewardError) as raised:
+        grade(url, retries=2)
+    assert len(got) == 3
+    assert f"reward.url = '{url}': no reply after 3 tries: HTTP 500 Internal Server Error" in str(raised.value)
+    with pytest.raises(RewardError, match=r"no reply after 1 tries: .*refused"):
+        grade(url, retries=0)  # nobody listens any more
+
+
+def test_a_request_that_is_refused_is_not_made_again():
+    with service((404, b"")) as (url, got), pytest.raises(RewardError, match=r"refuses the request: HTTP 404"):
+        grade(url)
+    assert len(got) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [(b"<html>", "its reply is not JSON: b'<html>'"), (b"{}", "neither a list nor"), (b"7", "neither a list nor"),
+     (b"[1, 2]", "2 rewards to 3 responses"), (b"[1, 2, NaN]", "nan, which is not a finite number"),
+     (b'[1, 2, "3"]', "'3', which is not a finite number"), (b"[1, 2, true]", "True, which is not"),
+     (b"[1, 2, null]", "None, which is not")],
+)  # fmt: skip
+def test_a_reply_that_is_not_rewards_is_one_line(body, fault):
+    with service((200, body)) as (url, got), pytest.raises(RewardError) as raised:
+        grade(url)
+    assert fault in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert len(got) == 1

@@ -1,0 +1,121 @@
+"""Problems of a data set as a task: read once, in an order that is a function of seed and epoch alone."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from profiling.errors import DataError
+from tppo.config import SourceConfig
+from tppo.data.layouts import layout_of
+from tppo.data.problem import Problem
+from tppo.data.prompts import Prompter, problem_of
+from tppo.data.tables import open_tables
+
+PROMPTS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class Entry:
+    problem: Problem
+    identity: str
+    """The row's problem as the data set has it, before any template: what tells two problems apart."""
+    prompt_tokens: int
+
+
+@dataclass
+class Counts:
+    """Rows of a data set that were read, and those left out by why."""
+
+    rows: int = 0
+    repeated: int = 0
+    unanswered: int = 0
+    too_long: int = 0
+    held_out: int = 0
+    """Also in the held-out set."""
+
+    def line(self, where: str, max_prompt_tokens: int) -> str | None:
+        """What was left out, on one line; None when nothing was."""
+        reasons = {
+            "repeat an earlier problem": self.repeated,
+            "lack a problem or an answer": self.unanswered,
+            f"have prompts of more than {max_prompt_tokens} tokens": self.too_long,
+            "are held out": self.held_out,
+        }
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+        return f"{where}: of {self.rows:,} rows {left_out}; these do not train" if left_out else None
+
+
+def read_entries(
+    source: SourceConfig, prompter: Prompter, max_prompt_tokens: int, *, key: str
+) -> tuple[list[Entry], Counts]:
+    """The distinct problems of a data set that have an answer and a prompt short enough, in the data's order.
+
+    key: the section of the configuration that messages name. Raises DataError when none is left.
+    """
+    counts = Counts()
+    seen: dict[str, Problem] = {}
+    for table in open_tables(source.path, split=source.split, subset=source.subset, key=key):
+        layout = layout_of(
+            table, source.layout, prompt_column=source.prompt_column, answer_column=source.answer_column, key=key
+        )
+        for row in table.rows(layout.columns):
+            counts.rows += 1
+            text = problem_of(row[layout.problem], f"{table.where}: row {counts.rows}")
+            answer = layout.answer_of(row)
+            if text is None or answer is None:
+                counts.unanswered += 1
+                continue
+            identity = text if isinstance(text, str) else json.dumps(text, sort_keys=True)
+            if identity in seen:
+                counts.repeated += 1
+                continue
+            seen[identity] = Problem(prompter.prompt(text), answer, special_tokens=not prompter.chat)
+    if not counts.rows:
+        raise DataError(f"{key}.path = {source.path!r}, split {source.split!r}: holds no rows")
+    entries = [
+        Entry(problem, identity, tokens)
+        for (identity, problem), tokens in zip(seen.items(), _lengths(prompter, list(seen.values())), strict=True)
+    ]
+    short = [entry for entry in entries if entry.prompt_tokens <= max_prompt_tokens]
+    counts.too_long = len(entries) - len(short)
+    if not short:
+        raise DataError(
+            f"{key}.path = {source.path!r}: of {counts.rows} rows {counts.unanswered} lack a problem or an answer and "
+            f"{counts.too_long} have prompts of more than data.max_prompt_tokens = {max_prompt_tokens}; none is left: "
+            f"check {key}.layout, or raise data.max_prompt_tokens"
+        )
+    return short, counts
+
+
+def _lengths(prompter: Prompter, problems: Sequence[Problem]) -> Iterable[int]:
+    for first in range(0, len(problems), PROMPTS_AT_ONCE):
+        some = [problem.prompt for problem in problems[first : first + PROMPTS_AT_ONCE]]
+        yield from map(len, prompter.tokenizer(some, add_special_tokens=not prompter.chat)["input_ids"])
+
+
+@dataclass
+class DatasetTask:
+    """Problem i is row p(i mod n) of epoch i div n, where p is a permutation drawn from (seed, epoch): going on needs
+    nothing but the number of the next problem."""
+
+    problems: Sequence[Problem]
+    seed: int
+    shuffle: bool
+    longest_prompt_tokens: int
+    _order: tuple[int, np.ndarray] | None = field(default=None, repr=False)
+    """Epoch and permutation of the last problem that was asked for."""
+
+    def problem(self, number: int) -> Problem:
+        epoch, position = divmod(number, len(self.problems))
+        return self.problems[self.order(epoch)[position] if self.shuffle else position]
+
+    def order(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.problems))
+        return self._order[1]
+
+    def longest_prompt(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        return self.longest_prompt_tokens

@@ -1,0 +1,103 @@
+"""What a configuration trains and evaluates on."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from profiling.errors import ConfigError
+from tppo.config import RunConfig
+from tppo.data.arithmetic import ArithmeticTask
+from tppo.data.dataset import DatasetTask, Entry, read_entries
+from tppo.data.problem import Problem, Task
+from tppo.data.prompts import prompter_of
+
+
+@dataclass(frozen=True)
+class Problems:
+    task: Task
+    held_out: list[Problem]
+    fingerprint: str | None
+    """Of a data set's problems, so that a resumed run can tell whether they are still the same."""
+    notes: list[str]
+    """One line about each data set of which something was left out."""
+
+
+def problems_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Problems:
+    """Raises ConfigError or DataError when there is nothing to train on."""
+    if config.data.task == "dataset":
+        return dataset_problems(config, tokenizer)
+    held_out = arithmetic_task(config, config.evaluation.seed)
+    numbers = range(config.evaluation.problems)
+    return Problems(arithmetic_task(config), [held_out.problem(number) for number in numbers], None, [])
+
+
+def evaluation_problems(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
+    """What is held out, without what trains where that is another data set."""
+    data, evaluation = config.data, config.evaluation
+    if data.task == "dataset" and evaluation.path:
+        prompter = prompter_of(tokenizer, data.system_prompt, data.prompt_template, data.chat_template)
+        entries, _ = read_entries(evaluation, prompter, data.max_prompt_tokens, key="evaluation")
+        return [entry.problem for entry in _drawn(entries, evaluation.problems, evaluation.seed)]
+    return problems_of(config, tokenizer).held_out
+
+
+def arithmetic_task(config: RunConfig, seed: int | None = None) -> ArithmeticTask:
+    data = config.data
+    try:
+        return ArithmeticTask(
+            median_steps=data.median_steps,
+            sigma=data.sigma,
+            max_steps=data.max_steps,
+            seed=data.seed if seed is None else seed,
+        )
+    except ValueError as error:
+        raise ConfigError(f"data.{error}") from None
+
+
+def dataset_problems(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Problems:
+    """The data set less what is held out: that of [evaluation], or else a part of it that `evaluation.seed` draws."""
+    data, evaluation = config.data, config.evaluation
+    prompter = prompter_of(tokenizer, data.system_prompt, data.prompt_template, data.chat_template)
+    entries, counts = read_entries(data, prompter, data.max_prompt_tokens, key="data")
+    notes = []
+    held_out: list[Entry] = []
+    if evaluation.every and evaluation.path:
+        others, other_counts = read_entries(evaluation, prompter, data.max_prompt_tokens, key="evaluation")
+        held_out = _drawn(others, evaluation.problems, evaluation.seed)
+        notes.append(other_counts.line(f"evaluation.path = {evaluation.path!r}", data.max_prompt_tokens))
+    elif evaluation.every:
+        if evaluation.problems >= len(entries):
+            raise ConfigError(
+                f"evaluation.problems = {evaluation.problems}: data.path = {data.path!r} has {len(entries)} problems, "
+                "and none would be left to train on; lower it, or set evaluation.path"
+            )
+        held_out = _drawn(entries, evaluation.problems, evaluation.seed)
+    withheld = {entry.identity for entry in held_out}
+    training = [entry for entry in entries if entry.identity not in withheld]
+    counts.held_out = len(entries) - len(training)
+    if not training:
+        raise ConfigError(
+            f"data.path = {data.path!r}: all of its problems are in evaluation.path = {evaluation.path!r}; train on "
+            "others"
+        )
+    notes.append(counts.line(f"data.path = {data.path!r}", data.max_prompt_tokens))
+    longest = max(entry.prompt_tokens for entry in [*training, *held_out])
+    task = DatasetTask([entry.problem for entry in training], data.seed, data.shuffle, longest)
+    fingerprint = _fingerprint([entry.problem for entry in [*training, *held_out]])
+    return Problems(task, [entry.problem for entry in held_out], fingerprint, [note for note in notes if note])
+
+
+def _drawn(entries: Sequence[Entry], number: int, seed: int) -> list[Entry]:
+    """`number` of them, all where there are fewer, in the data's order."""
+    chosen = np.random.default_rng(seed).permutation(len(entries))[:number]
+    return [entries[index] for index in sorted(chosen)]
+
+
+def _fingerprint(problems: Sequence[Problem]) -> str:
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(f"{len(problem.prompt)} {problem.prompt}{len(problem.answer)} {problem.answer}".encode())
+    return digest.hexdigest()[:16]

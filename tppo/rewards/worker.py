@@ -1,0 +1,153 @@
+"""A process that checks answers: a JSON line in, a JSON line out. Started by tppo.rewards.pool; never imports torch.
+
+    setup  {"math": bool, "pattern": str | null, "function": str | null, "sys_path": [...], "limit_s": 5.0}
+    reply  {"ready": true}, or {"error": "..."}
+    job    {"kind": "math", "gold": "1/2", "text": "\\boxed{0.5}"}
+    reply  {"correct": true, "unparsed": false}
+    job    {"kind": "format", "text": "..."}
+    reply  {"match": true}
+    job    {"kind": "function", "prompt": "...", "response": "...", "answer": "..."}
+    reply  {"reward": 1.0}; to any job also {"error": "..."}
+
+It ends when its input does. While a job runs its parent may be killed: a thread watches for that, and where the job
+never lets a thread run (a regular expression that backtracks), a limit on CPU time ends the process.
+"""
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+MEMORY_BYTES = 4 * 2**30
+"""Of a process that checks mathematics: 10^(10^10) is easily written and must not take the machine with it."""
+PARENT_CHECK_S = 0.5
+GRACE_S = 2.0
+"""The parent kills first; the limit on CPU time is for when there is none."""
+
+Job = dict[str, Any]
+
+
+def main() -> None:
+    jobs, replies = _own_pipes()
+    parent = os.getppid()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+    def reply(value: Job) -> None:
+        replies.write(json.dumps(value) + "\n")
+        replies.flush()
+
+    setup = json.loads(jobs.readline() or "null")
+    if setup is None:
+        return
+    try:
+        checks = _prepare(setup)
+    except (Exception, SystemExit) as error:
+        reply({"error": f"{type(error).__name__}: {_line(error)}"})
+        return
+    limit_s = (setup["limit_s"] + GRACE_S) * (os.cpu_count() or 1 if setup["function"] else 1)  # may use threads
+    reply({"ready": True})
+    for line in jobs:
+        job = json.loads(line)
+        _limit_cpu(limit_s)
+        try:
+            answer = checks[job["kind"]](job)
+        except (Exception, SystemExit) as error:
+            answer = {"error": f"{type(error).__name__}: {_line(error)}"}
+        _limit_cpu(0)
+        reply(answer)
+
+
+def _own_pipes() -> tuple[Any, Any]:
+    """Input and output of the protocol. What checks print goes to standard error instead."""
+    jobs, replies = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return jobs, replies
+
+
+def _prepare(setup: Job) -> dict[str, Callable[[Job], Job]]:
+    """Import what jobs need, outside their time limit."""
+    checks: dict[str, Callable[[Job], Job]] = {}
+    sys.path[:] = list(dict.fromkeys([*sys.path, *setup["sys_path"]]))
+    if setup["function"]:
+        function = _function_of(setup["function"])
+        checks["function"] = lambda job: _call(function, job)
+    else:
+        _limit_memory()
+    if setup["pattern"]:
+        pattern = re.compile(setup["pattern"], re.DOTALL)
+        checks["format"] = lambda job: {"match": pattern.search(job["text"]) is not None}
+    if setup["math"]:
+        import math_verify
+
+        logging.disable()  # it says for every answer that its own time limit is off
+        math_verify.verify(math_verify.parse("$1$", parsing_timeout=None), [2], timeout_seconds=None)
+        checks["math"] = _check_math
+    return checks
+
+
+def _function_of(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.replace(":", ".").rpartition(".")
+    function = getattr(importlib.import_module(module), attribute)
+    if not callable(function):
+        raise TypeError(f"{name} is not a function")
+    return function
+
+
+def _call(function: Callable[..., Any], job: Job) -> Job:
+    result = function(job["prompt"], job["response"], job["answer"])
+    if isinstance(result, str) or not hasattr(result, "__float__"):
+        return {"error": f"returned {result!r:.60}, not a number"}
+    number = float(result)
+    if number != number or number in (float("inf"), float("-inf")):
+        return {"error": f"returned {number}, not a finite number"}
+    return {"reward": number}
+
+
+def _check_math(job: Job) -> Job:
+    """Whether two answers are mathematically equal. `text` is a \\boxed answer, or the end of a response."""
+    from math_verify import parse, verify
+
+    gold = parse(f"\\boxed{{{job['gold']}}}", parsing_timeout=None)
+    given = parse(job["text"], parsing_timeout=None)
+    if not gold or not given:
+        return {"correct": False, "unparsed": True}
+    return {"correct": bool(verify(gold, given, timeout_seconds=None)), "unparsed": False}
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_S)
+    os._exit(1)
+
+
+def _limit_cpu(seconds: float) -> None:
+    """End the process by a signal that needs no Python to run; 0: no limit."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+
+
+def _limit_memory() -> None:
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not everywhere, and a lower limit may stand
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, hard))
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:300]
+
+
+if __name__ == "__main__":
+    main()
