@@ -78,7 +78,8 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     train = add("train", _train, "train; writes a run directory", overrides=True)
     train.add_argument("config", type=Path, nargs="?", help="TOML file")
     train.add_argument("--output", type=Path, help="run directory")
-    train.add_argument("--resume", type=Path, metavar="DIR", help="go on from DIR's newest checkpoint")
+    train.add_argument("--resume", type=Path, metavar="DIR", help="go on from DIR's newest checkpoint; with "
+                       "--output, there, and DIR stays as it is")  # fmt: skip
     train.add_argument("--fields", action="store_true", help="print every field with its help and default")
 
     evaluation = add("eval", _eval, "avg@k, pass@k and maj@k of a run or a model, with intervals; --section.key value "

@@ -54,7 +54,9 @@ class StepTimes:
             yield
         self.seconds[name] += self._profiler.now() - start
         if work is not None and before is not None:
-            done = Work(*self._ranks.total(torch.tensor(work.since(before).counts())).tolist())
+            own = work.since(before)
+            done = Work(*self._ranks.total(torch.tensor(own.counts())).tolist())
+            done.updates = own.updates  # every rank's is of its own shard
             self.work.add(done)
             if done.passes:
                 self._profiler.trace({"type": "work", "name": name, "step": self.step, **asdict(done)})

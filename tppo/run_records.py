@@ -38,6 +38,7 @@ def header_of(schedule: Schedule, config: RunConfig, ranks: int) -> dict[str, An
         "engines": cluster.engines,
         "gpus_per_engine": cluster.gpus_per_engine,
         "trainer_gpus": cluster.trainer_gpus,
+        "ranks": ranks,
         "schedule": describe(schedule),
         "versions": {"python": platform.python_version(), **{name: package_version(name) for name in packages}},
     }

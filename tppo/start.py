@@ -40,10 +40,11 @@ DATA_JSON = "data.json"
 """In the run directory: tells a data set's problems from others."""
 
 
-def train(config: RunConfig, *, resume: bool = False, show_progress: bool = True) -> Outcome:
+def train(config: RunConfig, *, resume: bool | Path = False, show_progress: bool = True) -> Outcome:
     """Train as `config` says and write the run directory `config.output`.
 
-    With `resume`, go on from the newest checkpoint in that directory; what was written after it is discarded.
+    resume: True goes on from the newest checkpoint in that directory; what was written after it is discarded. Another
+    directory: from the newest checkpoint there, which stays as it is; the new run begins with the step after it.
     Raises ConfigError or DataError before anything is written, RunError when the run cannot go on.
     """
     with trainer_for(config, resume=resume) as trainer:
@@ -51,7 +52,7 @@ def train(config: RunConfig, *, resume: bool = False, show_progress: bool = True
 
 
 @contextmanager
-def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]:
+def trainer_for(config: RunConfig, *, resume: bool | Path = False) -> Iterator[Trainer]:
     """A trainer that is ready for its next step, its run directory and its profiler."""
     if config.output is None:
         raise ConfigError('output: no run directory is given; add `output = "runs/NAME"` or --output')
@@ -62,7 +63,8 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
     model, parallel = config.model, config.parallel
     with joined_ranks(device=model.device, dtype=model.dtype, replicas=parallel.replicas) as ranks:
         check_it_fits_the_ranks(config, ranks)
-        found = ranks.everyones(lambda: checkpoint_of(config, resume) if ranks.main else None)[0]
+        source = config.output if resume is True else resume or None
+        found = ranks.everyones(lambda: checkpoint_of(config, source, ranks) if ranks.main else None)[0]
         with _trainer_of_rank(config, found, ranks) as trainer:
             yield trainer
 
@@ -75,14 +77,15 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks) -> It
     policy, tokenizer = load_policy(model_path, attention=config.model.attention)
     problems = problems_of(config, tokenizer)
     if found is not None:
-        check_problems_are_the_same(config.output, problems)
+        check_problems_are_the_same(found.run, problems)
     for note in problems.notes if ranks.main else ():
         print(f"tppo: {note}", file=sys.stderr)
     longest_prompt = max(problems.task.longest_prompt(tokenizer), longest_prompt_of(problems.held_out, tokenizer))
     check_rows_fit(config, policy, tokenizer, longest_prompt)
     state = new_state(policy, tokenizer, config, ranks)
     restored = restore(state, found.path) if found else None
-    time_s = restored.time_s if restored else 0.0
+    goes_on_here = found is not None and _same(found.run, config.output)
+    time_s = restored.time_s if restored and goes_on_here else 0.0
     schedule = schedule_of(config)
     engine = make_engine(
         config, policy, tokenizer, model_path=model_path, slots=slots_of(config, schedule, ranks),
@@ -91,11 +94,13 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks) -> It
     )  # fmt: skip
     engine.update_weights(state.policy_version)
     header = header_of(schedule, config, ranks.world)
+    if found is not None:
+        header["resumed_from"] = {"run": str(found.run), "step": found.manifest.step}
     about = {"model.json": {"architecture": architecture_of(policy), **describe_model(policy)}}
     if problems.fingerprint is not None:
         about[DATA_JSON] = {"fingerprint": problems.fingerprint}
     with reward_of(config, tokenizer) as reward:
-        writer = open_run(config, found, ranks, header=header, about=about, last_t_s=time_s)
+        writer = open_run(config, found if goes_on_here else None, ranks, header=header, about=about, last_t_s=time_s)
         offsets = offsets_to_main(ranks)
         zero_s = ranks.from_main(time.perf_counter() - time_s)
         profiler = Profiler(
@@ -155,27 +160,37 @@ def open_run(
     return opened[0] if opened else SilentWriter(path)
 
 
-def checkpoint_of(config: RunConfig, resume: bool) -> Found | None:
-    """The newest usable checkpoint of the run, after checking that the run can go on from it, or None for a new run.
-    Those that are passed over are named on standard error. Raises DataError or ConfigError, before anything is
-    changed."""
+def checkpoint_of(config: RunConfig, source: Path | None, ranks: Ranks) -> Found | None:
+    """The newest usable checkpoint of the run in `source`, after checking that this one can go on from it, or None for
+    a new run. Those that are passed over are named on standard error. Raises DataError or ConfigError, before anything
+    is changed."""
     assert config.output is not None
-    if not resume:
+    if source is None or not _same(source, config.output):
         refuse_a_run(config.output)
+    if source is None:
         return None
-    found = newest_usable(config.output, to_resume=True)
-    path = config.output / "model.json"
+    found = newest_usable(source, to_resume=True)
+    path = source / "model.json"
     try:
         model = json.loads(path.read_bytes())
     except FileNotFoundError:
         model = None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    check_it_can_go_on(config)
+    before = check_it_can_go_on(config, source)
     check_it_fits(found.path, found.manifest, algorithm=config.algorithm.name, model=model)
+    if _same(source, config.output) and before.header.get("ranks", 1) != ranks.world:
+        raise ConfigError(
+            f"{source}: was written by {before.header.get('ranks', 1)} ranks, whose GPUs its ledger counts, and there "
+            f"are {ranks.world} now; go on in another directory: --resume {source} --output DIR"
+        )
     for reason in found.passed_over.values():
         print(f"tppo: {reason}; going on from {found.path.name}", file=sys.stderr)
     return found
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
 
 
 def check_it_fits_the_ranks(config: RunConfig, ranks: Ranks) -> None:
@@ -193,20 +208,20 @@ def check_it_fits_the_ranks(config: RunConfig, ranks: Ranks) -> None:
         )
 
 
-def check_it_can_go_on(config: RunConfig) -> None:
-    """Before anything is changed: what the run has written can be read, and what defines its rows is as it was.
-
-    Raises DataError or ConfigError.
-    """
-    assert config.output is not None
-    run = Run(config.output)
+def check_it_can_go_on(config: RunConfig, source: Path) -> Run:
+    """Before anything is changed: what the run in `source` has written can be read, and what defines its rows is as it
+    was. Raises DataError or ConfigError."""
+    run = Run(source)
     _ = run.trace, run.rollouts, run.engine
     before = check_settings(run.config, RunConfig, where=str(run.path / "config.toml"))
-    for section in ("model", "data", "rollout"):
-        if getattr(before, section) != getattr(config, section):
-            raise ConfigError(f"{section}: a resumed run keeps the settings of {run.path / 'config.toml'}")
+    kept = {"model.path": (before.model.path, config.model.path), "data": (before.data, config.data),
+            "rollout": (before.rollout, config.rollout)}  # fmt: skip
+    for name, (then, now) in kept.items():
+        if then != now:
+            raise ConfigError(f"{name}: a resumed run keeps the settings of {run.path / 'config.toml'}")
     if before.algorithm.name != config.algorithm.name:
         raise ConfigError(f"algorithm.name: the run was started as {before.algorithm.name}; start another run instead")
+    return run
 
 
 def check_problems_are_the_same(directory: Path, problems: Problems) -> None:

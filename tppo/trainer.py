@@ -48,6 +48,8 @@ class Outcome:
     """Of the last evaluation."""
     signal: int | None = None
     """The one that interrupted it."""
+    rank: int = 0
+    """Of the process that returns it."""
 
 
 class Trainer:
@@ -128,7 +130,7 @@ class Trainer:
             wall_s = self.profiler.finish(status)
             if self.ranks.main:
                 finish_run(self.writer, self.schedule, config, wall_s, self.ranks.world)
-        return Outcome(status, state.step, accuracy.mean if accuracy else None, stop.signal)
+        return Outcome(status, state.step, accuracy.mean if accuracy else None, stop.signal, self.ranks.rank)
 
     def asked_to_stop(self, stop: Stop) -> bool:
         """Any rank may have got the signal: all end after the same step."""
@@ -271,6 +273,7 @@ class Trainer:
                 self.reward,
                 max_response_tokens=self.config.rollout.max_response_tokens,
                 samples=self.config.evaluation.samples,
+                ranks=self.ranks,
             )
             metrics = validation_metrics(graded)
             self.writer.table("evaluations", step, graded.columns(step))

@@ -4,7 +4,7 @@
     value_model.safetensors     where the recipe has a value model
     proximal_policy.safetensors ppo-ewma's average of the policy
     optimizers.pt               both optimisers: moments, steps, learning rates
-    optimizers/                 the same where models are sharded, a file a rank (torch.distributed.checkpoint)
+    optimizers/                 the same where models are sharded, safetensors of each rank
     random.pt                   both generators of the run, and every global random state
     progress.json               step, position in the data, weight updates, clock, learning-rate factor, accuracies,
                                 which rows carry over, are rolled out ahead, or train again

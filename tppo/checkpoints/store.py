@@ -18,6 +18,10 @@ class Found:
     passed_over: dict[Path, str]
     """Newer ones that are of no use -> why, in a line that names the file."""
 
+    @property
+    def run(self) -> Path:
+        return self.path.parent.parent
+
 
 def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"

@@ -13,17 +13,15 @@ from tppo.config import RunConfig
 
 def run_training(config_path: Path | None, words: Sequence[str], *, output: Path | None, resume: Path | None) -> int:
     """Train as the file says, changed by `--section.key value` words. A resumed run reads its own config.toml
-    unless another is named. Returns the exit code."""
+    unless another is named; with an output it goes on there, and stays as it is. Returns the exit code."""
     if config_path is None and resume is None:
         raise ConfigError("no configuration: write tppo train CONFIG.toml, or --resume DIR")
-    if resume is not None and output is not None:
-        raise ConfigError("--output: a resumed run goes on in its own directory; leave it out")
     source = config_path or resume / "config.toml"  # type: ignore[operator]
     overrides = parse_overrides(words)
     if "algorithm" in overrides:  # --algorithm ppo is short for --algorithm.name ppo
         overrides["algorithm.name"] = overrides.pop("algorithm")
     values = with_overrides(read_toml(source), overrides)
-    directory = resume or output
+    directory = output or resume
     if directory is not None:
         values["output"] = str(directory)
     config = check_settings(values, RunConfig, where=str(source))
@@ -35,7 +33,9 @@ def run_training(config_path: Path | None, words: Sequence[str], *, output: Path
     quieten_libraries()
     from tppo.start import train
 
-    outcome = train(config, resume=resume is not None)
+    outcome = train(config, resume=resume or False)
+    if outcome.rank:
+        return 0 if outcome.signal is None else 128 + outcome.signal
     accuracy = f", accuracy {outcome.accuracy:.3f}" if outcome.accuracy is not None else ""
     print(f"{config.output}: {outcome.status} after {outcome.steps} steps{accuracy}")
     return 0 if outcome.signal is None else 128 + outcome.signal  # as a shell reports it: 130, 143

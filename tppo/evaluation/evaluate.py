@@ -1,6 +1,7 @@
 """Samples answers to held-out problems and grades them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -8,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from tppo.config import RunConfig
 from tppo.data.problem import Problem, prompt_ids
 from tppo.evaluation.graded import Graded
+from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.rewards.protocol import Reward, answers_of
 from tppo.rollout.protocol import Completion, Request, RolloutEngine, Sampling
 
@@ -22,11 +24,12 @@ def evaluate(
     max_response_tokens: int,
     samples: int = 1,
     on_end: Callable[[int, int], None] = lambda ended, of: None,
+    ranks: Ranks = SINGLE,
 ) -> Graded:
     """`samples` answers to each problem; those that do not fit the engine's slots wait. With `sampling.seed`,
     training's random state is not touched. A response that the engine gives up is graded as it is.
 
-    on_end: called with the number of responses that ended together, and of all.
+    Ranks share the responses out. on_end: called with the number of a rank's that ended together, and of all of them.
     """
     prompts = [prompt_ids(tokenizer, problem) for problem in problems]
     requests = [
@@ -34,24 +37,42 @@ def evaluate(
         for problem, prompt in enumerate(prompts)
         for sample in range(samples)
     ]
-    engine.submit(requests, sampling)
-    done: dict[int, Completion] = {}
-    while ended := engine.run_until_a_row_ends():
-        done |= {completion.row: completion for completion in ended}
-        on_end(len(ended), len(requests))
-    engine.take_records()
-    completions = [done[row] for row in range(len(requests))]
-    responses = [str(tokenizer.decode(completion.token_ids)) for completion in completions]
-    grades = reward.grade([problem for problem in problems for _ in range(samples)], responses)
-    given = answers_of(reward, responses)
+    mine = requests[ranks.rank :: ranks.world]
+
+    def answered() -> list[_Answered]:
+        engine.submit(mine, sampling)
+        done: dict[int, Completion] = {}
+        while ended := engine.run_until_a_row_ends():
+            done |= {completion.row: completion for completion in ended}
+            on_end(len(ended), len(mine))
+        engine.take_records()
+        completions = [done[request.row] for request in mine]
+        responses = [str(tokenizer.decode(completion.token_ids)) for completion in completions]
+        grades = reward.grade([problems[request.row // samples] for request in mine], responses)
+        return [
+            _Answered(done.row, len(done.token_ids), done.reason, grade.correct, given)
+            for done, grade, given in zip(completions, grades, answers_of(reward, responses), strict=True)
+        ]
+
+    everyones = sorted((each for part in ranks.everyones(answered) for each in part), key=lambda each: each.row)
     shape = (len(problems), samples)
+    given = [each.given for each in everyones]
     return Graded(
-        tokens=np.array([len(completion.token_ids) for completion in completions]).reshape(shape),
-        finished=np.array([completion.reason == "stop" for completion in completions]).reshape(shape),
-        cut=np.array([completion.reason == "budget" for completion in completions]).reshape(shape),
-        correct=np.array([grade.correct for grade in grades], dtype=bool).reshape(shape),
+        tokens=np.array([each.tokens for each in everyones]).reshape(shape),
+        finished=np.array([each.reason == "stop" for each in everyones]).reshape(shape),
+        cut=np.array([each.reason == "budget" for each in everyones]).reshape(shape),
+        correct=np.array([each.correct for each in everyones], dtype=bool).reshape(shape),
         answers=[given[first : first + samples] for first in range(0, len(given), samples)],
     )
+
+
+@dataclass(frozen=True)
+class _Answered:
+    row: int
+    tokens: int
+    reason: str
+    correct: bool
+    given: str | None
 
 
 def evaluation_sampling(config: RunConfig, training: Sampling, seed: int) -> Sampling:

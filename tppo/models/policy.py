@@ -116,7 +116,7 @@ def score_tokens(
     log_probs = (logits / temperature).log_softmax(-1)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(log_probs.exp() * log_probs).sum(-1)
-    return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy
+    return log_probs.gather(-1, targets[:, None]).sum(-1), entropy  # (picked,); no view, which sharding warns of
 
 
 def input_layer(model: PreTrainedModel) -> nn.Embedding:

@@ -27,4 +27,4 @@ class ValueModel(nn.Module):
     ) -> Float[Tensor, " picked"]:
         """Values read at (row, column). Unit: reward."""
         hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # (rows, time, hidden)
-        return self.head(hidden[row, column]).squeeze(-1).to(torch.float32)
+        return self.head(hidden[row, column]).sum(-1).to(torch.float32)  # no view, which sharding warns of

@@ -26,6 +26,7 @@ def shard(model: nn.Module, ranks: Ranks, *, compute: torch.dtype, cpu_offload: 
     assert ranks.mesh is not None, "these ranks shard nothing"
     options: dict[str, Any] = {
         "mesh": ranks.mesh,
+        "reshard_after_forward": True,  # also what is left: a model that is only scored would stay whole
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
     }
     if cpu_offload:

@@ -1,0 +1,277 @@
+"""A run on several ranks is the run of one: same rows, same losses. Gloo on the CPU, forked processes."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from profiling.errors import ConfigError
+from profiling.reader import Run
+from profiling.settings import to_toml
+from tppo.parallel.clocks import Offset, notes_of, offsets_to_main
+from tppo.parallel.ranks import SINGLE, Ranks, joined_ranks
+from tppo.start import train
+
+ROWS = ["step", "row", "group", "policy_version", "prompt_tokens", "context_before", "tokens", "trained_tokens",
+        "finished", "discarded", "reward"]  # fmt: skip
+APART = ("time", "timing", "clock", "throughput", "padding")
+"""Parts of names of metrics that depend on how work is shared out."""
+
+
+def on_ranks(world, work):
+    """`work(rank)` in forked processes, as torchrun would start them. Fails where one of them fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+                work(rank)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * world
+
+
+def settings_of(algorithm):
+    """What makes every branch run: several windows, micro-batches, mini-batches, all loss terms."""
+    own = {
+        "tppo": {"algorithm": {"kl_coef": 0.1, "entropy_coef": 0.01}},
+        "tppo, detached": {"algorithm": {"prefix": "detached", "old_log_probs": "recomputed"}},
+        "ppo-ewma": {},
+        "geppo": {},
+        "vapo": {"model": {"activation_checkpointing": True}},
+        "dapo": {
+            "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_response_tokens": 16},
+            "data": {"median_steps": 1, "sigma": 0.3, "max_steps": 2},
+        },
+    }[algorithm]
+    name = algorithm.split(",")[0]
+    return {
+        **own,
+        "algorithm": {"name": name, "trailing_tokens": 2, "max_sampling_rounds": 2, **own.get("algorithm", {})},
+        "rollout": {"draws": "row", **own.get("rollout", {})},
+        "train": {"steps": 3, "micro_batch_tokens": 60},
+    }
+
+
+def assert_equal_runs(one, other):
+    rows = [run.rollouts[ROWS] for run in (one, other)]
+    pd.testing.assert_frame_equal(*rows)  # in the same order, too
+    for mine, theirs in zip(one.metrics.to_dict("records"), other.metrics.to_dict("records"), strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            if any(part in name for part in APART):
+                continue
+            if value is None or (isinstance(value, float) and math.isnan(value)):
+                assert theirs[name] is None or math.isnan(theirs[name]), name
+            else:
+                assert theirs[name] == pytest.approx(value, rel=1e-3 if "rollout_corr" in name else 1e-5, abs=1e-5), (
+                    name
+                )
+    for file in ("policy/model.safetensors", "value_model.safetensors"):
+        paths = [max((run.path / "checkpoints").glob("step-*")) / file for run in (one, other)]
+        if paths[0].exists():
+            weights = [load_file(path) for path in paths]
+            assert weights[0].keys() == weights[1].keys()
+            for name, tensor in weights[0].items():
+                torch.testing.assert_close(weights[1][name], tensor, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "world"),
+    [("tppo", 2), ("tppo", 4), ("tppo, detached", 2), ("ppo-ewma", 2), ("geppo", 2), ("vapo", 2), ("dapo", 3)],
+)
+def test_ranks_train_on_the_same_rows_with_the_same_losses_as_one_process(
+    make_config, answering_model, algorithm, world
+):
+    own = settings_of(algorithm)
+    if algorithm == "dapo":  # which trains only where some of a prompt's answers are right
+        own["model"] = {"path": str(answering_model)}
+    config = make_config("one", **own)
+    train(config, show_progress=False)
+    others = make_config("many", **own)
+    on_ranks(world, lambda rank: train(others, show_progress=False))
+    one, many = Run(config.output), Run(others.output)
+    assert_equal_runs(one, many)
+    assert set(many.rollouts.engine) == set(range(world))
+    assert set(many.engine.engine) == set(range(world))
+    assert many.summary["gpu_seconds"] == pytest.approx(world * many.summary["wall_seconds"])
+    assert sum(many.summary["ledger"].values()) == pytest.approx(many.summary["gpu_seconds"])
+    counted = [[r for r in run.trace if r["type"] == "work"] for run in (one, many)]
+    exact = ("name", "step", "tokens", "pairs", "outputs", "backward_tokens", "backward_pairs", "updates")
+    sums = [pd.DataFrame(records)[list(exact)] for records in counted]
+    pd.testing.assert_frame_equal(*sums)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_in_another_directory(make_config, capsys):
+    def settings(steps):
+        return {**settings_of("tppo"), "train": {"steps": steps, "micro_batch_tokens": 60}}
+
+    whole = make_config("whole", **settings(5))
+    train(whole, show_progress=False)
+    expected = Run(whole.output).rollouts.query("step > 3")[ROWS].reset_index(drop=True)
+    first = make_config("first", **settings(3))
+    on_ranks(4, lambda rank: train(first, show_progress=False))
+    before = sorted((path, path.stat().st_mtime_ns) for path in first.output.rglob("*"))
+    with pytest.raises(ConfigError, match=r"was written by 4 ranks, .* there are 1 now; .* --resume .* --output DIR"):
+        train(make_config("first", **settings(5)), resume=True, show_progress=False)
+    for world in (1, 2):
+        then = make_config(f"then-{world}", **settings(5))
+        if world == 1:
+            train(then, resume=first.output, show_progress=False)
+        else:
+            on_ranks(world, lambda rank, then=then: train(then, resume=first.output, show_progress=False))
+        run = Run(then.output)
+        pd.testing.assert_frame_equal(run.rollouts[ROWS].reset_index(drop=True), expected)
+        losses = [each.metrics.query("step > 3")["actor/pg_loss"].tolist() for each in (run, Run(whole.output))]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+        assert run.header["resumed_from"]["step"] == 3
+        assert run.summary["gpu_seconds"] == pytest.approx(world * run.summary["wall_seconds"])
+    assert sorted((path, path.stat().st_mtime_ns) for path in first.output.rglob("*")) == before
+    on_ranks(4, lambda rank: train(make_config("first", **settings(5)), resume=True, show_progress=False))
+    pd.testing.assert_frame_equal(Run(first.output).rollouts.query("step > 3")[ROWS].reset_index(drop=True), expected)
+
+
+def test_bfloat16_passes_train_float32_weights(make_config):
+    """One process, whose model is sharded over itself for the sake of its types."""
+    config = make_config("half", **{**settings_of("tppo"), "model": {"dtype": "bfloat16"}})
+    exact = make_config("exact", **settings_of("tppo"))
+    on_ranks(1, lambda rank: train(config, show_progress=False))
+    train(exact, show_progress=False)
+    half, full = Run(config.output), Run(exact.output)
+    weights = load_file(max((half.path / "checkpoints").glob("step-*")) / "policy" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    ours, theirs = (run.metrics.query("step == 1")["actor/pg_loss"].item() for run in (half, full))
+    assert ours != theirs
+    assert ours == pytest.approx(theirs, abs=0.03)
+    assert half.metrics["rollout_corr/log_prob_diff_max"].max() < 0.3
+
+
+def test_replicas_of_shards_train_alike(make_config):
+    config, others = (
+        make_config(name, **settings_of("tppo"), parallel={"replicas": replicas})
+        for name, replicas in (("one", 1), ("many", 2))
+    )
+    train(config, show_progress=False)
+    on_ranks(4, lambda rank: train(others, show_progress=False))
+    assert_equal_runs(Run(config.output), Run(others.output))
+
+
+def test_sigterm_to_one_rank_ends_all_after_the_same_step_and_saves(make_config, tmp_path):
+    config = make_config("run", **{**settings_of("tppo"), "train": {"steps": 1000}})
+
+    def work(rank):
+        if rank == 1:
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+            signal.setitimer(signal.ITIMER_REAL, 4)
+        outcome = train(config, show_progress=False)
+        assert (outcome.status, outcome.signal) == ("interrupted", signal.SIGTERM)
+        (tmp_path / f"{rank}").write_text(str(outcome.steps))
+
+    on_ranks(2, work)
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
+    run = Run(config.output)
+    assert run.trailer["status"] == "interrupted"
+    assert list((run.path / "checkpoints").glob("step-*"))
+
+
+def test_torchrun_starts_the_command(make_config, tmp_path):
+    config = make_config("run", **settings_of("tppo"))
+    values = config.model_dump(mode="json")
+    (tmp_path / "config.toml").write_text(to_toml(values))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tppo"]
+    done = subprocess.run([*command, "train", str(tmp_path / "config.toml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished after 3 steps") == 1
+    assert Run(config.output).header["ranks"] == 2
+    assert "UserWarning" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rollout": {"schedule": "asynchronous"}, "algorithm": {"name": "ppo"}}, "decides by what all engines do"),
+        ({"parallel": {"replicas": 2}}, "parallel.replicas = 2: the 3 ranks cannot be divided"),
+        ({"rollout": {"prompts_per_step": 2}}, "2 rows: fewer than the 3 ranks"),
+        ({"model": {"path": "nowhere"}}, "no model can be loaded"),
+    ],
+)
+def test_what_ranks_cannot_do_is_one_line_on_all_of_them(make_config, settings, message):
+    config = make_config("run", **settings)
+
+    def work(rank):
+        with pytest.raises(ConfigError, match=message):
+            train(config, show_progress=False)
+
+    on_ranks(3, work)
+    assert not config.output.exists()
+
+
+def test_a_run_that_is_there_is_refused_on_all_ranks(make_config):
+    config = make_config("run", train={"steps": 1})
+    train(config, show_progress=False)
+
+    def work(rank):
+        with pytest.raises(ConfigError, match="already holds a run"):
+            train(config, show_progress=False)
+
+    on_ranks(2, work)
+
+
+def test_environment_variables_that_are_no_numbers_are_one_line(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="WORLD_SIZE = 'two' in the environment: not a number"), joined_ranks():
+        pass
+
+
+def test_every_item_is_shared_out_once_and_all_ranks_compute_as_many():
+    sizes = [5, 1, 9, 2, 2, 7, 3]
+    shares = [Ranks(rank, 3).share(range(7), sizes) for rank in range(3)]
+    assert sorted(item for share in shares for item, counts in share if counts) == list(range(7))
+    assert len({len(share) for share in shares}) == 1
+    loads = [sum(sizes[item] for item, counts in share if counts) for share in shares]
+    assert max(loads) <= 11  # 29 in all; the largest goes first
+    assert {item for share in shares for item, counts in share if not counts} <= {1}  # the smallest
+    assert SINGLE.share("abc", [1, 1, 1]) == [("a", True), ("b", True), ("c", True)]
+    assert Ranks(1, 2).share([], []) == []
+
+
+def test_a_rank_on_another_host_learns_the_first_ones_clock(tmp_path):
+    """Its clock is made to run 1,234.5 s behind; what the exchange finds is that, to within its own uncertainty."""
+
+    def work(rank):
+        with joined_ranks(device="cpu") as ranks:
+            behind = 1234.5 if rank == 1 else 0.0
+            found = offsets_to_main(ranks, clock=lambda: time.perf_counter() - behind, host=f"host {rank}")
+        (tmp_path / str(rank)).write_text(json.dumps([(o.seconds, o.uncertainty_s) for o in found]))
+
+    on_ranks(2, work)
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
+    (first, _), (offset, uncertainty) = json.loads((tmp_path / "0").read_text())
+    assert first == 0
+    assert 0 < uncertainty < 0.05
+    assert offset == pytest.approx(1234.5, abs=uncertainty)
+    (note,) = notes_of([Offset(0.0, 0.0), Offset(offset, uncertainty)])
+    assert f"rank 1 is on another host: {offset:+.6f} s" in note["text"]
+    assert notes_of([Offset(0.0, 0.0), Offset(0.0, 0.0)]) == []
