@@ -34,7 +34,7 @@ class StepTimes:
         self, profiler: Profiler, step: int, on_device: DeviceTimes | None = None, ranks: Ranks = SINGLE
     ) -> None:
         self.step = step
-        self.work = Work()
+        self.work: dict[str, Work] = {}
         """Of the step's training phases, on all ranks."""
         self._ranks = ranks
         self._on_device = on_device
@@ -57,8 +57,8 @@ class StepTimes:
             own = work.since(before)
             done = Work(*self._ranks.total(torch.tensor(own.counts())).tolist())
             done.updates = own.updates  # every rank's is of its own shard
-            self.work.add(done)
             if done.passes:
+                self.work[name] = done
                 self._profiler.trace({"type": "work", "name": name, "step": self.step, **asdict(done)})
 
 

@@ -296,6 +296,8 @@ class ProfileConfig(Settings):
     """Steps that torch.profiler records, FIRST:LAST; left out: none. Its trace has the run's clock."""
     cuda_events: bool = False
     """Also record when the GPU reaches the boundaries of phases, without waiting for it. Needs a GPU."""
+    peak_flops: PositiveFloat | None = None
+    """Peak FLOP/s of one device, for perf/mfu; left out: the data sheet's (bf16, dense) of a known GPU, else none."""
     links: bool = False
     """Sample PCIe and NVLink traffic too."""
 

@@ -1,12 +1,14 @@
 """The row that a training step adds to metrics.jsonl. Names are those users of verl know."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from profiling.model_flops import VALUE_PHASES, training_flops
 from tppo.learner.estimates import PolicyBatch, ValueBatch
 from tppo.learner.work import Work
 from tppo.rollout.rows import Row
@@ -34,6 +36,7 @@ def step_metrics(
     max_response_tokens: int,
     discarded: int,
     work: Work,
+    utilisation: Mapping[str, float | None],
 ) -> dict[str, Any]:
     """Lengths, rewards, advantages and times of one step; what has no meaning in this step is null.
 
@@ -67,6 +70,7 @@ def step_metrics(
         "perf/total_num_tokens": processed,
         "perf/padding_waste": 1 - work.tokens / work.computed if work.computed else None,
         "perf/throughput": processed / step_s,
+        **utilisation,
         "training/generated_tokens": sum(row.window_tokens for row in rows),
         "training/processed_tokens": processed,
         "training/finished_rows": len(done),
@@ -78,6 +82,28 @@ def step_metrics(
         if processed
         else None,
     }
+
+
+UTILISATIONS = {
+    "perf/mfu/actor": ("update_policy",),
+    "perf/mfu/critic": ("update_value",),
+    "perf/mfu": ("logprob_forward", "reference_forward", "value_forward", "update_value", "update_policy"),
+}
+
+
+def model_flops_utilisation(
+    work: Mapping[str, Work], seconds: Mapping[str, float], model: Mapping[str, Any], peak_flops: float | None
+) -> dict[str, float | None]:
+    """perf/mfu: FLOPs of the training passes / (their phases' seconds x peak), all of them and the two updates alone
+    (PaLM, arXiv 2204.02311, appendix B, with causal attention; profiling.model_flops). work, seconds: by phase.
+    peak_flops: of all devices together; null without one, and where nothing was computed."""
+    found: dict[str, float | None] = {}
+    for name, phases in UTILISATIONS.items():
+        done = [phase for phase in phases if phase in work and seconds.get(phase)]
+        flops = sum([training_flops(model, asdict(work[p]), policy=p not in VALUE_PHASES) for p in done])
+        spent_s = sum(seconds[phase] for phase in done)
+        found[name] = flops / (spent_s * peak_flops) if peak_flops and spent_s else None
+    return found
 
 
 def _value_metrics(batch: ValueBatch | None) -> dict[str, float | None]:

@@ -23,7 +23,9 @@ from tppo.learner.policy_update import additive_width, total_variation, update_p
 from tppo.learner.recipe import recipe_of
 from tppo.learner.step import set_learning_rate
 from tppo.learner.value_update import update_value
-from tppo.metrics import step_metrics
+from tppo.learner.work import Work
+from tppo.metrics import model_flops_utilisation, step_metrics
+from tppo.models.policy import describe_model
 from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.probe import DriftProbe
 from tppo.rewards.protocol import Reward, RewardError, grade_metrics
@@ -82,6 +84,9 @@ class Trainer:
         self.saved_step: int | None = None
         self.pad_token_id = state.tokenizer.pad_token_id
         self.probe = DriftProbe()
+        self.dimensions = describe_model(state.policy)
+        own_peak = config.profile.peak_flops
+        self.peak_flops = None if own_peak is None else own_peak * ranks.world
         self.on_device = DeviceTimes(profiler) if config.profile.cuda_events else None
         self.torch_profile = TorchProfile(profiler, steps_of(config.profile.torch_steps) if ranks.main else None)
         self.collector = Collector(
@@ -224,7 +229,9 @@ class Trainer:
             "clock_s": state.clock_s,
             **step_metrics(
                 [*got.rows, *got.discarded], policy_batch, value_batch if state.value_model else None, times.seconds,
-                end - start, config.rollout.max_response_tokens, len(got.discarded), times.work,
+                end - start, config.rollout.max_response_tokens, len(got.discarded),
+                Work.of(times.work.values()),
+                model_flops_utilisation(times.work, times.seconds, self.dimensions, self.peak_flops),
             ),
             **grade_metrics(got.grades),
             **policy_metrics,

@@ -20,6 +20,8 @@ class Gpu(Settings):
     name: str
     family: str
     """Architecture; efficiency factors are looked up by it (simulator/hardware/factors)."""
+    reported_as: tuple[str, ...] = ()
+    """Names by which drivers and torch call it."""
     gpus_per_node: int = Field(8, ge=1, le=1024)
     """GPUs that reach each other over the fast link."""
     bf16_flops: PositiveFloat
@@ -66,6 +68,12 @@ class Gpu(Settings):
 
 def gpu_names() -> list[str]:
     return sorted(load_settings(path, Gpu).name for path in GPUS.glob("*.toml"))
+
+
+def gpu_reported_as(name: str) -> Gpu | None:
+    """By the name that a driver reports ("NVIDIA H100 80GB HBM3"); None where none of ours is called so."""
+    known = (load_settings(path, Gpu) for path in sorted(GPUS.glob("*.toml")))
+    return next((gpu for gpu in known if name in gpu.reported_as), None)
 
 
 def load_gpu(source: str | Path) -> Gpu:

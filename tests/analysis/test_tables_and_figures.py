@@ -5,7 +5,7 @@ import pytest
 
 from analysis import figures
 from analysis.figures import FIGURES
-from analysis.model_costs import decode_bytes, decode_flops, roofline_points
+from analysis.model_costs import roofline_points
 from analysis.plot import plot
 from analysis.report import write_report
 from analysis.tables import (
@@ -22,6 +22,7 @@ from analysis.tables import (
 from profiling import schema
 from profiling.errors import DataError, InputError
 from profiling.ledger import Cluster, build_ledger
+from profiling.model_flops import decode_bytes, decode_flops
 from profiling.phases import plain_header
 from profiling.reader import Run
 from profiling.schema import ENGINE, ROLLOUTS

@@ -11,7 +11,7 @@ from simulator import load_experiment, simulate
 from simulator.analytic import AnalyticCosts, AnalyticEngineCosts
 from simulator.cost_settings import AnalyticCostSettings
 from simulator.costs import resolve
-from simulator.hardware import Gpu, gpu_names, load_gpu
+from simulator.hardware import Gpu, gpu_names, gpu_reported_as, load_gpu
 from simulator.hardware.efficiency import Efficiency, load_efficiency, peaks_only
 from simulator.models import load_model
 
@@ -263,3 +263,11 @@ def test_peaks_have_no_overheads():
     assert all(value in (0, 1) for name, value in own.model_dump().items()
                if isinstance(value, float) and name.endswith(("_s", "bandwidth", "gemm", "attention")))  # fmt: skip
     assert isinstance(own, Efficiency)
+
+
+def test_a_gpu_is_known_by_the_name_that_its_driver_reports():
+    assert gpu_reported_as("NVIDIA H100 80GB HBM3").name == "H100-SXM"
+    assert gpu_reported_as("NVIDIA A100-SXM4-80GB").name == "A100-80"
+    assert gpu_reported_as("Tesla K80") is None
+    names = [name for gpu in map(load_gpu, gpu_names()) for name in gpu.reported_as]
+    assert len(names) == len(set(names)) >= 15

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.model_costs import training_bytes, training_flops
+from profiling.model_flops import training_bytes, training_flops
 from profiling.reader import Run
 from tppo.learner.work import Work
+from tppo.metrics import model_flops_utilisation
 from tppo.models.policy import describe_model, load_policy, token_log_probs
 from tppo.start import train
 
@@ -57,6 +58,32 @@ def test_flops_and_bytes_by_hand():
     # policy: 4 x (900 x (1 + 3) + 7 x 1,000); value model, without the output layer: 4 x (800 x 4 + 7 x 900)
     assert training_bytes(MODEL, counts, policy=True) == 42_400
     assert training_bytes(MODEL, counts, policy=False) == 38_000
+
+
+def test_mfu_is_the_flops_of_the_passes_over_what_the_peak_gives_in_their_time():
+    # the pass of the test above, as a policy's: 51,520 FLOPs in 2 s; as a value model's 49,120 in 1 s; peak 100 kFLOP/s
+    work = Work()
+    work.forward([10], outputs=4)
+    work.backward([10], outputs=4, detached=[4])
+    seconds = {"update_policy": 2.0, "update_value": 1.0, "rollout": 7.0}
+    both = {"update_policy": work, "update_value": work}
+    found = model_flops_utilisation(both, seconds, MODEL, 100_000.0)
+    assert found == {
+        "perf/mfu/actor": pytest.approx(0.2576),
+        "perf/mfu/critic": pytest.approx(0.4912),
+        "perf/mfu": pytest.approx((51_520 + 49_120) / 300_000),
+    }
+    assert set(model_flops_utilisation(both, seconds, MODEL, None).values()) == {None}
+    assert set(model_flops_utilisation({}, seconds, MODEL, 1e5).values()) == {None}
+
+
+def test_a_runs_mfu_is_below_one_and_null_without_a_peak(make_config):
+    config = make_config("run", profile={"sampler": False, "peak_flops": 1e11}, train={"steps": 2})
+    train(config, show_progress=False)
+    steps = Run(config.output).metrics.query("step >= 1")
+    assert steps["perf/mfu"].between(1e-6, 0.9).all()
+    train(make_config("other", train={"steps": 1}), show_progress=False)
+    assert Run(config.output.with_name("other")).metrics["perf/mfu"].isna().all()
 
 
 @pytest.mark.parametrize("prefix", ["gradient", "detached"])

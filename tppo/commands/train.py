@@ -33,12 +33,25 @@ def run_training(config_path: Path | None, words: Sequence[str], *, output: Path
     quieten_libraries()
     from tppo.start import train
 
-    outcome = train(config, resume=resume or False)
+    outcome = train(with_peak(config), resume=resume or False)
     if outcome.rank:
         return 0 if outcome.signal is None else 128 + outcome.signal
     accuracy = f", accuracy {outcome.accuracy:.3f}" if outcome.accuracy is not None else ""
     print(f"{config.output}: {outcome.status} after {outcome.steps} steps{accuracy}")
     return 0 if outcome.signal is None else 128 + outcome.signal  # as a shell reports it: 130, 143
+
+
+def with_peak(config: RunConfig) -> RunConfig:
+    """With the data sheet's peak of the GPU that it trains on, where that is known and no other is set."""
+    import torch
+
+    from simulator.hardware import gpu_reported_as
+
+    if config.profile.peak_flops is not None or config.model.device == "cpu" or not torch.cuda.is_available():
+        return config
+    gpu = gpu_reported_as(torch.cuda.get_device_name())
+    profile = config.profile.model_copy(update={"peak_flops": gpu.bf16_flops if gpu else None})
+    return config.model_copy(update={"profile": profile})
 
 
 def print_fields() -> None:

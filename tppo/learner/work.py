@@ -1,6 +1,6 @@
 """What the training passes of a step computed: for a roofline, for MFU and for padding waste."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 
 
@@ -47,6 +47,14 @@ class Work:
     def add(self, more: "Work") -> None:
         for field, count in zip(fields(self), more.counts(), strict=True):
             setattr(self, field.name, getattr(self, field.name) + count)
+
+    @classmethod
+    def of(cls, parts: Iterable["Work"]) -> "Work":
+        """All together."""
+        whole = cls()
+        for part in parts:
+            whole.add(part)
+        return whole
 
     def since(self, before: "Work") -> "Work":
         return Work(*(now - then for now, then in zip(self.counts(), before.counts(), strict=True)))
