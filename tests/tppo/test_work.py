@@ -61,7 +61,7 @@ def test_flops_and_bytes_by_hand():
 
 
 def test_mfu_is_the_flops_of_the_passes_over_what_the_peak_gives_in_their_time():
-    # the pass of the test above, as a policy's: 51,520 FLOPs in 2 s; as a value model's 49,120 in 1 s; peak 100 kFLOP/s
+    # the pass of the test above, as a policy's: 51,520 FLOPs in 2 s; as a value model's 49,120 in 1 s; peak 1e5 / s
     work = Work()
     work.forward([10], outputs=4)
     work.backward([10], outputs=4, detached=[4])
