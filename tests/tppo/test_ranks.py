@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from profiling.errors import ConfigError
+from profiling.errors import ConfigError, RunError
 from profiling.reader import Run
 from profiling.settings import to_toml
 from tppo.parallel.clocks import Offset, notes_of, offsets_to_main
 from tppo.parallel.ranks import SINGLE, Ranks, joined_ranks
+from tppo.rollout.torch_engine import TorchEngine
 from tppo.start import train
 
 ROWS = ["step", "row", "group", "policy_version", "prompt_tokens", "context_before", "tokens", "trained_tokens",
@@ -194,6 +195,57 @@ def test_sigterm_to_one_rank_ends_all_after_the_same_step_and_saves(make_config,
     run = Run(config.output)
     assert run.trailer["status"] == "interrupted"
     assert list((run.path / "checkpoints").glob("step-*"))
+
+
+def test_an_engine_that_fails_on_one_rank_ends_all_with_a_checkpoint_of_every_row(make_config):
+    def settings(steps):
+        return {**settings_of("tppo"), "train": {"steps": steps, "micro_batch_tokens": 60}}
+
+    whole = make_config("whole", **settings(4))
+    train(whole, show_progress=False)
+    config = make_config("run", **settings(4))
+
+    def work(rank):
+        submit = TorchEngine.submit
+
+        def failing(engine, requests, sampling):
+            failing.calls += 1
+            if rank == 1 and failing.calls == 6:  # evaluations, value pre-training, steps 1 and 2 came before
+                raise MemoryError("no more memory")
+            return submit(engine, requests, sampling)
+
+        failing.calls = 0
+        TorchEngine.submit = failing
+        with pytest.raises(RunError, match="no more memory; the checkpoint of step 2 holds every unfinished row"):
+            train(config, show_progress=False)
+
+    on_ranks(2, work)
+    on_ranks(2, lambda rank: train(config, resume=True, show_progress=False))
+    assert_equal_runs(Run(whole.output), Run(config.output))
+
+
+def test_a_rank_that_is_killed_takes_the_others_with_it_and_the_last_checkpoint_is_whole(make_config, tmp_path):
+    def settings(steps):
+        return {**settings_of("tppo"), "train": {"steps": steps, "micro_batch_tokens": 60, "checkpoint_every": 1}}
+
+    config = make_config("run", **settings(1000))
+
+    def work(rank):
+        if rank == 1:
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            signal.setitimer(signal.ITIMER_REAL, 4)
+        with pytest.raises(RunError, match=r"rank 0 of 2 lost another: .* go on from the last checkpoint"):
+            train(config, show_progress=False)
+
+    with pytest.raises(AssertionError, match=f"{signal.SIGKILL}"):
+        on_ranks(2, work)
+    step = max(int(path.name[5:]) for path in (config.output / "checkpoints").glob("step-*"))
+    longer = make_config("run", **settings(step + 2))
+    on_ranks(2, lambda rank: train(longer, resume=True, show_progress=False))
+    rows = Run(config.output).rollouts
+    assert rows.step.max() == step + 2
+    for _, visits in rows[rows.step > 0].groupby("row"):
+        assert visits.step.diff().dropna().eq(1).all()
 
 
 def test_torchrun_starts_the_command(make_config, tmp_path):

@@ -12,11 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from profiling.errors import ConfigError, ToolkitError
+from profiling.errors import ConfigError, RunError, ToolkitError
 
 T = TypeVar("T")
 
 CPU = torch.device("cpu")
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "[gloo", "/gloo/")
+"""In messages of gloo, which has no error of its own, when a rank has gone."""
 
 TIMEOUT = timedelta(minutes=30)
 """Of a collective: the ranks wait for the slowest one's rollout and rewards."""
@@ -129,6 +131,13 @@ def joined_ranks(*, device: str = "auto", dtype: str = "auto", replicas: int = 1
         shape = {"replicas": replicas, "shards": world // replicas} if replicas > 1 else {"shards": world}
         mesh = init_device_mesh(own.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
         yield Ranks(rank, world, own, mesh)
+    except (dist.DistError, RuntimeError) as error:
+        if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in LOST):
+            raise
+        raise RunError(
+            f"rank {rank} of {world} lost another: {str(error).splitlines()[0]}; see what that one says, and go on "
+            "from the last checkpoint with --resume"
+        ) from error
     finally:
         dist.destroy_process_group()
 
