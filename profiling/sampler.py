@@ -13,15 +13,17 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from profiling import schema
 from profiling.errors import RunError
-from profiling.sources import Sample, Source, Window
+from profiling.sources import NoDriver, Sample, Source, Window
+from profiling.sources.amd import AmdSource
 from profiling.sources.host import HostSource
-from profiling.sources.nvml import NoDriver, NvmlSource
+from profiling.sources.nvml import NvmlSource
 from profiling.writer import write_atomically, write_parquet
 
 PART_SECONDS = 5.0
@@ -35,11 +37,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 def open_sources(links: bool) -> tuple[list[Source], str | None]:
-    """NVML where a driver answers, and the host always; a note when there is no GPU."""
-    try:
-        return [NvmlSource(links=links), HostSource()], None
-    except NoDriver as error:
-        return [HostSource()], f"no GPU: host samples only (NVML: {error})"
+    """NVML where a driver answers, else amdsmi, and the host always; a note when there is no GPU."""
+    reasons = []
+    openers: list[Callable[[], Source]] = [lambda: NvmlSource(links=links), AmdSource]
+    for opened in openers:
+        try:
+            return [opened(), HostSource()], None
+        except NoDriver as error:
+            reasons.append(str(error))
+    return [HostSource()], f"no GPU: host samples only (NVML: {'; '.join(reasons)})"
 
 
 class Sampler:

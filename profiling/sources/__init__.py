@@ -21,6 +21,10 @@ class Sample:
     event_reasons: int | None = None
 
 
+class NoDriver(Exception):
+    """No driver of this kind of GPU answers on this host; str() says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """The mean of a metric over a time that its counter defines, not our clock. Seconds from the start of the run."""

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pynvml as nvml
 
-from profiling.sources import Capabilities, Device, Sample, Window
+from profiling.sources import Capabilities, Device, NoDriver, Sample, Window
 from profiling.sources.gpm import Counters, links_without_gpm
 
 STATES = {
@@ -65,10 +65,6 @@ STALE_S = 3.0
 """Without a new value an energy counter, which ticks ten times a second, has stopped."""
 CLOCK_STEP_S = 0.05
 """That the wall clock, by which drivers stamp their samples, has moved against ours: it was set."""
-
-
-class NoDriver(Exception):
-    """No NVIDIA driver answers on this host; str() says why."""
 
 
 @dataclass
