@@ -115,7 +115,7 @@ class AmdSource:
         for gpu in self._gpus:
             wanted = {**FAST, **(SLOW if slow else {})}
             values = {name: self._read(gpu, name, of) for name, of in wanted.items() if name not in gpu.absent}
-            yield Sample(gpu.device.uuid, **values)  # type: ignore[arg-type]  (none of them is the integer one)
+            yield Sample(gpu.device.uuid, **values)  # type: ignore[arg-type]
 
     def _read(self, gpu: Gpu, name: str, of: Callable[[ModuleType, Any], Any]) -> float | None:
         value, state = None, "ok"
