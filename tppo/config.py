@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from profiling.settings import Settings
+from tppo.tracking.settings import LoggingConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -316,6 +317,7 @@ class RunConfig(Settings):
     train: LoopConfig = LoopConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     profile: ProfileConfig = ProfileConfig()
+    logging: LoggingConfig = LoggingConfig()
     parallel: ParallelConfig = ParallelConfig()
 
     @property

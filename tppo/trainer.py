@@ -8,13 +8,14 @@ import torch
 
 from profiling import Profiler
 from profiling.errors import RunError
+from profiling.schema import SAMPLES
 from profiling.writer import RunWriter
 from tppo.algorithms.geppo import next_learning_rate, reuse_weights
 from tppo.checkpoints.content import save_checkpoint
 from tppo.checkpoints.store import prune_checkpoints
-from tppo.collect import Collector, StepTimes
+from tppo.collect import Collected, Collector, StepTimes
 from tppo.config import RunConfig
-from tppo.console import Stop, progress_bar, stop_on_signal
+from tppo.console import Stop, stop_on_signal
 from tppo.data.problem import Problem, Task
 from tppo.evaluation.evaluate import evaluate, evaluation_sampling, evaluation_slots, longest_prompt_of
 from tppo.evaluation.graded import Graded, validation_metrics, validation_names
@@ -26,14 +27,17 @@ from tppo.learner.value_update import update_value
 from tppo.metrics import step_metrics
 from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.probe import DriftProbe
+from tppo.progress import progress_bar
 from tppo.rewards.protocol import Reward, RewardError, grade_metrics
 from tppo.rollout.drive import engine_faults
 from tppo.rollout.engines import evaluation_engine
 from tppo.rollout.protocol import EngineError, RolloutEngine, Sampling
 from tppo.run_records import finish_run, write_step
+from tppo.samples import chosen, sample_records
 from tppo.schedule import Schedule
 from tppo.state import TrainingState
 from tppo.torch_traces import DeviceTimes, TorchProfile, steps_of
+from tppo.tracking.tracker import Tracker
 
 EVALUATIONS_TO_STOP = 3
 """`train.stop_at_accuracy` is reached when the mean of this many consecutive evaluations is."""
@@ -64,9 +68,11 @@ class Trainer:
         writer: RunWriter,
         profiler: Profiler,
         ranks: Ranks = SINGLE,
+        tracker: Tracker | None = None,
     ) -> None:
         self.config = config
         self.ranks = ranks
+        self.tracker = tracker or Tracker()
         self.recipe = recipe_of(config)
         self.state = state
         self.schedule = schedule
@@ -94,12 +100,16 @@ class Trainer:
     def run(self, show_progress: bool) -> Outcome:
         config, state = self.config, self.state
         accuracy: Graded | None = None
-        with stop_on_signal() as stop, progress_bar(show_progress and self.ranks.main, config) as advance:
+        bar = progress_bar(
+            show_progress and self.ranks.main, self.writer.path.name, total_steps=config.train.steps,
+            done_steps=state.step,
+        )  # fmt: skip
+        with stop_on_signal() as stop, bar as advance:
             if not state.started:
                 if config.evaluation.every:
                     accuracy, found = self.evaluate(step=0)
                     times = {"time_s": self.clock(), "clock_s": 0.0}
-                    self.writer.metrics({"step": 0, **times, **found})
+                    self.log({"step": 0, **times, **found})
                 self.pretrain_value()
                 state.started = True
             while state.step < config.train.steps and not self.asked_to_stop(stop) and not self.score_reached():
@@ -115,10 +125,10 @@ class Trainer:
                     accuracy, found = self.evaluate(state.step)
                     metrics |= found
                     due = due or self.is_a_best_to_keep()
-                self.writer.metrics(metrics)
+                self.log(metrics)
                 if due:
                     self.checkpoint()
-                advance(state.step, accuracy)
+                advance(state.step, accuracy.mean if accuracy else None, metrics)
             self.torch_profile.finish(state.step)
             if self.on_device:
                 self.on_device.collect(everything=True)
@@ -128,6 +138,7 @@ class Trainer:
             wall_s = self.profiler.finish(status)
             if self.ranks.main:
                 finish_run(self.writer, self.schedule, config, wall_s, self.ranks.world)
+            self.tracker.finish(status)
         return Outcome(status, state.step, accuracy.mean if accuracy else None, stop.signal)
 
     def asked_to_stop(self, stop: Stop) -> bool:
@@ -216,6 +227,7 @@ class Trainer:
         write_step(self.writer, step, got, trained_tokens=trained)
         end = self.clock()
         state.clock_s += end - start
+        self.log_samples(step, got)
         return {
             "step": step,
             "time_s": end,
@@ -230,6 +242,23 @@ class Trainer:
             "actor/lr": lr,
             **dict.fromkeys(validation_names(config.evaluation.samples)),
         }  # fmt: skip
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """A row of metrics, to metrics.jsonl and the trackers."""
+        self.writer.metrics(metrics)
+        self.tracker.metrics(metrics)
+
+    def log_samples(self, step: int, got: Collected) -> None:
+        """Outside the training clock: it is no part of training."""
+        every = self.config.logging.samples_every
+        if not self.ranks.main or every == 0 or step % every:
+            return
+        rows = chosen([*got.rows, *got.discarded], self.config.logging.samples)
+        if not rows:
+            return
+        records = sample_records(step, rows, self.state.tokenizer, self.reward)
+        self.writer.table("samples", step, {name: [r[name] for r in records] for name in SAMPLES.names})
+        self.tracker.samples(step, records)
 
     def sync_weights(self, times: StepTimes) -> None:
         with times.phase("weight_sync"), engine_faults(times.step):

@@ -100,7 +100,7 @@ def test_tables_and_scalars_hold_what_the_run_holds(tmp_path, run, capsys):
     assert main(["export", str(run.path), "--format", "tensorboard", "--output", str(tmp_path / "a file")]) == 2
     assert "cannot be created: File exists" in capsys.readouterr().err
     assert main(["export", str(run.path), "--format", "xml"]) == 2
-    assert "--format xml: not one of chrome, csv, parquet, tensorboard, wandb" in capsys.readouterr().err
+    assert "--format xml: not one of chrome, csv, huggingface, parquet, tensorboard, wandb" in capsys.readouterr().err
 
 
 def test_an_offline_wandb_run_holds_metrics_by_step_and_devices_by_second(tmp_path, run, capsys):
