@@ -1,6 +1,8 @@
 """The training loop: roll out, grade, score, update value, update policy. Read it top to bottom."""
 
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,8 @@ from tppo.console import Stop, stop_on_signal
 from tppo.data.problem import Problem, Task
 from tppo.evaluation.evaluate import evaluate, evaluation_sampling, evaluation_slots, longest_prompt_of
 from tppo.evaluation.graded import Graded, validation_metrics, validation_names
+from tppo.evidence import keeping_evidence
+from tppo.guards import check, guard_metrics
 from tppo.learner.estimates import estimate, monte_carlo_batch, policy_spans, score_log_probs, score_values
 from tppo.learner.policy_update import additive_width, total_variation, update_policy
 from tppo.learner.recipe import recipe_of
@@ -84,6 +88,7 @@ class Trainer:
         self.profiler = profiler
         self.clock = profiler.now
         self.saved_step: int | None = None
+        self.last_metrics: dict[str, Any] | None = None
         self.pad_token_id = state.tokenizer.pad_token_id
         self.probe = DriftProbe()
         self.on_device = DeviceTimes(profiler) if config.profile.cuda_events else None
@@ -110,7 +115,8 @@ class Trainer:
                     accuracy, found = self.evaluate(step=0)
                     times = {"time_s": self.clock(), "clock_s": 0.0}
                     self.log({"step": 0, **times, **found})
-                self.pretrain_value()
+                with self.keeping_evidence(step=0):
+                    self.pretrain_value()
                 state.started = True
             while state.step < config.train.steps and not self.asked_to_stop(stop) and not self.score_reached():
                 state.step += 1
@@ -125,7 +131,7 @@ class Trainer:
                     accuracy, found = self.evaluate(state.step)
                     metrics |= found
                     due = due or self.is_a_best_to_keep()
-                self.log(metrics)
+                self.log(metrics | self.guarded(metrics))
                 if due:
                     self.checkpoint()
                 advance(state.step, accuracy.mean if accuracy else None, metrics)
@@ -150,7 +156,8 @@ class Trainer:
     def train_step_or_save(self, step: int) -> dict[str, Any]:
         """A step; when engine or reward fail in it, everything as it was before it goes into a checkpoint first."""
         try:
-            return self.train_step(step)
+            with self.keeping_evidence(step):
+                return self.train_step(step)
         except (EngineError, RewardError) as error:
             self.state.step = step - 1
             self.collector.undo()
@@ -245,8 +252,23 @@ class Trainer:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """A row of metrics, to metrics.jsonl and the trackers."""
+        self.last_metrics = metrics
         self.writer.metrics(metrics)
         self.tracker.metrics(metrics)
+
+    def guarded(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Let the guards look at the step; returns their metrics. All ranks see the same, one of them says it."""
+        startup = self.schedule.startup_steps(self.config.rollout.max_response_tokens)
+        self.state.guards, changes = check(metrics, self.state.guards, self.config.guards, startup_steps=startup)
+        for change in changes:
+            note = {"type": "note", "text": change.text, "guard": change.name, "raised": change.raised}
+            self.profiler.trace({**note, "step": metrics["step"]})
+            if change.raised and self.ranks.main:
+                print(f"tppo: warning: {change.text}", file=sys.stderr)
+        return guard_metrics(self.state.guards)
+
+    def keeping_evidence(self, step: int) -> AbstractContextManager[None]:
+        return keeping_evidence(self.writer.path, step, self.ranks, self.last_metrics)
 
     def log_samples(self, step: int, got: Collected) -> None:
         """Outside the training clock: it is no part of training."""
