@@ -58,13 +58,13 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
     if config.output is None:
         raise ConfigError('output: no run directory is given; add `output = "runs/NAME"` or --output')
     steps_of(config.profile.torch_steps)
-    check_trackers(config.logging)
     if config.profile.cuda_events and not torch.cuda.is_available():
         raise ConfigError("profile.cuda_events: torch sees no GPU; leave it out")
     torch.set_num_threads(config.train.threads)
     model, parallel = config.model, config.parallel
     with joined_ranks(device=model.device, dtype=model.dtype, replicas=parallel.replicas) as ranks:
         check_it_fits_the_ranks(config, ranks)
+        ranks.everyones(lambda: check_trackers(config.logging) if ranks.main else None)
         found = ranks.everyones(lambda: checkpoint_of(config, resume) if ranks.main else None)[0]
         with _trainer_of_rank(config, found, ranks) as trainer:
             yield trainer

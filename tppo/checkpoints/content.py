@@ -7,7 +7,7 @@
     optimizers/                 the same where models are sharded, a file a rank (torch.distributed.checkpoint)
     random.pt                   both generators of the run, and every global random state
     progress.json               step, position in the data, weight updates, clock, learning-rate factor, accuracies,
-                                which rows carry over, are rolled out ahead, or train again
+                                what the guards remember, which rows carry over, are rolled out ahead, or train again
     rows.safetensors            those rows' tokens, log-probabilities and values
     manifest.json               whose it is, and the checksum of each file (tppo.checkpoints.manifest)
 
