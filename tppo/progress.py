@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 RECENT_STEPS = 20
 """Steps whose mean duration says what the others will take. rich's own estimate forgets after half a minute, which is
@@ -54,10 +54,9 @@ def progress_bar(
     """Yields what is called after every step: its number, the last accuracy, its row of metrics."""
     columns = (
         TextColumn("[bold]{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=12),  # the rest fits into 80 columns
         MofNCompleteColumn(),
         TextColumn("accuracy {task.fields[accuracy]}  reward {task.fields[reward]}  {task.fields[rate]} tokens/s"),
-        TimeElapsedColumn(),
         TextColumn("left {task.fields[left]}"),
     )
     left = TimeLeft(clock())
