@@ -33,7 +33,7 @@ class GuardsConfig(Settings):
     """length_collapse: running mean of response lengths / their early mean."""
     length_high: float = Field(4.0, gt=1)
     """length_explosion: the same, above."""
-    entropy_floor: NonNegativeFloat = 0.01
+    entropy_floor: NonNegativeFloat = 0.005
     """entropy_collapse: nats per token."""
     explained_variance_floor: float = -2.0
     """value_divergence: explained variance of the value model."""

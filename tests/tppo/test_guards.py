@@ -54,7 +54,7 @@ def test_a_warning_is_one_line_with_step_name_what_was_seen_and_a_remedy():
     for step in (1, 2, 3):
         memory, changes = check({"step": step, "actor/entropy": 0.004}, memory, CONFIG)
     assert [change.text for change in changes] == [
-        "step 3: entropy_collapse: entropy 0.004 nats, threshold 0.01, for 3 steps; raise algorithm.entropy_coef, or "
+        "step 3: entropy_collapse: entropy 0.004 nats, threshold 0.005, for 3 steps; raise algorithm.entropy_coef, or "
         "go on from an earlier checkpoint with a lower learning rate"
     ]
 
