@@ -116,6 +116,11 @@ class Run:
         return self._table("evaluations")
 
     @cached_property
+    def samples(self) -> pd.DataFrame:
+        """Empty where none were asked for, and in runs of toolkits that kept no such table."""
+        return self._table("samples")
+
+    @cached_property
     def devices(self) -> pd.DataFrame:
         return self._table("devices")
 

@@ -6,6 +6,7 @@
     rollouts/step-N.parquet ROLLOUTS: a row per (response, step)
     engine/step-N.parquet   ENGINE: decode spans of constant batch, and prefills
     evaluations/step-N.parquet EVALUATIONS: a row per graded response of an evaluation; absent where there is none
+    samples/step-N.parquet  SAMPLES: some responses of the step, as text; absent where none were asked for
     devices/part-N.parquet  DEVICES: samples of GPUs and of the host
     windows/part-N.parquet  WINDOWS: what drivers and counters averaged themselves
     ledger.parquet          LEDGER: GPU-seconds by step, GPU and cause
@@ -165,6 +166,20 @@ EVALUATIONS = _columns(
     nullable=("step", "answer"),
 )
 
+SAMPLES = _columns(
+    ("step", _INT),
+    ("row", _INT),
+    ("prompt", _TEXT),  # as the model sees it, special tokens included; so is the response, over all windows
+    ("response", _TEXT),
+    ("answer", _TEXT),  # as the reward read it; null: none
+    ("reward", _FLOAT),  # this and the next: null while unfinished
+    ("correct", _BOOL),
+    ("tokens", _INT),  # of the response, over all windows
+    ("finished", _BOOL),
+    ("policy_version", _INT),  # of the last window
+    nullable=("answer", "reward", "correct"),
+)
+
 LEDGER = _columns(
     ("step", _INT),  # -1: outside every step
     ("gpu", _INT),
@@ -176,10 +191,18 @@ TABLES = {
     "rollouts": ROLLOUTS,
     "engine": ENGINE,
     "evaluations": EVALUATIONS,
+    "samples": SAMPLES,
     "devices": DEVICES,
     "windows": WINDOWS,
 }
-PART_NAMES = {"rollouts": "step", "engine": "step", "evaluations": "step", "devices": "part", "windows": "part"}
+PART_NAMES = {
+    "rollouts": "step",
+    "engine": "step",
+    "evaluations": "step",
+    "samples": "step",
+    "devices": "part",
+    "windows": "part",
+}
 
 TRACE_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "header": {

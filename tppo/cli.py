@@ -98,6 +98,11 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     profile.add_argument("--pid", type=int, help="sample beside a process that runs already, until it ends")
     profile.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
 
+    samples = add("samples", _samples, "show what the policy wrote in a step")
+    samples.add_argument("run_directory", type=Path, metavar="RUN")
+    samples.add_argument("--step", type=int, help="of which step (default: the last that has samples)")
+    samples.add_argument("--json", action="store_true", help="print whole texts as JSON")
+
     watch = add("watch", _watch, "show a run as it goes on: phases, devices, idle causes, alarms")
     watch.add_argument("run_directory", type=Path, metavar="RUN")
     watch.add_argument("--once", action="store_true", help="print the run so far and exit")
@@ -217,6 +222,13 @@ def _profile(options: argparse.Namespace, rest: Sequence[str]) -> int:
         words, interval_s=options.interval, output=options.output, links=options.links,
         environment=environment(options.adapter, os.environ),
     )  # fmt: skip
+
+
+def _samples(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from tppo.commands.samples import run_samples
+
+    run_samples(options.run_directory, step=options.step, as_json=options.json)
+    return 0
 
 
 def _watch(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from profiling.settings import Settings
+from tppo.guards import GuardsConfig
+from tppo.tracking.settings import LoggingConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -318,6 +320,8 @@ class RunConfig(Settings):
     train: LoopConfig = LoopConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     profile: ProfileConfig = ProfileConfig()
+    logging: LoggingConfig = LoggingConfig()
+    guards: GuardsConfig = GuardsConfig()
     parallel: ParallelConfig = ParallelConfig()
 
     @property

@@ -1,4 +1,4 @@
-"""What a training run shows on the terminal, and how Ctrl-C and SIGTERM reach it."""
+"""How Ctrl-C and SIGTERM reach a training run."""
 
 import signal
 import sys
@@ -6,12 +6,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from tppo.config import RunConfig
-from tppo.evaluation.graded import Graded
 
 
 @dataclass
@@ -50,23 +44,3 @@ def stop_on_signal() -> Iterator[Stop]:
         yield stop
     finally:
         as_before()
-
-
-@contextmanager
-def progress_bar(show: bool, config: RunConfig) -> Iterator[Any]:
-    name = config.output.name if config.output else ""
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("accuracy {task.fields[accuracy]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, disable=not show, transient=False) as progress:
-        bar = progress.add_task(name, total=config.train.steps, accuracy="-")
-
-        def advance(step: int, accuracy: Graded | None) -> None:
-            shown = f"{accuracy.mean:.2f}" if accuracy else "-"
-            progress.update(bar, completed=step, accuracy=shown)
-
-        yield advance

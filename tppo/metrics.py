@@ -61,6 +61,8 @@ def step_metrics(
         "response_length/clip_ratio": _mean([n >= max_response_tokens for n in lengths]),
         "prompt_length/mean": _mean([len(row.prompt_ids) for row in rows]),
         "critic/score/mean": _mean(scores),
+        "critic/score/max": max(scores, default=None),
+        "critic/score/min": min(scores, default=None),
         "critic/rewards/mean": _mean(scores),
         "critic/advantages/mean": _statistic(advantages, torch.mean),
         "critic/advantages/std": _statistic(advantages, lambda a: a.std(correction=0)),
@@ -107,14 +109,16 @@ def model_flops_utilisation(
 
 
 def _value_metrics(batch: ValueBatch | None) -> dict[str, float | None]:
-    names = ("critic/returns/mean", "critic/values/mean", "critic/vf_explained_var")
+    names = ("critic/returns/mean", "critic/values/mean", "critic/values/max", "critic/values/min",
+             "critic/vf_explained_var")  # fmt: skip
     if batch is None or not batch.spans.rows:
         return dict.fromkeys(names)
     valid = batch.spans.valid
     targets, values = batch.targets[valid], batch.old_values[valid]
     variance = targets.var(correction=0).item()
     explained = 1 - (targets - values).var(correction=0).item() / variance if variance > 0 else None
-    return dict(zip(names, (targets.mean().item(), values.mean().item(), explained), strict=True))
+    found = (targets.mean().item(), values.mean().item(), values.max().item(), values.min().item(), explained)
+    return dict(zip(names, found, strict=True))
 
 
 def _mean(values: Sequence[float]) -> float | None:

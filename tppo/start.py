@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from tppo.run_records import header_of
 from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, Truncated
 from tppo.state import new_state
 from tppo.torch_traces import steps_of
+from tppo.tracking.protocol import About
+from tppo.tracking.tracker import Tracker, check_trackers
 from tppo.trainer import Outcome, Trainer
 
 DATA_JSON = "data.json"
@@ -63,6 +65,7 @@ def trainer_for(config: RunConfig, *, resume: bool | Path = False) -> Iterator[T
     model, parallel = config.model, config.parallel
     with joined_ranks(device=model.device, dtype=model.dtype, replicas=parallel.replicas) as ranks:
         check_it_fits_the_ranks(config, ranks)
+        ranks.everyones(lambda: check_trackers(config.logging) if ranks.main else None)
         source = config.output if resume is True else resume or None
         found = ranks.everyones(lambda: checkpoint_of(config, source, ranks) if ranks.main else None)[0]
         with _trainer_of_rank(config, found, ranks) as trainer:
@@ -109,10 +112,11 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks) -> It
             sampler_interval_s=config.profile.interval_s if config.profile.sampler and ranks.main else None,
             links=config.profile.links,
         )
-        with profiler:
+        with profiler, ExitStack() as stack:
             for record in notes_of(offsets):
                 profiler.trace(record)
             sampling = sampling_of(config, tokenizer, ranks)
+            tracker = stack.enter_context(tracked(config, found, ranks, profiler))
             trainer = Trainer(
                 config,
                 state,
@@ -125,10 +129,32 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks) -> It
                 writer,
                 profiler,
                 ranks,
+                tracker,
             )
             if restored is not None:
                 set_global_random_state(restored.global_random_state)  # last: what is built above may draw
             yield trainer
+
+
+@contextmanager
+def tracked(config: RunConfig, found: Found | None, ranks: Ranks, profiler: Profiler) -> Iterator[Tracker]:
+    """The run's trackers, on the rank that writes. A run that has ended well has closed them itself."""
+    assert config.output is not None
+    if not ranks.main:
+        yield Tracker()
+        return
+    about = About(
+        config.output, config.logging, config.model_dump(mode="json"),
+        resumed_after=found.manifest.step if found else None,
+    )  # fmt: skip
+    tracker = Tracker.of(about, note=lambda text: profiler.trace({"type": "note", "text": text}))
+    try:
+        yield tracker
+    except KeyboardInterrupt:
+        tracker.finish("interrupted")
+        raise
+    finally:
+        tracker.finish("failed")
 
 
 def open_run(

@@ -65,6 +65,8 @@ class TrainingState:
     """Of every evaluation so far."""
     evaluated_step: int | None = None
     """Of the last of them."""
+    guards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the guards remember (tppo.guards), plain JSON."""
 
 
 def new_state(

@@ -1,6 +1,8 @@
 """The training loop: roll out, grade, score, update value, update policy. Read it top to bottom."""
 
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,16 +10,19 @@ import torch
 
 from profiling import Profiler
 from profiling.errors import RunError
+from profiling.schema import SAMPLES
 from profiling.writer import RunWriter
 from tppo.algorithms.geppo import next_learning_rate, reuse_weights
 from tppo.checkpoints.content import save_checkpoint
 from tppo.checkpoints.store import prune_checkpoints
-from tppo.collect import Collector, StepTimes
+from tppo.collect import Collected, Collector, StepTimes
 from tppo.config import RunConfig
-from tppo.console import Stop, progress_bar, stop_on_signal
+from tppo.console import Stop, stop_on_signal
 from tppo.data.problem import Problem, Task
 from tppo.evaluation.evaluate import evaluate, evaluation_sampling, evaluation_slots, longest_prompt_of
 from tppo.evaluation.graded import Graded, validation_metrics, validation_names
+from tppo.evidence import keeping_evidence
+from tppo.guards import check, guard_metrics
 from tppo.learner.estimates import estimate, monte_carlo_batch, policy_spans, score_log_probs, score_values
 from tppo.learner.policy_update import additive_width, total_variation, update_policy
 from tppo.learner.recipe import recipe_of
@@ -28,14 +33,17 @@ from tppo.metrics import model_flops_utilisation, step_metrics
 from tppo.models.policy import describe_model
 from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.probe import DriftProbe
+from tppo.progress import progress_bar
 from tppo.rewards.protocol import Reward, RewardError, grade_metrics
 from tppo.rollout.drive import engine_faults
 from tppo.rollout.engines import evaluation_engine
 from tppo.rollout.protocol import EngineError, RolloutEngine, Sampling
 from tppo.run_records import finish_run, write_step
+from tppo.samples import chosen, sample_records
 from tppo.schedule import Schedule
 from tppo.state import TrainingState
 from tppo.torch_traces import DeviceTimes, TorchProfile, steps_of
+from tppo.tracking.tracker import Tracker
 
 EVALUATIONS_TO_STOP = 3
 """`train.stop_at_accuracy` is reached when the mean of this many consecutive evaluations is."""
@@ -68,9 +76,11 @@ class Trainer:
         writer: RunWriter,
         profiler: Profiler,
         ranks: Ranks = SINGLE,
+        tracker: Tracker | None = None,
     ) -> None:
         self.config = config
         self.ranks = ranks
+        self.tracker = tracker or Tracker()
         self.recipe = recipe_of(config)
         self.state = state
         self.schedule = schedule
@@ -82,6 +92,7 @@ class Trainer:
         self.profiler = profiler
         self.clock = profiler.now
         self.saved_step: int | None = None
+        self.last_metrics: dict[str, Any] | None = None
         self.pad_token_id = state.tokenizer.pad_token_id
         self.probe = DriftProbe()
         self.dimensions = describe_model(state.policy)
@@ -101,13 +112,18 @@ class Trainer:
     def run(self, show_progress: bool) -> Outcome:
         config, state = self.config, self.state
         accuracy: Graded | None = None
-        with stop_on_signal() as stop, progress_bar(show_progress and self.ranks.main, config) as advance:
+        bar = progress_bar(
+            show_progress and self.ranks.main, self.writer.path.name, total_steps=config.train.steps,
+            done_steps=state.step,
+        )  # fmt: skip
+        with stop_on_signal() as stop, bar as advance:
             if not state.started:
                 if config.evaluation.every:
                     accuracy, found = self.evaluate(step=0)
                     times = {"time_s": self.clock(), "clock_s": 0.0}
-                    self.writer.metrics({"step": 0, **times, **found})
-                self.pretrain_value()
+                    self.log({"step": 0, **times, **found})
+                with self.keeping_evidence(step=0):
+                    self.pretrain_value()
                 state.started = True
             while state.step < config.train.steps and not self.asked_to_stop(stop) and not self.score_reached():
                 state.step += 1
@@ -122,10 +138,10 @@ class Trainer:
                     accuracy, found = self.evaluate(state.step)
                     metrics |= found
                     due = due or self.is_a_best_to_keep()
-                self.writer.metrics(metrics)
+                self.log(metrics | self.guarded(metrics))
                 if due:
                     self.checkpoint()
-                advance(state.step, accuracy)
+                advance(state.step, accuracy.mean if accuracy else None, metrics)
             self.torch_profile.finish(state.step)
             if self.on_device:
                 self.on_device.collect(everything=True)
@@ -135,6 +151,7 @@ class Trainer:
             wall_s = self.profiler.finish(status)
             if self.ranks.main:
                 finish_run(self.writer, self.schedule, config, wall_s, self.ranks.world)
+            self.tracker.finish(status)
         return Outcome(status, state.step, accuracy.mean if accuracy else None, stop.signal, self.ranks.rank)
 
     def asked_to_stop(self, stop: Stop) -> bool:
@@ -146,7 +163,8 @@ class Trainer:
     def train_step_or_save(self, step: int) -> dict[str, Any]:
         """A step; when engine or reward fail in it, everything as it was before it goes into a checkpoint first."""
         try:
-            return self.train_step(step)
+            with self.keeping_evidence(step):
+                return self.train_step(step)
         except (EngineError, RewardError) as error:
             self.state.step = step - 1
             self.collector.undo()
@@ -223,6 +241,7 @@ class Trainer:
         write_step(self.writer, step, got, trained_tokens=trained)
         end = self.clock()
         state.clock_s += end - start
+        self.log_samples(step, got)
         return {
             "step": step,
             "time_s": end,
@@ -239,6 +258,38 @@ class Trainer:
             "actor/lr": lr,
             **dict.fromkeys(validation_names(config.evaluation.samples)),
         }  # fmt: skip
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """A row of metrics, to metrics.jsonl and the trackers."""
+        self.last_metrics = metrics
+        self.writer.metrics(metrics)
+        self.tracker.metrics(metrics)
+
+    def guarded(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Let the guards look at the step; returns their metrics. All ranks see the same, one of them says it."""
+        startup = self.schedule.startup_steps(self.config.rollout.max_response_tokens)
+        self.state.guards, changes = check(metrics, self.state.guards, self.config.guards, startup_steps=startup)
+        for change in changes:
+            note = {"type": "note", "text": change.text, "guard": change.name, "raised": change.raised}
+            self.profiler.trace({**note, "step": metrics["step"]})
+            if change.raised and self.ranks.main:
+                print(f"tppo: warning: {change.text}", file=sys.stderr)
+        return guard_metrics(self.state.guards)
+
+    def keeping_evidence(self, step: int) -> AbstractContextManager[None]:
+        return keeping_evidence(self.writer.path, step, self.ranks, self.last_metrics)
+
+    def log_samples(self, step: int, got: Collected) -> None:
+        """Outside the training clock: it is no part of training."""
+        every = self.config.logging.samples_every
+        if not self.ranks.main or every == 0 or step % every:
+            return
+        rows = chosen([*got.rows, *got.discarded], self.config.logging.samples)
+        if not rows:
+            return
+        records = sample_records(step, rows, self.state.tokenizer, self.reward)
+        self.writer.table("samples", step, {name: [r[name] for r in records] for name in SAMPLES.names})
+        self.tracker.samples(step, records)
 
     def sync_weights(self, times: StepTimes) -> None:
         with times.phase("weight_sync"), engine_faults(times.step):

@@ -100,7 +100,7 @@ def test_tables_and_scalars_hold_what_the_run_holds(tmp_path, run, capsys):
     assert main(["export", str(run.path), "--format", "tensorboard", "--output", str(tmp_path / "a file")]) == 2
     assert "cannot be created: File exists" in capsys.readouterr().err
     assert main(["export", str(run.path), "--format", "xml"]) == 2
-    assert "--format xml: not one of chrome, csv, parquet, tensorboard, wandb" in capsys.readouterr().err
+    assert "--format xml: not one of chrome, csv, huggingface, parquet, tensorboard, wandb" in capsys.readouterr().err
 
 
 def test_an_offline_wandb_run_holds_metrics_by_step_and_devices_by_second(tmp_path, run, capsys):
@@ -112,17 +112,9 @@ def test_an_offline_wandb_run_holds_metrics_by_step_and_devices_by_second(tmp_pa
         run.path / "devices" / "part-000000.parquet", samples | {"power_watts": [100.0, 300.0, 50.0]}, DEVICES
     )
     assert main(["export", str(run.path), "--format", "wandb", "--output", str(tmp_path / "w")]) == 0
-    from wandb.proto.wandb_internal_pb2 import Record
+    from tests.tppo.wandb_file import history_of
 
-    content, rows, at = next((tmp_path / "w").rglob("*.wandb")).read_bytes(), [], 7
-    assert len(content) < 32_768  # one block of LevelDB's log format: checksum, length, type, record
-    while at + 7 <= len(content):
-        size = int.from_bytes(content[at + 4 : at + 6], "little")
-        record = Record()
-        record.ParseFromString(content[at + 7 : at + 7 + size])
-        at += 7 + size
-        items = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
-        rows += [{k: v for k, v in items.items() if not k.startswith("_")}] if items else []
+    rows = history_of(next((tmp_path / "w").rglob("*.wandb")))
     assert rows == [
         {"step": 1, "time_s": 3.0, "critic/score/mean": 0.25}, {"step": 2, "time_s": 6.0, "critic/score/mean": 0.5},
         {"second": 0, "device/GPU-a/power_watts": 200.0}, {"second": 1, "device/GPU-a/power_watts": 50.0},

@@ -295,7 +295,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_weights(make_
         calls.append(1)
         return torch.tensor(float("nan") if len(calls) > 8 else 1.0)
 
-    monkeypatch.setattr(step.nn.utils, "clip_grad_norm_", broken)
+    monkeypatch.setattr(step.nn.utils, "get_total_norm", broken)
     with pytest.raises(RunError, match="gradient is not finite"):
         train(config, show_progress=False)
     weights = torch.load(

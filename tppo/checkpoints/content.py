@@ -7,7 +7,7 @@
     optimizers/                 the same where models are sharded, safetensors of each rank
     random.pt                   both generators of the run, and every global random state
     progress.json               step, position in the data, weight updates, clock, learning-rate factor, accuracies,
-                                which rows carry over, are rolled out ahead, or train again
+                                what the guards remember, which rows carry over, are rolled out ahead, or train again
     rows.safetensors            those rows' tokens, log-probabilities and values
     manifest.json               whose it is, and the checksum of each file (tppo.checkpoints.manifest)
 
@@ -52,7 +52,7 @@ from tppo.state import Ahead, TrainingState
 POLICY, PROXIMAL, OPTIMIZERS, RANDOM = "policy", "proximal_policy.safetensors", "optimizers.pt", "random.pt"
 PROGRESS, ROWS = "progress.json", "rows.safetensors"
 PLAIN = (
-    "step", "next_row", "policy_version", "clock_s", "accuracies", "evaluated_step", "lr_scale", "started",
+    "step", "next_row", "policy_version", "clock_s", "accuracies", "evaluated_step", "lr_scale", "started", "guards",
 )  # fmt: skip
 """Fields of the state that progress.json holds as they are."""
 FAULTS = (
@@ -159,7 +159,7 @@ def restore(state: TrainingState, checkpoint: Path) -> Restored:
     DataError."""
     try:
         generators = torch.load(checkpoint / RANDOM, weights_only=True)
-        progress = json.loads((checkpoint / PROGRESS).read_bytes())
+        progress = {"guards": {}, **json.loads((checkpoint / PROGRESS).read_bytes())}  # before guards: nothing known
         rows = rows_of(progress["rows"], load_file(checkpoint / ROWS))
         if state.value_model is not None:
             load_weights(state.value_model, load_file(checkpoint / VALUE_MODEL))

@@ -12,6 +12,9 @@ from profiling.errors import ConfigError, DataError, InputError
 from profiling.exports import chrome_trace
 from profiling.reader import Run
 from profiling.writer import write_atomically
+from tppo.tracking.packages import check_package
+from tppo.tracking.scalars import scalars_of
+from tppo.tracking.to_wandb import begin_wandb, end_wandb
 
 DEFAULTS = {
     "chrome": "trace.json",
@@ -68,6 +71,7 @@ def write_tables(run: Run, directory: Path, form: str) -> None:
         "rollouts": run.rollouts,
         "engine": run.engine,
         "evaluations": run.evaluations,
+        "samples": run.samples,
         "devices": run.devices,
         "windows": run.windows,
         "ledger": pd.DataFrame() if run.ledger is None else run.ledger,
@@ -82,10 +86,9 @@ def write_tables(run: Run, directory: Path, form: str) -> None:
 
 def write_tensorboard(run: Run, directory: Path) -> None:
     """metrics.jsonl by training step, devices by whole second of the run."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError("--format tensorboard: needs the package tensorboard; install it") from None
+    check_package("tensorboard", asked_by="--format tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
     _prepare(run, directory, "events.out.tfevents.*")
     zero = run.header["unix_time_s"] or 0.0
     with SummaryWriter(str(directory)) as writer:
@@ -96,28 +99,20 @@ def write_tensorboard(run: Run, directory: Path) -> None:
 
 def write_wandb(run: Run, directory: Path) -> None:
     """The same as an offline run of wandb, which `wandb sync` uploads. Nothing is sent."""
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError("--format wandb: needs the package wandb; install it") from None
+    check_package("wandb", asked_by="--format wandb")
     _prepare(run, directory, "wandb")
-    quiet = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
-    with wandb.init(mode="offline", dir=str(directory), project="tppo", name=run.name, settings=quiet) as target:
-        target.define_metric("*", step_metric="step", step_sync=False)
-        target.define_metric("device/*", step_metric="second", step_sync=False)
-        for axis, place, _, values in scalars(run):
-            target.log({axis: place, **values})
-    wandb.teardown()  # its service writes the file after the run has finished; wait for it
+    target = begin_wandb(directory, project="tppo", name=run.name)
+    target.define_metric("device/*", step_metric="second", step_sync=False)
+    for axis, place, _, values in scalars(run):
+        target.log({axis: place, **values})
+    end_wandb(target)
 
 
 def scalars(run: Run) -> Iterator[tuple[str, int, float, dict[str, float]]]:
     """(axis, place on it, seconds from the start of the run, name -> value): rows of metrics by `step`, means of the
     devices' samples by `second`."""
     for row in run.metrics.to_dict("records"):
-        values = {
-            str(k): float(v) for k, v in row.items() if k != "step" and isinstance(v, int | float) and pd.notna(v)
-        }
-        yield "step", int(row["step"]), float(row.get("time_s", 0.0)), values
+        yield "step", int(row["step"]), float(row.get("time_s", 0.0)), scalars_of(row)
     seconds = run.devices.assign(second=run.devices.t.astype(int)).groupby(["second", "device"])
     for (second, device), row in seconds.mean(numeric_only=True).drop(columns="t").iterrows():
         values = {f"device/{device}/{name}": float(value) for name, value in row.dropna().items()}

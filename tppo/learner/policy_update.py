@@ -1,7 +1,8 @@
 """The policy's update: epochs of mini-batches, each summed over micro-batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ from tppo.algorithms.recipes import Recipe
 from tppo.config import RunConfig
 from tppo.learner.batch import MicroBatch, Spans, in_micro_batches, mini_batches, pick
 from tppo.learner.estimates import PolicyBatch, score_log_probs
+from tppo.learner.finite import Found, check_loss, found_in, of_rows
 from tppo.learner.mismatch import importance_weights, mismatch_metrics
 from tppo.learner.step import step_optimizer
-from tppo.models.policy import token_log_probs
+from tppo.models.policy import Scored, token_log_probs
 from tppo.parallel.ranks import SINGLE, Ranks
 
 
@@ -107,7 +109,8 @@ def update_policy(
             optimizer.zero_grad()
             sums.losses.append({})
             _accumulate(model, batch, members, recipe, config, pad_token_id, proximal, ranks, sums)
-            sums.norms.append(step_optimizer(model, optimizer, config, "policy"))
+            with of_rows([batch.spans.rows[i] for i in members]):
+                sums.norms.append(step_optimizer(model, optimizer, config, "policy"))
             batch.spans.work.updates += 1
             if proximal is not None:
                 proximal.update(model)
@@ -175,6 +178,7 @@ def _accumulate(
             lm_weight = lm_weights[group][demonstrated[group]].to(ranks.device)
             terms["lm_loss"] = -_lm_coef(recipe, config) * (lm_weight * scored.log_probs[picked:]).sum()
         loss = torch.stack(list(terms.values())).sum()
+        check_loss(loss, "policy", ranks, partial(_found, model, spans, group, asked, terms, scored, tokens))
         (loss * (ranks.world if counts else 0)).backward()  # shards take the mean over the ranks
         if not counts:
             continue
@@ -202,6 +206,20 @@ class _Tokens:
         here = batch.mask[group]
         tables = (batch.behaviour, batch.current, batch.advantages, weights, batch.sampled_now, batch.reference)
         return cls(*(None if table is None else table[group][here].to(device) for table in tables))  # type: ignore
+
+
+def _found(
+    model: PreTrainedModel, spans: Spans, group: Sequence[int], asked: MicroBatch, terms: Mapping[str, Tensor],
+    scored: Scored, tokens: _Tokens,
+) -> Found:  # fmt: skip
+    """What is known of a micro-batch whose loss is not finite."""
+    known = {field.name: getattr(tokens, field.name) for field in fields(tokens)}
+    tensors = {
+        **{name: getattr(asked, name) for name in ("input_ids", "row", "column", "targets")},
+        **{name: tensor for name, tensor in known.items() if tensor is not None},
+        "log_probs": scored.log_probs, "entropy": scored.entropy, **terms,
+    }  # fmt: skip
+    return found_in(model, tensors, [spans.rows[i] for i in group])
 
 
 def _joined(part: MicroBatch, more: MicroBatch) -> MicroBatch:

@@ -1,24 +1,21 @@
 """One optimiser step, guarded, and its learning rate."""
 
-import math
-
 import torch
 from torch import nn
 
-from profiling.errors import RunError
 from tppo.config import RunConfig
+from tppo.learner.finite import check_gradient
 from tppo.parallel.tensors import whole
 
 
 def step_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, name: str) -> float:
-    """Clip the gradient and take the step; returns the norm before clipping. Raises RunError, with the weights as
-    they were, when the gradient is not finite."""
-    norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)))
-    if not math.isfinite(norm):
-        raise RunError(
-            f"the {name}'s gradient is not finite; its weights are left as they were, and no checkpoint is written: "
-            "go on from the last one with a lower learning rate"
-        )
+    """Clip the gradient and take the step; returns the norm before clipping. Raises NotFinite, with the weights and
+    the gradient as they were, when the norm is not finite."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    total = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = float(whole(total))
+    check_gradient(norm, model, name)  # before clipping, which would spread a NaN to every parameter
+    nn.utils.clip_grads_with_norm_(parameters, config.optimizer.max_grad_norm, total)
     optimizer.step()
     return norm
 

@@ -1,5 +1,6 @@
 """The value model's update, on its own rows, optimiser, mini-batches and micro-batches."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from tppo.algorithms.recipes import Recipe
 from tppo.config import RunConfig
 from tppo.learner.batch import in_micro_batches, mini_batches, pick
 from tppo.learner.estimates import ValueBatch
+from tppo.learner.finite import check_loss, found_in, of_rows
 from tppo.learner.step import step_optimizer
 from tppo.models.value import ValueModel
 from tppo.parallel.ranks import SINGLE, Ranks
@@ -47,12 +49,17 @@ def update_value(
                 )
                 values = model(part.input_ids, part.row, part.column)
                 loss = value_loss(values, targets, weight, old_values=old, clip=clip)
+                known = {"input_ids": part.input_ids, "row": part.row, "column": part.column, "values": values,
+                         "returns": targets, "weights": weight, "old_values": old, "loss": loss}  # fmt: skip
+                rows = [spans.rows[i] for i in group]
+                check_loss(loss, "value model", ranks, partial(found_in, model, known, rows))
                 (loss * (ranks.world if counts else 0)).backward()  # shards take the mean over the ranks
                 if counts:
                     spans.work.backward(part.lengths, outputs=len(part.targets))
                     total += loss.item()
             losses.append(total)
-            norms.append(step_optimizer(model, optimizer, config, "value model"))
+            with of_rows([spans.rows[i] for i in members]):
+                norms.append(step_optimizer(model, optimizer, config, "value model"))
             spans.work.updates += 1
     losses = [sum(shares) for shares in zip(*ranks.gather(losses), strict=True)]
     return {
