@@ -327,3 +327,17 @@ def test_a_rank_on_another_host_learns_the_first_ones_clock(tmp_path):
     (note,) = notes_of([Offset(0.0, 0.0), Offset(offset, uncertainty)])
     assert f"rank 1 is on another host: {offset:+.6f} s" in note["text"]
     assert notes_of([Offset(0.0, 0.0), Offset(0.0, 0.0)]) == []
+
+
+def test_a_port_in_use_is_one_line(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"),
+                            ("MASTER_PORT", str(taken.getsockname()[1]))):  # fmt: skip
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match="the 2 ranks cannot join: .*; start them with torchrun") as error:
+            with joined_ranks(device="cpu"):
+                pass
+    assert "\n" not in str(error.value)
+    assert "address already in use" in str(error.value)
