@@ -24,6 +24,18 @@ class ModelConfig(Settings):
     """Attention of the training passes; flash_attention_2 needs the package flash-attn, bfloat16 and a GPU."""
     activation_checkpointing: bool = False
     """Compute each layer's activations again on the way back instead of keeping them."""
+    trust_remote_code: bool = False
+    """Execute modelling code that comes with the model (model.path and value.path): whoever wrote it can do what you
+    can."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of low-rank adapters (extra `lora`); only they train, the policy's own weights stay. 0: all weights
+    train."""
+    lora_alpha: PositiveFloat | None = None
+    """Adapters count lora_alpha / lora_rank times; left out: twice the rank."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before adapters, in passes with gradient only: the policy that samples and is scored has none."""
+    lora_targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Linear layers that get adapters: all of the decoder layers, or a list of their names, ["q_proj", "v_proj"]."""
 
 
 class ParallelConfig(Settings):

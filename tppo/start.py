@@ -72,7 +72,10 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks) -> It
     """found: the checkpoint to go on from."""
     assert config.output is not None
     model_path = str(found.path / POLICY) if found else config.model.path
-    policy, tokenizer = load_policy(model_path, attention=config.model.attention)
+    start = config.model.path if config.model.lora_rank else model_path  # adapters are restored beside their base
+    policy, tokenizer = load_policy(
+        start, attention=config.model.attention, trust_remote_code=config.model.trust_remote_code
+    )
     problems = problems_of(config, tokenizer)
     if found is not None:
         check_problems_are_the_same(config.output, problems)

@@ -15,6 +15,7 @@ from tppo.algorithms.ewma import ProximalPolicy, beta_for
 from tppo.algorithms.recipes import RECIPES
 from tppo.config import RunConfig
 from tppo.models.activations import checkpoint_activations
+from tppo.models.lora import add_adapters
 from tppo.models.policy import load_policy
 from tppo.models.value import VALUE_MODEL, ValueModel
 from tppo.parallel.ranks import SINGLE, Ranks, compute_dtype
@@ -45,7 +46,8 @@ class TrainingState:
     proximal: ProximalPolicy | None = None
     """ppo-ewma's; else None."""
     reference: PreTrainedModel | None = None
-    """The model the run started from, where there is a KL penalty; else None."""
+    """The model the run started from, where there is a KL penalty; else None. The policy itself where it has adapters:
+    they are then turned off."""
     step: int = 0
     next_row: int = 0
     policy_version: int = 0
@@ -76,14 +78,17 @@ def new_state(
     value_model = ValueModel(policy) if recipe.has_value_model else None
     if value_model is not None and config.value.path:
         load_value_model(value_model, Path(config.value.path))
+    if config.model.lora_rank:
+        add_adapters(policy, config.model, config.train.seed)
     updates = config.train.epochs * config.train.mini_batches
     proximal = None
     if recipe.proximal == "ewma":
         proximal = ProximalPolicy(policy, config.algorithm.ewma_beta or beta_for(updates))
     reference = None
     if config.algorithm.kl_coef:
-        reference = load_policy(config.model.path, attention=config.model.attention)[0].requires_grad_(False)
-    for model in (policy, value_model, reference, proximal.model if proximal else None):
+        reference = policy if config.model.lora_rank else started_from(config)
+    besides = None if reference is policy else reference
+    for model in (policy, value_model, besides, proximal.model if proximal else None):
         if model is not None:
             place(model, config, ranks)
     if proximal is not None:
@@ -91,7 +96,11 @@ def new_state(
 
     def adamw(parameters: Any, lr: float) -> torch.optim.AdamW:
         return torch.optim.AdamW(
-            parameters, lr=lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+            [p for p in parameters if p.requires_grad],
+            lr=lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
 
     return TrainingState(
@@ -105,6 +114,14 @@ def new_state(
         proximal=proximal,
         reference=reference,
     )
+
+
+def started_from(config: RunConfig) -> PreTrainedModel:
+    """Frozen."""
+    model, _ = load_policy(
+        config.model.path, attention=config.model.attention, trust_remote_code=config.model.trust_remote_code
+    )
+    return model.requires_grad_(False)
 
 
 def place(model: nn.Module, config: RunConfig, ranks: Ranks) -> None:

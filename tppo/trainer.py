@@ -24,6 +24,8 @@ from tppo.learner.recipe import recipe_of
 from tppo.learner.step import set_learning_rate
 from tppo.learner.value_update import update_value
 from tppo.metrics import step_metrics
+from tppo.models.lora import adapters_off
+from tppo.models.policy import padding_of
 from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.probe import DriftProbe
 from tppo.rewards.protocol import Reward, RewardError, grade_metrics
@@ -78,7 +80,7 @@ class Trainer:
         self.profiler = profiler
         self.clock = profiler.now
         self.saved_step: int | None = None
-        self.pad_token_id = state.tokenizer.pad_token_id
+        self.pad_token_id = padding_of(state.tokenizer)
         self.probe = DriftProbe()
         self.on_device = DeviceTimes(profiler) if config.profile.cuda_events else None
         self.torch_profile = TorchProfile(profiler, steps_of(config.profile.torch_steps) if ranks.main else None)
@@ -171,7 +173,7 @@ class Trainer:
             with times.phase("logprob_forward", spans.work):
                 current = score_log_probs(state.policy, spans, config, pad, self.ranks)
         if state.reference is not None:
-            with times.phase("reference_forward", spans.work):
+            with times.phase("reference_forward", spans.work), adapters_off(state.reference):
                 reference = score_log_probs(state.reference, spans, config, pad, self.ranks)
         with times.phase("value_forward" if state.value_model else "reward", spans.work):
             if state.value_model:
