@@ -224,7 +224,9 @@ class VllmConfig(Settings):
 
 class ValueConfig(Settings):
     path: str = ""
-    """Checkpoint of another run to take the value model from; left out: the policy's backbone with a new head."""
+    """Where the value model starts: the checkpoint of a run, or a Hugging Face folder or hub name of a reward model
+    with one output (a sequence or token classifier) and the policy's tokenizer; left out: the policy's backbone with
+    a new head."""
     pretrain_rows: NonNegativeInt = 256
     """Rows of the warm start's policy on which the value model is trained before the first step."""
     pretrain_epochs: PositiveInt = 2

@@ -24,6 +24,7 @@ from tppo.data.tasks import Problems, problems_of
 from tppo.evaluation.evaluate import longest_prompt_of
 from tppo.learner.recipe import recipe_of
 from tppo.models.policy import architecture_of, describe_model, load_policy
+from tppo.models.value_source import check_value_rows_fit
 from tppo.parallel.clocks import notes_of, offsets_to_main
 from tppo.parallel.ranks import Ranks, joined_ranks
 from tppo.parallel.rollout import check_schedule_fits
@@ -84,12 +85,14 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks) -> It
     longest_prompt = max(problems.task.longest_prompt(tokenizer), longest_prompt_of(problems.held_out, tokenizer))
     check_rows_fit(config, policy, tokenizer, longest_prompt)
     state = new_state(policy, tokenizer, config, ranks)
+    row_tokens = longest_prompt + config.rollout.max_response_tokens
+    check_value_rows_fit(state.value_model, config.value.path, row_tokens)
     restored = restore(state, found.path) if found else None
     time_s = restored.time_s if restored else 0.0
     schedule = schedule_of(config)
     engine = make_engine(
         config, policy, tokenizer, model_path=model_path, slots=slots_of(config, schedule, ranks),
-        max_tokens=longest_prompt + config.rollout.max_response_tokens, generator=state.rollout_generator,
+        max_tokens=row_tokens, generator=state.rollout_generator,
         clock=lambda: profiler.now(),
     )  # fmt: skip
     engine.update_weights(state.policy_version)

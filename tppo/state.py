@@ -1,23 +1,20 @@
 """Everything a training run needs to go on: models, optimisers, random states, unfinished rows, data position."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from profiling.errors import ConfigError
 from tppo.algorithms.ewma import ProximalPolicy, beta_for
 from tppo.algorithms.recipes import RECIPES
 from tppo.config import RunConfig
 from tppo.models.activations import checkpoint_activations
 from tppo.models.lora import add_adapters
 from tppo.models.policy import load_policy
-from tppo.models.value import VALUE_MODEL, ValueModel
+from tppo.models.value import ValueModel
+from tppo.models.value_source import value_model_of
 from tppo.parallel.ranks import SINGLE, Ranks, compute_dtype
 from tppo.parallel.shard import shard
 from tppo.rollout.rows import Row
@@ -75,9 +72,7 @@ def new_state(
     """The state before the first step; its models are on the ranks' devices, sharded where the ranks shard. Raises
     ConfigError when value.path does not fit the policy."""
     recipe, settings = RECIPES[config.algorithm.name], config.optimizer
-    value_model = ValueModel(policy) if recipe.has_value_model else None
-    if value_model is not None and config.value.path:
-        load_value_model(value_model, Path(config.value.path))
+    value_model = value_model_of(config, policy, tokenizer) if recipe.has_value_model else None
     if config.model.lora_rank:
         add_adapters(policy, config.model, config.train.seed)
     updates = config.train.epochs * config.train.mini_batches
@@ -133,13 +128,3 @@ def place(model: nn.Module, config: RunConfig, ranks: Ranks) -> None:
     else:
         compute = compute_dtype(config.model.dtype, ranks.device)
         shard(model, ranks, compute=compute, cpu_offload=config.parallel.cpu_offload)
-
-
-def load_value_model(value_model: ValueModel, checkpoint: Path) -> None:
-    """Weights from another run's checkpoint. Raises ConfigError naming the file when they do not fit."""
-    path = checkpoint / VALUE_MODEL
-    try:
-        value_model.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"value.path: {path} holds no value model for this policy: {reason}") from None

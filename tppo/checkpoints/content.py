@@ -3,6 +3,7 @@
     policy/                     the policy as a Hugging Face folder, with its tokenizer; adapters merged
     adapters.safetensors        the adapters by themselves, where there are some: resuming adds them to model.path
     value_model.safetensors     where the recipe has a value model
+    value_config/               its config.json, where it started from a reward model
     proximal_policy.safetensors ppo-ewma's average of the policy
     optimizers.pt               both optimisers: moments, steps, learning rates
     optimizers/                 the same where models are sharded, a file a rank (torch.distributed.checkpoint)
@@ -46,7 +47,7 @@ from tppo.checkpoints.store import folder_of
 from tppo.checkpoints.stored_rows import RowTable, rows_of
 from tppo.models.lora import has_adapters, load_adapters
 from tppo.models.policy import architecture_of, describe_model, save_policy
-from tppo.models.value import VALUE_MODEL
+from tppo.models.value import VALUE_CONFIG, VALUE_MODEL
 from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.parallel.shard import is_sharded
 from tppo.state import Ahead, TrainingState
@@ -125,6 +126,10 @@ def write_content(folder: Path, state: TrainingState, time_s: float, weights: We
         save_file(weights.adapters, folder / ADAPTERS)
     if weights.value_model is not None:
         save_file(weights.value_model, folder / VALUE_MODEL)
+        assert state.value_model is not None
+        backbone = state.value_model.backbone.config
+        if backbone.to_diff_dict() != state.policy.config.to_diff_dict():  # it started as a reward model
+            backbone.save_pretrained(folder / VALUE_CONFIG)
     if weights.proximal is not None:
         save_file(weights.proximal, folder / PROXIMAL)
     if not is_sharded(state.policy):

@@ -43,7 +43,7 @@ def load_policy(
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model.attention = {attention!r}: {reason}; install it, or set sdpa") from None
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         if "attn_implementation" in reason:
             raise ConfigError(
                 f'model.attention = {attention!r}: this model has none; set model.attention = "eager"'
@@ -52,6 +52,14 @@ def load_policy(
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.path = {path!r}: its tokenizer has no end-of-sequence token")
     return model, tokenizer
+
+
+def reason_of(error: BaseException) -> str:
+    """transformers' message in one line, which names our setting where it names an argument of its own."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if "custom code" in reason:
+        return "it comes with modelling code of its own; set model.trust_remote_code = true if you trust its author"
+    return reason
 
 
 def new_qwen2(
