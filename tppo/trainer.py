@@ -274,6 +274,8 @@ class Trainer:
                 max_response_tokens=self.config.rollout.max_response_tokens,
                 samples=self.config.evaluation.samples,
             )
+            if self.config.rollout.release_memory and self.evaluation_engine is not self.engine:
+                self.evaluation_engine.release_memory()
             metrics = validation_metrics(graded)
             self.writer.table("evaluations", step, graded.columns(step))
         self.state.accuracies.append(graded.mean)
