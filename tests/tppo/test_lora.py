@@ -173,3 +173,29 @@ def test_a_run_without_adapters_never_imports_peft():
     code = "import sys, tppo.start; print([name for name in sys.modules if name.split('.')[0] == 'peft'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_adapters_that_one_trains(make_config, tiny_model, tmp_path):
+    """The same rows (draws by row), shared out; gradients are summed in another order."""
+    import subprocess
+
+    from profiling.settings import to_toml
+
+    found = []
+    for ranks in (1, 2):
+        config = lora_config(
+            make_config, tiny_model, f"ranks{ranks}", train={"steps": 2, "mini_batches": 2},
+            rollout={"draws": "row"}, algorithm={"kl_coef": 0.1}, model={"lora_targets": ["q_proj", "up_proj"]},
+        )  # fmt: skip
+        file = tmp_path / f"{ranks}.toml"
+        file.write_text(to_toml(config.model_dump(mode="json")))
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"] if ranks == 2 else []
+        subprocess.run(
+            [sys.executable, *launcher, "-m", "tppo", "train", str(file)], check=True, capture_output=True, timeout=240
+        )
+        found.append(load_file(newest_usable(config.output).path / "adapters.safetensors"))
+    assert found[0].keys() == found[1].keys()
+    for name, alone in found[0].items():
+        torch.testing.assert_close(found[1][name], alone, atol=2e-5, rtol=1e-3)
+    assert any(weight.abs().max() > 1e-5 for name, weight in found[0].items() if ".lora_B." in name)
