@@ -1,4 +1,7 @@
-"""What `tppo train` reads from TOML. A field's docstring is its help; overrides are `--section.field value`."""
+"""What `tppo train` reads from TOML. A field's docstring is its help; overrides are `--section.field value`.
+
+Past 400 lines, because it is read as the one list of all settings.
+"""
 
 import re
 from pathlib import Path
