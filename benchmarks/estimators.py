@@ -29,11 +29,11 @@ from tppo.learner.estimates import estimate, score_values
 from tppo.learner.policy_update import update_policy
 from tppo.models.policy import load_policy
 from tppo.models.value import ValueModel
+from tppo.models.value_source import load_value_model
 from tppo.rollout.engines import sampling_of
 from tppo.rollout.protocol import Request
 from tppo.rollout.rows import Row
 from tppo.rollout.torch_engine import TorchEngine
-from tppo.state import load_value_model
 
 FIRST_PROBLEM = 5_000_000
 """Problems that training never reaches."""

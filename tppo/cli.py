@@ -82,6 +82,11 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
                        "--output, there, and DIR stays as it is")  # fmt: skip
     train.add_argument("--fields", action="store_true", help="print every field with its help and default")
 
+    train.add_argument("--check", action="store_true",
+                       help="only say what memory it needs, beside tppo plan; 2 where it does not fit")  # fmt: skip
+    train.add_argument("--gpu", help="of --check: a bundled name or a TOML file")
+    train.add_argument("--gpus", type=int, default=1, help="of --check: how many (1)")
+
     evaluation = add("eval", _eval, "avg@k, pass@k and maj@k of a run or a model, with intervals; --section.key value "
                      "overrides", overrides=True)  # fmt: skip
     if command == "eval":
@@ -192,10 +197,13 @@ def _demo(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _train(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from tppo.commands.train import print_fields, run_training
+    from tppo.commands.train import check_training, print_fields, run_training
 
     if options.fields:
         print_fields()
+        return 0
+    if options.check:
+        check_training(options.config, rest, resume=options.resume, gpu=options.gpu, gpus=options.gpus)
         return 0
     return run_training(options.config, rest, output=options.output, resume=options.resume)
 

@@ -1,4 +1,7 @@
-"""What `tppo train` reads from TOML. A field's docstring is its help; overrides are `--section.field value`."""
+"""What `tppo train` reads from TOML. A field's docstring is its help; overrides are `--section.field value`.
+
+Past 400 lines, because it is read as the one list of all settings.
+"""
 
 import re
 from pathlib import Path
@@ -26,6 +29,18 @@ class ModelConfig(Settings):
     """Attention of the training passes; flash_attention_2 needs the package flash-attn, bfloat16 and a GPU."""
     activation_checkpointing: bool = False
     """Compute each layer's activations again on the way back instead of keeping them."""
+    trust_remote_code: bool = False
+    """Execute modelling code that comes with the model (model.path and value.path): whoever wrote it can do what you
+    can."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of low-rank adapters (extra `lora`); only they train, the policy's own weights stay. 0: all weights
+    train."""
+    lora_alpha: PositiveFloat | None = None
+    """Adapters count lora_alpha / lora_rank times; left out: twice the rank."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before adapters, in passes with gradient only: the policy that samples and is scored has none."""
+    lora_targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Linear layers that get adapters: all of the decoder layers, or a list of their names, ["q_proj", "v_proj"]."""
 
 
 class ParallelConfig(Settings):
@@ -214,7 +229,9 @@ class VllmConfig(Settings):
 
 class ValueConfig(Settings):
     path: str = ""
-    """Checkpoint of another run to take the value model from; left out: the policy's backbone with a new head."""
+    """Where the value model starts: the checkpoint of a run, or a Hugging Face folder or hub name of a reward model
+    with one output (a sequence or token classifier) and the policy's tokenizer; left out: the policy's backbone with
+    a new head."""
     pretrain_rows: NonNegativeInt = 256
     """Rows of the warm start's policy on which the value model is trained before the first step."""
     pretrain_epochs: PositiveInt = 2

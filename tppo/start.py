@@ -24,6 +24,7 @@ from tppo.data.tasks import Problems, problems_of
 from tppo.evaluation.evaluate import longest_prompt_of
 from tppo.learner.recipe import recipe_of
 from tppo.models.policy import architecture_of, describe_model, load_policy
+from tppo.models.value_source import check_value_rows_fit
 from tppo.parallel.clocks import notes_of, offsets_to_main
 from tppo.parallel.ranks import Ranks, joined_ranks
 from tppo.parallel.rollout import check_schedule_fits
@@ -77,7 +78,10 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks) -> It
     """found: the checkpoint to go on from."""
     assert config.output is not None
     model_path = str(found.path / POLICY) if found else config.model.path
-    policy, tokenizer = load_policy(model_path, attention=config.model.attention)
+    start = config.model.path if config.model.lora_rank else model_path  # adapters are restored beside their base
+    policy, tokenizer = load_policy(
+        start, attention=config.model.attention, trust_remote_code=config.model.trust_remote_code
+    )
     problems = problems_of(config, tokenizer)
     if found is not None:
         check_problems_are_the_same(found.run, problems)
@@ -86,13 +90,15 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks) -> It
     longest_prompt = max(problems.task.longest_prompt(tokenizer), longest_prompt_of(problems.held_out, tokenizer))
     check_rows_fit(config, policy, tokenizer, longest_prompt)
     state = new_state(policy, tokenizer, config, ranks)
+    row_tokens = longest_prompt + config.rollout.max_response_tokens
+    check_value_rows_fit(state.value_model, config.value.path, row_tokens)
     restored = restore(state, found.path) if found else None
     goes_on_here = found is not None and _same(found.run, config.output)
     time_s = restored.time_s if restored and goes_on_here else 0.0
     schedule = schedule_of(config)
     engine = make_engine(
         config, policy, tokenizer, model_path=model_path, slots=slots_of(config, schedule, ranks),
-        max_tokens=longest_prompt + config.rollout.max_response_tokens, generator=state.rollout_generator,
+        max_tokens=row_tokens, generator=state.rollout_generator,
         clock=lambda: profiler.now(),
     )  # fmt: skip
     engine.update_weights(state.policy_version)

@@ -1,22 +1,20 @@
 """Everything a training run needs to go on: models, optimisers, random states, unfinished rows, data position."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from profiling.errors import ConfigError
 from tppo.algorithms.ewma import ProximalPolicy, beta_for
 from tppo.algorithms.recipes import RECIPES
 from tppo.config import RunConfig
 from tppo.models.activations import checkpoint_activations
+from tppo.models.lora import add_adapters
 from tppo.models.policy import load_policy
-from tppo.models.value import VALUE_MODEL, ValueModel
+from tppo.models.value import ValueModel
+from tppo.models.value_source import value_model_of
 from tppo.parallel.ranks import SINGLE, Ranks, compute_dtype
 from tppo.parallel.shard import shard
 from tppo.rollout.rows import Row
@@ -45,7 +43,8 @@ class TrainingState:
     proximal: ProximalPolicy | None = None
     """ppo-ewma's; else None."""
     reference: PreTrainedModel | None = None
-    """The model the run started from, where there is a KL penalty; else None."""
+    """The model the run started from, where there is a KL penalty; else None. The policy itself where it has adapters:
+    they are then turned off."""
     step: int = 0
     next_row: int = 0
     policy_version: int = 0
@@ -75,17 +74,18 @@ def new_state(
     """The state before the first step; its models are on the ranks' devices, sharded where the ranks shard. Raises
     ConfigError when value.path does not fit the policy."""
     recipe, settings = RECIPES[config.algorithm.name], config.optimizer
-    value_model = ValueModel(policy) if recipe.has_value_model else None
-    if value_model is not None and config.value.path:
-        load_value_model(value_model, Path(config.value.path))
+    value_model = value_model_of(config, policy, tokenizer) if recipe.has_value_model else None
+    if config.model.lora_rank:
+        add_adapters(policy, config.model, config.train.seed)
     updates = config.train.epochs * config.train.mini_batches
     proximal = None
     if recipe.proximal == "ewma":
         proximal = ProximalPolicy(policy, config.algorithm.ewma_beta or beta_for(updates))
     reference = None
     if config.algorithm.kl_coef:
-        reference = load_policy(config.model.path, attention=config.model.attention)[0].requires_grad_(False)
-    for model in (policy, value_model, reference, proximal.model if proximal else None):
+        reference = policy if config.model.lora_rank else started_from(config)
+    besides = None if reference is policy else reference
+    for model in (policy, value_model, besides, proximal.model if proximal else None):
         if model is not None:
             place(model, config, ranks)
     if proximal is not None:
@@ -93,7 +93,11 @@ def new_state(
 
     def adamw(parameters: Any, lr: float) -> torch.optim.AdamW:
         return torch.optim.AdamW(
-            parameters, lr=lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+            [p for p in parameters if p.requires_grad],
+            lr=lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
 
     return TrainingState(
@@ -109,6 +113,14 @@ def new_state(
     )
 
 
+def started_from(config: RunConfig) -> PreTrainedModel:
+    """Frozen."""
+    model, _ = load_policy(
+        config.model.path, attention=config.model.attention, trust_remote_code=config.model.trust_remote_code
+    )
+    return model.requires_grad_(False)
+
+
 def place(model: nn.Module, config: RunConfig, ranks: Ranks) -> None:
     """On this rank's device, as a whole or as a shard."""
     if config.model.activation_checkpointing:
@@ -118,13 +130,3 @@ def place(model: nn.Module, config: RunConfig, ranks: Ranks) -> None:
     else:
         compute = compute_dtype(config.model.dtype, ranks.device)
         shard(model, ranks, compute=compute, cpu_offload=config.parallel.cpu_offload)
-
-
-def load_value_model(value_model: ValueModel, checkpoint: Path) -> None:
-    """Weights from another run's checkpoint. Raises ConfigError naming the file when they do not fit."""
-    path = checkpoint / VALUE_MODEL
-    try:
-        value_model.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"value.path: {path} holds no value model for this policy: {reason}") from None

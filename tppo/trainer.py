@@ -30,7 +30,8 @@ from tppo.learner.step import set_learning_rate
 from tppo.learner.value_update import update_value
 from tppo.learner.work import Work
 from tppo.metrics import model_flops_utilisation, step_metrics
-from tppo.models.policy import describe_model
+from tppo.models.lora import adapters_off
+from tppo.models.policy import describe_model, padding_of
 from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.probe import DriftProbe
 from tppo.progress import progress_bar
@@ -93,7 +94,7 @@ class Trainer:
         self.clock = profiler.now
         self.saved_step: int | None = None
         self.last_metrics: dict[str, Any] | None = None
-        self.pad_token_id = state.tokenizer.pad_token_id
+        self.pad_token_id = padding_of(state.tokenizer)
         self.probe = DriftProbe()
         self.dimensions = describe_model(state.policy)
         own_peak = config.profile.peak_flops
@@ -196,7 +197,7 @@ class Trainer:
             with times.phase("logprob_forward", spans.work):
                 current = score_log_probs(state.policy, spans, config, pad, self.ranks)
         if state.reference is not None:
-            with times.phase("reference_forward", spans.work):
+            with times.phase("reference_forward", spans.work), adapters_off(state.reference):
                 reference = score_log_probs(state.reference, spans, config, pad, self.ranks)
         with times.phase("value_forward" if state.value_model else "reward", spans.work):
             if state.value_model:
@@ -333,6 +334,8 @@ class Trainer:
                 samples=self.config.evaluation.samples,
                 ranks=self.ranks,
             )
+            if self.config.rollout.release_memory and self.evaluation_engine is not self.engine:
+                self.evaluation_engine.release_memory()
             metrics = validation_metrics(graded)
             self.writer.table("evaluations", step, graded.columns(step))
         self.state.accuracies.append(graded.mean)

@@ -336,8 +336,8 @@ def test_a_port_in_use_is_one_line(monkeypatch):
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"),
                             ("MASTER_PORT", str(taken.getsockname()[1]))):  # fmt: skip
             monkeypatch.setenv(name, value)
-        with pytest.raises(ConfigError, match="the 2 ranks cannot join: .*; start them with torchrun") as error:
-            with joined_ranks(device="cpu"):
-                pass
+        refused = pytest.raises(ConfigError, match=r"the 2 ranks cannot join: .*; start them with torchrun")
+        with refused as error, joined_ranks(device="cpu"):
+            pass
     assert "\n" not in str(error.value)
     assert "address already in use" in str(error.value)

@@ -31,14 +31,17 @@ class ProximalPolicy:
     def restart(self, policy: PreTrainedModel) -> None:
         """From the policy as it is: its weights may have moved to another device, or become shards."""
         self.total_weight = 1.0
-        self._average = {name: p.detach().float().clone() for name, p in policy.named_parameters()}
+        self._average = {name: p.detach().float().clone() for name, p in policy.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, policy: PreTrainedModel) -> None:
         """After every gradient step of the policy."""
         total = self.beta * self.total_weight + 1
         for name, parameter in policy.named_parameters():
-            self._average[name].mul_(self.beta * self.total_weight / total).add_(parameter.float(), alpha=1 / total)
+            if name in self._average:  # adapters' frozen base is its own average
+                self._average[name].mul_(self.beta * self.total_weight / total).add_(
+                    parameter.float(), alpha=1 / total
+                )
         self.total_weight = total
         self._publish()
 
@@ -56,4 +59,5 @@ class ProximalPolicy:
 
     def _publish(self) -> None:
         for name, parameter in self.model.named_parameters():
-            parameter.copy_(self._average[name])
+            if name in self._average:
+                parameter.copy_(self._average[name])

@@ -1,7 +1,9 @@
 """What a checkpoint holds, and how it becomes a training state again.
 
-    policy/                     the policy as a Hugging Face folder, with its tokenizer
+    policy/                     the policy as a Hugging Face folder, with its tokenizer; adapters merged
+    adapters.safetensors        the adapters by themselves, where there are some: resuming adds them to model.path
     value_model.safetensors     where the recipe has a value model
+    value_config/               its config.json, where it started from a reward model
     proximal_policy.safetensors ppo-ewma's average of the policy
     optimizers.pt               both optimisers: moments, steps, learning rates
     optimizers/                 the same where models are sharded, safetensors of each rank
@@ -43,12 +45,14 @@ from tppo.checkpoints.shards import (
 )
 from tppo.checkpoints.store import folder_of
 from tppo.checkpoints.stored_rows import RowTable, rows_of
+from tppo.models.lora import has_adapters, load_adapters
 from tppo.models.policy import architecture_of, describe_model, save_policy
-from tppo.models.value import VALUE_MODEL
+from tppo.models.value import VALUE_CONFIG, VALUE_MODEL
 from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.parallel.shard import is_sharded
 from tppo.state import Ahead, TrainingState
 
+ADAPTERS = "adapters.safetensors"
 POLICY, PROXIMAL, OPTIMIZERS, RANDOM = "policy", "proximal_policy.safetensors", "optimizers.pt", "random.pt"
 PROGRESS, ROWS = "progress.json", "rows.safetensors"
 PLAIN = (
@@ -118,8 +122,14 @@ def save_checkpoint(
 def write_content(folder: Path, state: TrainingState, time_s: float, weights: Weights) -> None:
     """Every file but the manifest and the optimisers' shards. Raises OSError, RuntimeError or SafetensorError."""
     save_policy(state.policy, state.tokenizer, folder / POLICY, weights.policy)
+    if weights.adapters:
+        save_file(weights.adapters, folder / ADAPTERS)
     if weights.value_model is not None:
         save_file(weights.value_model, folder / VALUE_MODEL)
+        assert state.value_model is not None
+        backbone = state.value_model.backbone.config
+        if backbone.to_diff_dict() != state.policy.config.to_diff_dict():  # it started as a reward model
+            backbone.save_pretrained(folder / VALUE_CONFIG)
     if weights.proximal is not None:
         save_file(weights.proximal, folder / PROXIMAL)
     if not is_sharded(state.policy):
@@ -155,12 +165,14 @@ class Restored:
 
 
 def restore(state: TrainingState, checkpoint: Path) -> Restored:
-    """Load what `save_checkpoint` wrote into `state`, whose policy was already loaded from the checkpoint. Raises
-    DataError."""
+    """Load what `save_checkpoint` wrote into `state`, whose policy was already loaded from the checkpoint, or from
+    where the run started when it has adapters. Raises DataError."""
     try:
         generators = torch.load(checkpoint / RANDOM, weights_only=True)
         progress = {"guards": {}, **json.loads((checkpoint / PROGRESS).read_bytes())}  # before guards: nothing known
         rows = rows_of(progress["rows"], load_file(checkpoint / ROWS))
+        if has_adapters(state.policy):
+            load_adapters(state.policy, load_file(checkpoint / ADAPTERS), _merged(checkpoint))
         if state.value_model is not None:
             load_weights(state.value_model, load_file(checkpoint / VALUE_MODEL))
         if state.proximal is not None:
@@ -183,6 +195,10 @@ def restore(state: TrainingState, checkpoint: Path) -> Restored:
         return Restored(float(progress["time_s"]), generators["global"])
     except FAULTS as error:
         raise DataError(f"{checkpoint}: not a usable checkpoint: {_line(error)}") from None
+
+
+def _merged(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {name: w for file in (checkpoint / POLICY).glob("*.safetensors") for name, w in load_file(file).items()}
 
 
 def _line(error: BaseException) -> str:

@@ -14,7 +14,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from tppo.parallel.tensors import like, whole
+from tppo.models.lora import adapter_weights, plain_weights
+from tppo.parallel.tensors import like
 from tppo.state import TrainingState
 
 SHARDS = "optimizers"
@@ -31,6 +32,8 @@ class Weights:
     policy: dict[str, Tensor]
     value_model: dict[str, Tensor] | None
     proximal: dict[str, Tensor] | None
+    adapters: dict[str, Tensor]
+    """Of the policy, where it has some; `policy` has them merged."""
 
 
 def whole_weights(state: TrainingState) -> Weights:
@@ -39,11 +42,12 @@ def whole_weights(state: TrainingState) -> Weights:
         _whole(state.policy),
         None if state.value_model is None else _whole(state.value_model),
         None if state.proximal is None else state.proximal.state(),
+        adapter_weights(state.policy),
     )
 
 
 def _whole(model: nn.Module) -> dict[str, Tensor]:
-    return {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
+    return {name: tensor.cpu() for name, tensor in plain_weights(model)}
 
 
 def optimizers_of(state: TrainingState) -> list[Trained]:

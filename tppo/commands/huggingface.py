@@ -17,7 +17,7 @@ from tppo.checkpoints.content import POLICY
 from tppo.checkpoints.folders import empty_folder_for, hidden, put_in_place, remove
 from tppo.checkpoints.manifest import MANIFEST, Manifest, verified
 from tppo.checkpoints.store import by_accuracy, checkpoints_of, newest_usable
-from tppo.models.value import VALUE_MODEL
+from tppo.models.value import VALUE_CONFIG, VALUE_MODEL
 
 CARD = """---
 library_name: transformers
@@ -111,12 +111,13 @@ def chosen_checkpoint(source: Path, name: str | None) -> tuple[Path, Manifest]:
 def value_model_of(checkpoint: Path) -> PreTrainedModel:
     """The value model as a token classifier with one label, whose logit at a token is V there: the library's class
     of that name is our backbone and linear head, bias included, and dropout of which there must be none."""
-    config = AutoConfig.from_pretrained(checkpoint / POLICY)
+    own = checkpoint / VALUE_CONFIG
+    config = AutoConfig.from_pretrained(own if own.is_dir() else checkpoint / POLICY)
     text = config.get_text_config()
     config.num_labels = 1
-    for own in {id(config): config, id(text): text}.values():
-        own.classifier_dropout = 0.0
-        own.token_classification_bias = True
+    for part in {id(config): config, id(text): text}.values():
+        part.classifier_dropout = 0.0
+        part.token_classification_bias = True
     try:
         model = AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
         head = next(n for n, layer in model.named_children() if isinstance(layer, nn.Linear))

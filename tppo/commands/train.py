@@ -14,6 +14,25 @@ from tppo.config import RunConfig
 def run_training(config_path: Path | None, words: Sequence[str], *, output: Path | None, resume: Path | None) -> int:
     """Train as the file says, changed by `--section.key value` words. A resumed run reads its own config.toml
     unless another is named; with an output it goes on there, and stays as it is. Returns the exit code."""
+    config = read_config(config_path, words, output=output, resume=resume)
+
+    from tppo.quiet import quieten_libraries
+
+    quieten_libraries()
+    from tppo.start import train
+
+    outcome = train(with_peak(config), resume=resume or False)
+    code = 0 if outcome.signal is None else 128 + outcome.signal  # as a shell reports it: 130, 143
+    if outcome.rank == 0:
+        accuracy = f", accuracy {outcome.accuracy:.3f}" if outcome.accuracy is not None else ""
+        print(f"{config.output}: {outcome.status} after {outcome.steps} steps{accuracy}")
+    return code
+
+
+def read_config(
+    config_path: Path | None, words: Sequence[str], *, output: Path | None, resume: Path | None
+) -> RunConfig:
+    """Raises ConfigError."""
     if config_path is None and resume is None:
         raise ConfigError("no configuration: write tppo train CONFIG.toml, or --resume DIR")
     source = config_path or resume / "config.toml"  # type: ignore[operator]
@@ -27,18 +46,21 @@ def run_training(config_path: Path | None, words: Sequence[str], *, output: Path
     config = check_settings(values, RunConfig, where=str(source))
     if not config.model.path:
         raise ConfigError(f"{source}: missing key 'model.path'; name a local directory or a hub model")
+    return config
+
+
+def check_training(
+    config_path: Path | None, words: Sequence[str], *, resume: Path | None, gpu: str | None, gpus: int
+) -> None:
+    """Whether it fits its GPUs; nothing is read but its config.json, and nothing written. Raises ConfigError."""
+    config = read_config(config_path, words, output=None, resume=resume)
 
     from tppo.quiet import quieten_libraries
 
     quieten_libraries()
-    from tppo.start import train
+    from tppo.commands.check import run_check
 
-    outcome = train(with_peak(config), resume=resume or False)
-    if outcome.rank:
-        return 0 if outcome.signal is None else 128 + outcome.signal
-    accuracy = f", accuracy {outcome.accuracy:.3f}" if outcome.accuracy is not None else ""
-    print(f"{config.output}: {outcome.status} after {outcome.steps} steps{accuracy}")
-    return 0 if outcome.signal is None else 128 + outcome.signal  # as a shell reports it: 130, 143
+    run_check(config, gpu=gpu, gpus=gpus, where=str(config_path or resume))
 
 
 def with_peak(config: RunConfig) -> RunConfig:

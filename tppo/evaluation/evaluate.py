@@ -89,9 +89,10 @@ def evaluation_sampling(config: RunConfig, training: Sampling, seed: int) -> Sam
 
 
 def evaluation_slots(config: RunConfig, problems: int) -> int:
-    """Responses under way at once during training: one of each problem, and up to a rollout's if there are more."""
-    rollout_slots = config.rollout.max_rows_per_engine or config.rows_per_step
-    return min(problems * config.evaluation.samples, max(problems, rollout_slots))
+    """Responses under way at once during training: one of each problem, and up to a rollout's if there are more; never
+    more than rollout.max_rows_per_engine."""
+    most = config.rollout.max_rows_per_engine or max(problems, config.rows_per_step)
+    return min(problems * config.evaluation.samples, most)
 
 
 def longest_prompt_of(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> int:

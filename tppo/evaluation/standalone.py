@@ -35,7 +35,7 @@ def evaluate_model(
     before anything is sampled.
     """
     torch.set_num_threads(config.train.threads)
-    policy, tokenizer = load_policy(config.model.path)
+    policy, tokenizer = load_policy(config.model.path, trust_remote_code=config.model.trust_remote_code)
     policy.requires_grad_(False)
     if torch.cuda.is_available():
         nn.Module.cuda(policy)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
@@ -28,21 +29,37 @@ SCORE = "score_tokens"
 """Name under which a sharded policy has `score_tokens` as a method: only inside one are its weights together."""
 
 
-def load_policy(path: str, *, attention: str = "sdpa") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_policy(
+    path: str, *, attention: str = "sdpa", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (float32, on the CPU) and tokenizer from a local directory or a hub name. attention: sdpa,
-    flash_attention_2 or eager. Raises ConfigError when there is none."""
+    flash_attention_2 or eager. trust_remote_code: execute modelling code that comes with the model. Raises
+    ConfigError when there is none."""
+    trust = {"trust_remote_code": trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention, **trust)
+        tokenizer = AutoTokenizer.from_pretrained(path, **trust)
     except ImportError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model.attention = {attention!r}: {reason}; install it, or set sdpa") from None
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
+        if "attn_implementation" in reason:
+            raise ConfigError(
+                f'model.attention = {attention!r}: this model has none; set model.attention = "eager"'
+            ) from None
         raise ConfigError(f"model.path = {path!r}: no model can be loaded from it: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.path = {path!r}: its tokenizer has no end-of-sequence token")
     return model, tokenizer
+
+
+def reason_of(error: BaseException) -> str:
+    """transformers' message in one line, which names our setting where it names an argument of its own."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if "custom code" in reason:
+        return "it comes with modelling code of its own; set model.trust_remote_code = true if you trust its author"
+    return reason
 
 
 def new_qwen2(
@@ -119,6 +136,12 @@ def score_tokens(
     return log_probs.gather(-1, targets[:, None]).sum(-1), entropy  # (picked,); no view, which sharding warns of
 
 
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to pad with; Llama's tokenizers have none. Padding is never attended to, so any token will do."""
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)
+
+
 def input_layer(model: PreTrainedModel) -> nn.Embedding:
     layer = model.get_input_embeddings()
     assert isinstance(layer, nn.Embedding)
@@ -151,7 +174,7 @@ def describe_model(model: PreTrainedModel) -> dict[str, int]:
         "lm_head_parameters": output.numel(),
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
+        "intermediate_size": _intermediate_size(config),
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
@@ -159,6 +182,12 @@ def describe_model(model: PreTrainedModel) -> dict[str, int]:
         "bytes_per_parameter": size,
         "kv_bytes_per_token": 2 * config.num_hidden_layers * kv_heads * head_dim * size,
     }
+
+
+def _intermediate_size(config: PreTrainedConfig) -> int:
+    """GPT-2 and OPT have names of their own, and GPT-2 may leave it out for four times the hidden size."""
+    named = (getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim"))
+    return next((size for size in named if size), 4 * config.hidden_size)
 
 
 def save_policy(

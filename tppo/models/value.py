@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 
 VALUE_MODEL = "value_model.safetensors"
 """Its file in a checkpoint."""
+VALUE_CONFIG = "value_config"
+"""Folder in a checkpoint with the config.json of its backbone, where that is not the policy's."""
 
 
 class ValueModel(nn.Module):
@@ -17,7 +19,7 @@ class ValueModel(nn.Module):
 
     def __init__(self, policy: PreTrainedModel) -> None:
         super().__init__()
-        self.backbone = copy.deepcopy(policy.base_model)
+        self.backbone: PreTrainedModel = copy.deepcopy(policy.base_model)  # type: ignore[assignment]
         self.head = nn.Linear(policy.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)

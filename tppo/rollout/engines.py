@@ -4,14 +4,17 @@ import copy
 
 import psutil
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from profiling.errors import ConfigError
 from tppo.config import RunConfig
-from tppo.models.policy import input_layer, load_policy
+from tppo.models.lora import has_adapters
+from tppo.models.policy import input_layer, load_policy, padding_of
 from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.parallel.shard import is_sharded
 from tppo.rollout.protocol import Clock, RolloutEngine, Sampling
+from tppo.rollout.self_check import check_it_can_be_served, check_it_looks_back_far_enough
 from tppo.rollout.slot_cache import SlotCache
 from tppo.rollout.torch_engine import TorchEngine
 
@@ -51,11 +54,10 @@ def make_engine(
             kv_cache_bytes=None if gib is None else int(gib * GIB), block_size=vllm.block_size, eager=vllm.eager,
         )  # fmt: skip
     check_cache_fits(model, slots, max_tokens)
-    # Neither shards nor a model that checkpoints its activations can decode with keys and values.
-    cannot_decode = is_sharded(model) or config.model.activation_checkpointing
+    cannot_decode = needs_a_plain_copy(model, config)
     own, needs_a_copy = model, cannot_decode or dtype != model.dtype or rollout.schedule == "asynchronous"
     if cannot_decode:
-        own = load_policy(model_path)[0]
+        own = load_policy(model_path, trust_remote_code=config.model.trust_remote_code)[0]
         own.to(device)  # type: ignore[arg-type]
     elif needs_a_copy:
         own = copy.deepcopy(model)
@@ -64,9 +66,15 @@ def make_engine(
         for weight in own.requires_grad_(False).parameters():
             weight.data = weight.data.to(dtype)
     return TorchEngine(
-        own, slots=slots, max_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id, generator=generator, clock=clock,
+        own, slots=slots, max_tokens=max_tokens, pad_token_id=padding_of(tokenizer), generator=generator, clock=clock,
         trained=model if needs_a_copy else None, keep_kv=rollout.keep_kv, compiled=rollout.compile,
     )  # fmt: skip
+
+
+def needs_a_plain_copy(model: PreTrainedModel, config: RunConfig) -> bool:
+    """Neither shards nor a model that checkpoints its activations can decode with keys and values; adapters would be
+    multiplied apart at every token."""
+    return is_sharded(model) or config.model.activation_checkpointing or has_adapters(model)
 
 
 def evaluation_engine(
@@ -82,10 +90,10 @@ def evaluation_engine(
     the training's where it is vLLM."""
     if config.rollout.engine == "vllm":
         return training_engine
-    if isinstance(training_engine, TorchEngine) and (is_sharded(model) or config.model.activation_checkpointing):
+    if isinstance(training_engine, TorchEngine) and needs_a_plain_copy(model, config):
         model = training_engine.model
     return TorchEngine(
-        model, slots=slots, max_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id, generator=torch.Generator(),
+        model, slots=slots, max_tokens=max_tokens, pad_token_id=padding_of(tokenizer), generator=torch.Generator(),
         clock=lambda: 0.0,
     )  # fmt: skip
 
@@ -102,8 +110,9 @@ def sampling_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ra
 def check_rows_fit(
     config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest_prompt: int
 ) -> None:
-    """Raises ConfigError when the model has too few positions for a row, or another vocabulary than its tokenizer."""
-    rollout = config.rollout
+    """Raises ConfigError when the model has too few positions for a row, another vocabulary than its tokenizer, or
+    layers that the trainer and its engine would compute wrongly."""
+    rollout, path = config.rollout, config.model.path
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None:
         if longest_prompt >= positions:
@@ -125,7 +134,8 @@ def check_rows_fit(
             raise ConfigError(
                 f"rollout.window = {rollout.window}: {config.model.path} has only {positions} positions; lower it"
             )
-    rows = input_layer(model).weight.shape[0]
+    table = model.get_input_embeddings()
+    rows = len(tokenizer) if not isinstance(table, nn.Embedding) else table.weight.shape[0]
     if len(tokenizer) > rows:
         raise ConfigError(
             f"model.path = {config.model.path!r}: its tokenizer has {len(tokenizer)} tokens, its model only {rows}; "
@@ -134,6 +144,15 @@ def check_rows_fit(
     beyond = [token for token in rollout.stop_token_ids if token >= rows]
     if beyond:
         raise ConfigError(f"rollout.stop_token_ids: {beyond[0]} is not a token of the model, which has {rows}")
+    own_cache = rollout.engine == "torch"
+    if own_cache or config.algorithm.prefix == "detached":
+        check_it_looks_back_far_enough(model, path, longest_prompt + rollout.max_response_tokens)
+    flash = config.model.attention == "flash_attention_2"
+    if flash:  # it has no float32
+        model.set_attn_implementation("sdpa")
+    check_it_can_be_served(model, path, cached=own_cache)
+    if flash:
+        model.set_attn_implementation("flash_attention_2")
 
 
 def check_cache_fits(model: PreTrainedModel, slots: int, max_tokens: int) -> None:

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from tppo.batching import micro_batches, pad_right
 from tppo.models.cached import hidden_states
+from tppo.models.lora import plain_weights
 from tppo.models.policy import input_layer, output_layer
-from tppo.parallel.tensors import whole
 from tppo.rollout.protocol import Clock, Completion, Request, Sampling
 from tppo.rollout.sampling import draw
 from tppo.rollout.slot_cache import Parked, SlotCache
@@ -121,8 +121,11 @@ class TorchEngine:
     def update_weights(self, version: int) -> None:
         self._check_idle("weights may change")
         if self._trained is not None:
-            for own, new in zip(self.model.parameters(), self._trained.parameters(), strict=True):
-                own.copy_(whole(new))
+            own = dict(self.model.named_parameters())
+            for name, new in plain_weights(self._trained):
+                if name in own:  # else a buffer, or the other name of a tied weight
+                    own.pop(name).copy_(new)
+            assert not own, f"not renewed: {sorted(own)}"
         self.policy_version = version
 
     def release_memory(self) -> None:

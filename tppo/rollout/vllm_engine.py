@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from profiling.errors import ConfigError
-from tppo.parallel.tensors import whole
+from tppo.models.lora import plain_weights
 from tppo.rollout.protocol import Clock, Completion, Request, Sampling
 from tppo.rollout.sampling import uniform_of
 from tppo.rollout.spans import Spans
@@ -165,7 +165,7 @@ class VllmEngine:
     def update_weights(self, version: int) -> None:
         self._check_idle("weights may change")
         self._wake()
-        weights = [(name, whole(tensor.detach())) for name, tensor in self._trained.state_dict().items()]
+        weights = list(plain_weights(self._trained))
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         if not self._keep_kv:
             self._llm.reset_prefix_cache()

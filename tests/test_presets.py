@@ -1,0 +1,179 @@
+"""Every file in configs/ that `tppo train` reads: it validates, and its modules fit the GPUs that it names."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from profiling.errors import ConfigError
+from profiling.settings import check_settings, read_toml
+from simulator.hardware import load_gpu
+from simulator.models import load_model
+from tests.tppo.families import SIZES
+from tppo.cli import main
+from tppo.commands.check import config_json_of, parts_of, run_check
+from tppo.config import RunConfig
+from tppo.models import memory
+from tppo.models.policy import load_policy
+from tppo.regimes import load_regime
+from tppo.warmstart import warm_start
+
+ROOT = Path(__file__).parents[1]
+PRESETS = sorted(path for path in (ROOT / "configs").glob("*.toml") if "[model]" in path.read_text())
+CHECKS = [
+    (path, *found) for path in PRESETS for found in re.findall(r"--check --gpu (\S+) --gpus (\d+)", path.read_text())
+]
+REAL = [check for check in CHECKS if check[0].name != "demo.toml"]
+
+
+def config_at(path):
+    return check_settings(read_toml(path), RunConfig, where=str(path))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_validates_and_names_the_commands_that_start_and_check_it(path):
+    config_at(path)
+    assert re.search(rf"tppo train configs/{re.escape(path.name)}$", path.read_text(), re.MULTILINE)
+    assert any(path == checked for checked, *_ in CHECKS)
+
+
+@pytest.mark.parametrize(("path", "gpu", "gpus"), REAL, ids=lambda value: getattr(value, "stem", value))
+def test_a_preset_fits_the_gpus_that_it_names_and_the_plan_counts_the_same(path, gpu, gpus, capsys):
+    assert main(["train", str(path), "--check", "--gpu", gpu, "--gpus", gpus]) == 0
+    shown = capsys.readouterr().out
+    assert "weights, gradients, moments" in shown
+    assert shown.count("+0.00%") + shown.count("-0.00%") == 3  # states, engine's weights, KV cache
+
+
+@pytest.mark.parametrize("path", [p for p in PRESETS if p.stem != "demo"], ids=lambda path: path.stem)
+def test_the_modules_on_the_meta_device_have_the_parameters_of_the_plan_s_formulas(path):
+    config = config_at(path)
+    source = config_json_of(config.model.path)
+    built = memory.build(json.loads(source.read_text()), config)
+    model = load_model(source)
+    assert sum(p.numel() for p in built.policy.parameters()) == model.parameters
+    head = model.hidden + 1
+    assert sum(p.numel() for p in built.value_model.parameters()) == model.backbone_parameters + head
+    assert all(p.device.type == "meta" for p in built.policy.parameters())
+
+
+def test_the_demo_s_preset_is_what_the_demo_trains(monkeypatch, tmp_path, capsys):
+    preset = config_at(ROOT / "configs" / "demo.toml")
+    regime = load_regime("short")
+    expected = regime.run_config("tppo", 0, Path(preset.model.path), preset.output)
+    assert preset == expected
+    folder = tmp_path / Path(preset.model.path).name
+    folder.mkdir()  # named after the settings of the model: found, not trained
+    assert warm_start(regime.warm_start, regime.data, regime.task(0), tmp_path, lambda step, loss: None) == folder
+    small = regime.warm_start
+    sizes = {
+        "model_type": "qwen2", "vocab_size": 64, "hidden_size": small.hidden_size, "num_hidden_layers": small.layers,
+        "intermediate_size": small.intermediate_size, "num_attention_heads": small.heads,
+        "num_key_value_heads": small.kv_heads, "max_position_embeddings": 1024, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(sizes))
+    config = preset.model_copy(update={"model": preset.model.model_copy(update={"path": str(folder)})})
+    run_check(config, gpu="RTX-4090", gpus=1, where="demo")
+    assert "training: 0." in capsys.readouterr().out
+
+
+def test_the_paper_s_settings_are_those_of_its_section():
+    config = config_at(ROOT / "configs" / "paper-32b.toml")
+    rollout, evaluation = config.rollout, config.evaluation
+    assert (rollout.prompts_per_step, rollout.samples_per_prompt) == (512, 16)
+    assert config.rows_per_step / config.train.mini_batches == 512
+    assert (rollout.max_response_tokens, rollout.window) == (24 * 1024, 8 * 1024)
+    assert (evaluation.samples, evaluation.temperature, evaluation.top_p) == (32, 1.0, 0.7)
+    assert (config.optimizer.policy_lr, config.optimizer.value_lr, config.optimizer.weight_decay) == (1e-6, 2e-6, 0.1)
+    assert (config.algorithm.kl_coef, config.algorithm.entropy_coef) == (0, 0)
+    assert (config.reward.right, config.reward.wrong) == (1, -1)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--gpu RTX-4090 --gpus 8", "rollout needs"),
+        ("--gpu H100-SXM --gpus 4", "usable; take more GPUs"),
+        ("--gpus 8", "--check: name the GPU"),
+        ("--gpu H100-SXM --gpus 0", "--gpus 0"),
+        ("--gpu H100-SXM --gpus 8 --parallel.replicas 3", "does not divide"),
+        ("--gpu H100-SXM --gpus 8 --model.path me/unknown", "--check needs its config.json"),
+        ("--gpu NOTHING --gpus 8", "NOTHING"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_exit_code_2(words, expected, capsys):
+    code = main(["train", str(ROOT / "configs" / "qwen2.5-7b-8gpu.toml"), "--check", *shlex.split(words)])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert expected in line
+
+
+def test_adapters_references_and_offloading_change_the_states_as_counted_by_hand():
+    # Linear layers a layer: q, o 32 x 32; k, v 32 x 16; three MLP matrices 32 x 48. Rank 2: 2 (in + out) each.
+    values = {"model_type": "qwen2", "vocab_size": 64, **SIZES, "tie_word_embeddings": True}
+
+    def states(shards=1, **sections):
+        config = RunConfig.model_validate({"model": {"path": "it", **sections.pop("model", {})}, **sections})
+        built = memory.build(values, config)
+        return memory.state_bytes(built, config, shards), built
+
+    plain, built = states()
+    policy = sum(p.numel() for p in built.policy.parameters())
+    value = policy + 32 + 1  # tied: the head alone is new
+    assert plain == 16 * (policy + value)
+    assert states(shards=4)[0] == plain / 4
+    adapters = 2 * 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
+    assert states(model={"lora_rank": 2})[0] == 4 * policy + 16 * (adapters + value)
+    assert states(algorithm={"name": "tppo", "kl_coef": 0.1})[0] == plain + 4 * policy
+    assert states(algorithm={"name": "ppo-ewma"})[0] == plain + 8 * policy
+    assert states(algorithm={"name": "dapo"}, rollout={"samples_per_prompt": 2})[0] == 16 * policy
+    assert states(parallel={"cpu_offload": True})[0] == 0
+
+
+def test_activations_counted_on_the_meta_device_are_those_that_a_real_pass_keeps(tiny_model):
+    """On a CPU the same tensors are kept; attention's differ a little by its kernel."""
+    policy, _ = load_policy(str(tiny_model))
+    values = json.loads((tiny_model / "config.json").read_text())
+    config = RunConfig.model_validate({"model": {"path": str(tiny_model)}})
+    built = memory.build(values, config)
+    counted = memory.activation_bytes(built.policy, 16, checkpointed=False)
+    layers, own, kept = (
+        len(policy.base_model.layers),
+        {p.untyped_storage().data_ptr() for p in policy.parameters()},
+        {},
+    )
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hidden = torch.zeros(1, 16, 32, dtype=torch.bfloat16, requires_grad=True)
+    layer = policy.base_model.layers[0].to(torch.bfloat16)
+    own |= {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    places = torch.arange(16)[None]
+    alive = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: alive.append(t) or keep(t), lambda t: t):
+        turned = policy.base_model.rotary_emb(hidden, places)
+        layer(hidden, attention_mask=None, position_ids=places, position_embeddings=turned)
+    assert counted / layers == pytest.approx(sum(kept.values()), rel=0.15)
+    checkpointed = memory.activation_bytes(built.policy, 16, checkpointed=True)
+    assert checkpointed == layers * 16 * 32 * 2 + counted / layers
+
+
+def test_what_the_modules_and_the_plan_disagree_on_is_said(monkeypatch):
+    path = ROOT / "configs" / "qwen2.5-7b-8gpu.toml"
+    monkeypatch.setattr(memory, "TRAINED", 18)
+    with pytest.raises(ConfigError, match="more than 2% apart"):
+        run_check(config_at(path), gpu="H100-SXM", gpus=8, where=str(path))
+    assert parts_of(config_at(path), load_gpu("H100-SXM"), "H100-SXM", 8)[0].compared
+
+
+def test_models_whose_activations_cannot_be_counted_are_one_line(tmp_path):
+    config = RunConfig.model_validate({"model": {"path": "it"}})
+    gpt2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}
+    with pytest.raises(ConfigError, match="rotary positions only"):
+        memory.activation_bytes(memory.build(gpt2, config).policy, 16, checkpointed=True)

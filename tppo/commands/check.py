@@ -1,0 +1,161 @@
+"""`tppo train CONFIG --check`: does the run fit its GPUs? Its modules, built without weights, beside `tppo plan`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from profiling.console import table_console
+from profiling.errors import ConfigError
+from simulator.analytic import AnalyticCosts
+from simulator.cost_settings import AnalyticCostSettings
+from simulator.hardware import Gpu, load_gpu
+from simulator.models import bundled_names
+from simulator.models.shape import CONFIGS
+from tppo.config import RunConfig
+
+TOLERANCE = 0.02
+"""By which the modules and `tppo plan` may differ in what both count: weights, gradients, moments and the KV cache."""
+USABLE = 0.95
+"""Of a GPU's memory, as `tppo plan` has it for training: the rest is the context's and lost to fragments."""
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of one GPU's memory, in bytes. plan: what `tppo plan` says; None where it counts nothing of the kind."""
+
+    name: str
+    built: float
+    plan: float | None
+    compared: bool
+    """Both count the same. Else the plan estimates, and the modules decide."""
+    phases: tuple[str, ...]
+    """rollout, training"""
+
+
+def run_check(config: RunConfig, *, gpu: str | None, gpus: int, where: str) -> None:
+    """Print the table. Raises ConfigError when the run does not fit, or the modules and the plan disagree."""
+    if gpu is None:
+        raise ConfigError("--check: name the GPU, --gpu H100-SXM, and how many, --gpus 8")
+    if gpus < 1 or gpus % config.parallel.replicas:
+        raise ConfigError(f"--gpus {gpus}: does not divide into parallel.replicas = {config.parallel.replicas}")
+    card = load_gpu(gpu)
+    parts = parts_of(config, card, gpu, gpus)
+    console = table_console()
+    console.print(table_of(parts, f"{where}: each of {gpus} {card.name}, GB"))
+    for part in parts:
+        if part.compared and part.plan is not None and abs(part.built - part.plan) > TOLERANCE * part.plan:
+            raise ConfigError(
+                f"{where}: {part.name}: the modules have {part.built / GB:.2f} GB, tppo plan says "
+                f"{part.plan / GB:.2f}: more than {TOLERANCE:.0%} apart; report it"
+            )
+    for phase in ("rollout", "training"):
+        needed, usable = sum(p.built for p in parts if phase in p.phases), USABLE * card.memory_bytes
+        if needed > usable:
+            raise ConfigError(
+                f"{where}: {phase} needs {needed / GB:.1f} GB of each {card.name}, and {usable / GB:.1f} are usable; "
+                "take more GPUs, or lower rollout.max_rows_per_engine, train.micro_batch_tokens or "
+                "rollout.max_response_tokens"
+            )
+        console.print(f"{phase}: {needed / GB:.1f} of {usable / GB:.1f} GB", highlight=False)
+
+
+def config_json_of(path: str) -> Path:
+    """A local model's, or the bundled one of the hub model's name. Raises ConfigError."""
+    local = Path(path) / "config.json"
+    if local.exists():
+        return local
+    name = path.rsplit("/", 1)[-1]
+    if name in bundled_names():
+        return CONFIGS / f"{name}.json"
+    raise ConfigError(
+        f"model.path = {path!r}: --check needs its config.json, here or among the bundled ones: "
+        f"{', '.join(bundled_names())}"
+    )
+
+
+def parts_of(config: RunConfig, card: Gpu, gpu: str, gpus: int) -> list[Part]:
+    from tppo.models import memory
+
+    source = config_json_of(config.model.path)
+    try:
+        values = json.loads(source.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{source}: cannot be read: {error}") from None
+    built, prompt = memory.build(values, config), prompt_tokens_of(config)
+    shards = gpus // config.parallel.replicas
+    row_tokens, rows = prompt + config.rollout.max_response_tokens, -(-config.rows_per_step // gpus)
+    rows = config.rollout.max_rows_per_engine or rows
+    tokens, picked = memory.tokens_of_a_pass(config, prompt)
+    checkpointed = config.model.activation_checkpointing
+    plan = AnalyticCosts(
+        AnalyticCostSettings(
+            kind="analytic", model=str(source), gpu=gpu, tensor_parallel=1, value_model=built.value_model is not None,
+            reference_model=bool(config.algorithm.kl_coef), micro_batch_tokens=tokens,
+            recompute="full" if checkpointed else "none",
+        ),
+        engine_gpus=1, trainer_gpus=shards, engines=gpus,
+    )  # fmt: skip
+    activations = memory.activation_bytes(built.policy, tokens, checkpointed=checkpointed)
+    training, rollout = plan.training_memory().needs, plan.rollout_memory(row_tokens).needs
+    # The plan knows no adapters, averages, offloading and float32 references.
+    states_alike = not (
+        config.model.lora_rank or config.parallel.cpu_offload or config.algorithm.kl_coef
+        or config.algorithm.name == "ppo-ewma"
+    )  # fmt: skip
+    always, resting = ("rollout", "training"), ("rollout",) if config.rollout.release_memory else None
+    vllm = config.rollout.engine == "vllm"
+    if vllm:
+        share = config.vllm.gpu_memory_utilization * card.memory_bytes
+        engine = [Part("vLLM: vllm.gpu_memory_utilization", share, None, False, resting or always)]
+    else:
+        cache = memory.cache_bytes(built.policy, config, rows, row_tokens)
+        weights = memory.engine_weight_bytes(built.policy, config)
+        both = 1 if config.rollout.release_memory or not config.evaluation.every else 2
+        engine = [
+            Part("engine's weights", weights, rollout["weights"], config.rollout.dtype != "float32", always),
+            Part(f"KV cache, {rows} rows of {row_tokens}", both * cache,
+                 both * rows * rollout["cache of the longest row"], config.rollout.dtype != "float32",
+                 resting or always),
+        ]  # fmt: skip
+    return [
+        Part("weights, gradients, moments", memory.state_bytes(built, config, shards),
+             training["weights, gradients and optimizer"], states_alike, always),
+        *engine,
+        Part("gathered shards", memory.gathered_bytes(built.policy), training["two gathered layers"], False,
+             ("training",)),
+        Part(f"activations of {tokens} tokens", activations, training["activations"], False, ("training",)),
+        Part(f"logits of {picked} tokens", picked * plan.model.vocabulary * memory.LOGIT, training["logits"], False,
+             ("training",)),
+    ]  # fmt: skip
+
+
+def prompt_tokens_of(config: RunConfig) -> int:
+    """The longest prompt that the settings let through."""
+    from tppo.data.arithmetic import ArithmeticTask
+
+    data = config.data
+    if data.task == "dataset":
+        return data.max_prompt_tokens
+    return ArithmeticTask(
+        median_steps=data.median_steps, sigma=data.sigma, max_steps=data.max_steps, seed=data.seed
+    ).max_prompt_tokens  # fmt: skip
+
+
+def table_of(parts: list[Part], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in ("", "modules", "tppo plan", "difference", "in"):
+        table.add_column(name, justify="left" if name in ("", "in") else "right")
+    for part in parts:
+        difference = "plan estimates"
+        if part.plan is None:
+            difference = "-"
+        elif part.compared:
+            difference = f"{part.built / part.plan - 1:+.2%}"
+        table.add_row(
+            part.name, f"{part.built / GB:.2f}", "-" if part.plan is None else f"{part.plan / GB:.2f}", difference,
+            " and ".join(part.phases),
+        )  # fmt: skip
+    return table

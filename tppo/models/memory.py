@@ -1,0 +1,157 @@
+"""What a run needs of a GPU's memory, counted on its real modules built without weights (torch's meta device)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from profiling.errors import ConfigError
+from tppo.algorithms.recipes import RECIPES
+from tppo.config import RunConfig
+from tppo.models.lora import add_adapters
+from tppo.models.policy import describe_model
+from tppo.models.value import ValueModel
+from tppo.parallel.shard import layers_of
+
+BF16, FP32 = 2, 4
+TRAINED = 4 * FP32
+"""Bytes of a weight that trains: itself, its gradient and AdamW's two moments, all in float32."""
+LOGIT = 16
+"""Bytes of a logit at the peak, in float32: logits and log-probabilities, then two factors of the entropy forwards,
+two gradients backwards."""
+GRADIENT_UNDER_WAY = BF16 + FP32
+"""Bytes of a gathered weight's gradient before it is reduced to shards: computed in bfloat16, reduced in float32."""
+SHAPES = "shapes_only"
+"""Name of the attention that computes nothing and keeps what flash attention keeps."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """On the meta device: shapes, no numbers."""
+
+    policy: PreTrainedModel
+    value_model: ValueModel | None
+
+
+def build(values: Mapping[str, Any], config: RunConfig) -> Built:
+    """values: of a config.json. The value model has the policy's backbone, whatever value.path will bring."""
+    kind, others = str(values["model_type"]), {key: own for key, own in values.items() if key != "model_type"}
+    AttentionInterface.register(SHAPES, _flash_like)
+    try:
+        with torch.device("meta"):
+            settings = AutoConfig.for_model(kind, **others)
+            policy = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation=SHAPES)
+            value_model = ValueModel(policy) if RECIPES[config.algorithm.name].has_value_model else None
+            if config.model.lora_rank:
+                add_adapters(policy, config.model, seed=0)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model.path: its config.json builds no model: {str(error).splitlines()[0]}") from None
+    return Built(policy, value_model)
+
+
+def state_bytes(built: Built, config: RunConfig, shards: int) -> float:
+    """Weights, gradients and moments of everything that is kept, on one of so many GPUs."""
+    trained, frozen = 0, 0
+    for model in (built.policy, built.value_model):
+        for parameter in model.parameters() if model is not None else ():
+            trained += parameter.numel() * parameter.requires_grad
+            frozen += parameter.numel() * (not parameter.requires_grad)
+    policy = sum(p.numel() for p in built.policy.parameters())
+    copies = int(bool(config.algorithm.kl_coef) and not config.model.lora_rank)  # the reference
+    copies += 2 * (RECIPES[config.algorithm.name].proximal == "ewma")  # the average, and the model that has it
+    if config.parallel.cpu_offload:
+        return 0.0
+    return (trained * TRAINED + (frozen + copies * policy) * FP32) / shards
+
+
+def gathered_bytes(policy: PreTrainedModel) -> float:
+    """Of shards brought together in bfloat16: the layer at hand and the next, and all outside of layers; with
+    gradients under way of the layer at hand and of what is outside."""
+    layers = layers_of(policy)
+    largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    outside = sum(p.numel() for p in policy.parameters()) - sum(p.numel() for ly in layers for p in ly.parameters())
+    trains_outside = any(p.requires_grad for p in policy.get_input_embeddings().parameters())
+    return largest * (2 * BF16 + GRADIENT_UNDER_WAY) + outside * (BF16 + GRADIENT_UNDER_WAY * trains_outside)
+
+
+def activation_bytes(policy: PreTrainedModel, tokens: int, *, checkpointed: bool) -> float:
+    """Kept for the way back of a row of `tokens` tokens in bfloat16: of every layer what autograd saves, or its input
+    alone and one layer's all while that is computed again. Attention as a flash kernel keeps it."""
+    kept = _kept_by_a_layer(policy, tokens)
+    layers, hidden = len(layers_of(policy)), policy.config.get_text_config().hidden_size
+    return layers * tokens * hidden * BF16 + kept if checkpointed else layers * kept
+
+
+def _kept_by_a_layer(policy: PreTrainedModel, tokens: int) -> float:
+    layer = layers_of(policy)[0].to(torch.bfloat16)
+    storages: dict[int, int] = {}
+    own = {p.untyped_storage()._cdata for p in layer.parameters()}
+    hidden = torch.zeros(
+        1, tokens, policy.config.get_text_config().hidden_size, device="meta", dtype=torch.bfloat16, requires_grad=True
+    )
+    places = torch.arange(tokens, device="meta")[None]
+    saved: list[Tensor] = []  # alive, so that no two have the same storage one after the other
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            storages[storage._cdata] = storage.nbytes()
+        return tensor
+
+    rotary = getattr(policy.base_model, "rotary_emb", None)
+    if rotary is None:
+        raise ConfigError("model.path: activations can be counted for models with rotary positions only")
+    turned = rotary(hidden, places)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(hidden, attention_mask=None, position_ids=places, position_embeddings=turned)
+    layer.to(torch.float32)
+    return float(sum(storages.values()))
+
+
+class _Flash(torch.autograd.Function):
+    """Keeps what flash attention keeps: queries, keys, values, the output, and a float32 a head and token."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(query.shape[:-1] + value.shape[-1:])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError("shapes only")
+
+
+def _flash_like(
+    module: nn.Module, query: Float[Tensor, "rows heads time dim"], key: Float[Tensor, "rows kv_heads time dim"],
+    value: Float[Tensor, "rows kv_heads time dim"], attention_mask: Tensor | None, **others: Any,
+) -> tuple[Float[Tensor, "rows time heads dim"], None]:  # fmt: skip
+    return _Flash.apply(query, key, value).transpose(1, 2), None
+
+
+def engine_weight_bytes(policy: PreTrainedModel, config: RunConfig) -> float:
+    """Of the torch engine's own copy, adapters merged: whole on every GPU."""
+    plain = sum(p.numel() for name, p in policy.named_parameters() if ".lora_" not in name)
+    return plain * float(FP32 if config.rollout.dtype == "float32" else BF16)
+
+
+def cache_bytes(policy: PreTrainedModel, config: RunConfig, rows: int, row_tokens: int) -> float:
+    """Of the torch engine's keys and values for so many slots."""
+    size = FP32 if config.rollout.dtype == "float32" else BF16
+    about = describe_model(policy)
+    return rows * row_tokens * about["kv_bytes_per_token"] / about["bytes_per_parameter"] * size
+
+
+def tokens_of_a_pass(config: RunConfig, prompt_tokens: int) -> tuple[int, int]:
+    """(padded tokens, tokens with a loss) of the largest forward and backward pass: a row stands alone where it is
+    longer than micro_batch_tokens, and trains one window of it under tppo."""
+    budget, longest = config.train.micro_batch_tokens, prompt_tokens + config.rollout.max_response_tokens
+    recipe = RECIPES[config.algorithm.name]
+    windowed = recipe.truncated and recipe.policy_tokens == "window"
+    of_a_row = min(config.rollout.window, longest) if windowed else config.rollout.max_response_tokens
+    return max(budget, longest), max(min(budget, config.rows_per_step * of_a_row), of_a_row)
