@@ -329,15 +329,16 @@ def test_a_rank_on_another_host_learns_the_first_ones_clock(tmp_path):
     assert notes_of([Offset(0.0, 0.0), Offset(0.0, 0.0)]) == []
 
 
-def test_a_port_in_use_is_one_line(monkeypatch):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"),
-                            ("MASTER_PORT", str(taken.getsockname()[1]))):  # fmt: skip
-            monkeypatch.setenv(name, value)
-        refused = pytest.raises(ConfigError, match=r"the 2 ranks cannot join: .*; start them with torchrun")
-        with refused as error, joined_ranks(device="cpu"):
-            pass
-    assert "\n" not in str(error.value)
-    assert "address already in use" in str(error.value)
+def test_a_port_in_use_is_one_line():
+    def work(rank):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            os.environ |= {"WORLD_SIZE": "2", "MASTER_PORT": str(taken.getsockname()[1])}
+            refused = pytest.raises(ConfigError, match=r"the 2 ranks cannot join: .*; start them with torchrun")
+            with refused as error, joined_ranks(device="cpu"):
+                pass
+        assert "\n" not in str(error.value)
+        assert "address already in use" in str(error.value)
+
+    on_ranks(1, work)
