@@ -79,6 +79,8 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     train.add_argument("config", type=Path, nargs="?", help="TOML file")
     train.add_argument("--output", type=Path, help="run directory")
     train.add_argument("--resume", type=Path, metavar="DIR", help="go on from DIR's newest checkpoint")
+    train.add_argument("--ray", metavar="ADDRESS", help="rollout engines on a Ray cluster: auto, local, HOST:PORT or "
+                       "ray://HOST:PORT ([ray] of CONFIG)")  # fmt: skip
     train.add_argument("--fields", action="store_true", help="print every field with its help and default")
 
     evaluation = add("eval", _eval, "avg@k, pass@k and maj@k of a run or a model, with intervals; --section.key value "
@@ -191,7 +193,7 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.fields:
         print_fields()
         return 0
-    return run_training(options.config, rest, output=options.output, resume=options.resume)
+    return run_training(options.config, rest, output=options.output, resume=options.resume, ray=options.ray)
 
 
 def _eval(options: argparse.Namespace, rest: Sequence[str]) -> int:

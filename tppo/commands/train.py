@@ -11,9 +11,11 @@ from profiling.settings import check_settings, parse_overrides, read_toml, with_
 from tppo.config import RunConfig
 
 
-def run_training(config_path: Path | None, words: Sequence[str], *, output: Path | None, resume: Path | None) -> int:
+def run_training(
+    config_path: Path | None, words: Sequence[str], *, output: Path | None, resume: Path | None, ray: str | None = None
+) -> int:
     """Train as the file says, changed by `--section.key value` words. A resumed run reads its own config.toml
-    unless another is named. Returns the exit code."""
+    unless another is named. ray: address of a cluster for the rollout engines. Returns the exit code."""
     if config_path is None and resume is None:
         raise ConfigError("no configuration: write tppo train CONFIG.toml, or --resume DIR")
     if resume is not None and output is not None:
@@ -22,6 +24,10 @@ def run_training(config_path: Path | None, words: Sequence[str], *, output: Path
     overrides = parse_overrides(words)
     if "algorithm" in overrides:  # --algorithm ppo is short for --algorithm.name ppo
         overrides["algorithm.name"] = overrides.pop("algorithm")
+    if ray is not None:
+        if "ray.address" in overrides:
+            raise ConfigError("--ray, --ray.address: one says what the other does; leave one out")
+        overrides["ray.address"] = ray
     values = with_overrides(read_toml(source), overrides)
     directory = resume or output
     if directory is not None:
