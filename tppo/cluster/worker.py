@@ -77,6 +77,7 @@ class EngineWorker:
     def build(self, spec: EngineSpec) -> None:
         """Make the engine, with the weights that `model_path` has. Raises ConfigError as make_engine does."""
         quieten_libraries()
+        self._call, self._interrupted, self._group = 0, 0, None
         torch.set_num_threads(spec.threads)
         config = spec.config
         device = torch.device("cuda" if torch.cuda.is_available() and config.model.device != "cpu" else "cpu")
