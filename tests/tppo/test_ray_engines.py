@@ -15,29 +15,22 @@ pytest.importorskip("ray", reason="needs the extra ray")
 
 import ray
 
-from profiling.errors import RunError
+from profiling.errors import ConfigError, RunError
 from profiling.reader import Run
 from simulator import load_experiment, simulate
 from simulator.calibrate import calibrate
 from tppo import start
 from tppo.checkpoints.store import newest_usable
+from tppo.cluster import places
 from tppo.cluster.places import Places, reserved_places
-from tppo.cluster.start import make_pool
+from tppo.cluster.start import make_pool, places_of
 from tppo.models.policy import load_policy
 from tppo.rollout.protocol import Request, Sampling
 from tppo.rollout.torch_engine import TorchEngine
 
 ROWS = [
-    "step",
-    "row",
-    "context_before",
-    "tokens",
-    "trained_tokens",
-    "finished",
-    "discarded",
-    "policy_version",
-    "reward",
-]
+    "step", "row", "context_before", "tokens", "trained_tokens", "finished", "discarded", "policy_version", "reward",
+]  # fmt: skip
 TIMES = ("time", "clock", "perf", "probe")
 
 
@@ -79,13 +72,13 @@ def cluster():
 @pytest.fixture(autouse=True)
 def warm(monkeypatch):
     @contextmanager
-    def places_of(config):
+    def warm_places_of(config):
         if not config.ray.address:
             yield None
             return
         yield WarmPlaces(ray, None, [], config.ray.engines, 0)
 
-    monkeypatch.setattr(start, "places_of", places_of)
+    monkeypatch.setattr(start, "places_of", warm_places_of)
     yield
     WarmPlaces.give_back()
 
@@ -241,8 +234,14 @@ def pool(make_config, request):
     """Two engines and the model whose weights they sample from."""
     config = make_config("pool", ray={"address": "auto", "engines": 2, **getattr(request, "param", {})})
     model, tokenizer = load_policy(config.model.path)
-    places = WarmPlaces(ray, None, [], 2, 0)
-    made = make_pool(places, config, model, slots=4, max_tokens=90, generator=torch.Generator().manual_seed(0))
+    made = make_pool(
+        WarmPlaces(ray, None, [], 2, 0),
+        config,
+        model,
+        slots=4,
+        max_tokens=90,
+        generator=torch.Generator().manual_seed(0),
+    )
     return made, model, tokenizer
 
 
@@ -306,12 +305,29 @@ def test_engines_with_draws_of_their_own_draw_different_numbers_and_the_same_aga
 
 def test_places_are_reserved_and_given_back(make_config):
     config = make_config("places", ray={"address": "auto", "engines": 2})
-    before = ray.available_resources()["CPU"]
-    with reserved_places(ray, config) as places:
-        assert (places.engines, places.gpus_per_engine) == (2, 0)
-        assert ray.available_resources()["CPU"] == before - 2
+    with reserved_places(ray, config) as got:
+        assert (got.engines, got.gpus_per_engine) == (2, 0)
+        assert ray.available_resources()["CPU"] == 2
     for _ in range(50):
-        if ray.available_resources()["CPU"] == before:
+        if ray.available_resources()["CPU"] == 4:
             return
         time.sleep(0.1)
     raise AssertionError("the places are still taken")
+
+
+def test_a_cluster_that_stays_busy_is_not_waited_for_long(make_config, monkeypatch):
+    monkeypatch.setattr(places, "RESERVE_TIMEOUT_S", 0.5)
+    other = ray.util.placement_group([{"CPU": 4}])
+    assert other.wait(20)
+    busy = r"1 CPUs and 0 GPUs in 1 places .* not to be had within 0.5 s; 0 CPUs and 0 GPUs are free"
+    with pytest.raises(ConfigError, match=busy), reserved_places(ray, make_config("busy", ray={"address": "auto"})):
+        pass
+    ray.util.remove_placement_group(other)
+
+
+def test_too_large_a_run_is_refused_before_anything_is_written(make_config, monkeypatch):
+    monkeypatch.setattr(start, "places_of", places_of)
+    config = make_config("large", ray={"address": "auto", "engines": 8})
+    with pytest.raises(ConfigError, match="with 1 CPUs each they need 8, and the cluster has 4"):
+        start.train(config, show_progress=False)
+    assert not config.output.exists()
