@@ -64,7 +64,12 @@ def trainer_for(config: RunConfig, *, resume: bool = False) -> Iterator[Trainer]
     model, parallel = config.model, config.parallel
     with (
         places_of(config) as places,
-        joined_ranks(device=model.device, dtype=model.dtype, replicas=parallel.replicas) as ranks,
+        joined_ranks(
+            device=model.device,
+            dtype=model.dtype,
+            replicas=parallel.replicas,
+            gpu=places.trainer_gpu if places else None,
+        ) as ranks,
     ):
         if config.profile.cuda_events and not torch.cuda.is_available():
             raise ConfigError("profile.cuda_events: torch sees no GPU; leave it out")

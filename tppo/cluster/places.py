@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from profiling.errors import ConfigError
@@ -30,6 +30,8 @@ class Places:
     engines: int
     gpus_per_engine: int
     """0 on CPUs."""
+    trainer_gpu: int | None = None
+    """Of those that this process sees; None where nothing says which."""
 
     @property
     def trainer_bundle(self) -> int:
@@ -70,7 +72,7 @@ def reserved_places(ray: Any, config: RunConfig) -> Iterator[Places]:
             )
         places = Places(ray, group, bundles, config.ray.engines, config.gpus_per_engine if on_gpus else 0)
         if on_gpus and host is not None:
-            take_the_trainers_gpu(places)
+            places = replace(places, trainer_gpu=trainer_gpu_of(places))
         yield places
     finally:
         remove_placement_group(group)
@@ -83,12 +85,14 @@ class _Probe:
         return [int(number) for number in ray.get_gpu_ids()]
 
 
-def take_the_trainers_gpu(places: Places) -> None:
-    """Let this process see the GPU that is reserved for it, or the first engine's, alone. Before CUDA is used here."""
+def trainer_gpu_of(places: Places) -> int:
+    """The GPU that is reserved for this process, or the first engine's, as this process counts them. It goes on seeing
+    all of them: its sampler watches the engines' too."""
     probe = places.actor(_Probe, places.trainer_bundle)
     numbers = places.ray.get(probe.gpus.remote(), timeout=RESERVE_TIMEOUT_S)
     places.ray.kill(probe)
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(numbers[0])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return visible.index(str(numbers[0])) if str(numbers[0]) in visible else numbers[0]
 
 
 def bundles_of(config: RunConfig, *, on_gpus: bool, host: str | None) -> list[dict[str, float]]:

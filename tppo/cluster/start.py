@@ -21,8 +21,7 @@ from tppo.rollout.engines import engine_dtype
 
 @contextmanager
 def places_of(config: RunConfig) -> Iterator[Places | None]:
-    """What `[ray]` asks for, reserved; None, and no Ray, without an address. Before CUDA is used in this process.
-    Raises ConfigError."""
+    """What `[ray]` asks for, reserved; None, and no Ray, without an address. Raises ConfigError."""
     if not config.ray.address:
         yield None
         return
