@@ -279,6 +279,30 @@ def test_new_weights_reach_every_engine(pool):
     assert engines.policy_version == 2
 
 
+@pytest.mark.parametrize("pool", [{"weight_sync": "gloo", "engine_timeout_s": 60.0}], indirect=True)
+def test_a_broadcast_goes_to_those_that_live_and_later_to_the_new_one(pool):
+    engines, model, tokenizer = pool
+    greedy = Sampling(temperature=0.0, stop_token_ids=(tokenizer.eos_token_id,))
+    engines.update_weights(1)
+    ray.kill(WarmPlaces.busy[1])
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.roll(1, dims=0))
+    engines.update_weights(2)
+    expected = sampled(alone(model, tokenizer), requests_of(tokenizer), greedy)
+    assert sampled(engines, requests_of(tokenizer), greedy) == expected
+    for _ in range(300):
+        engines.update_weights(3)
+        if len(engines._members) == 2:
+            break
+        time.sleep(0.1)
+    engines.submit(requests_of(tokenizer), greedy)
+    done = []
+    while ended := engines.run_until_a_row_ends():
+        done += ended
+    assert {completion.row: completion.token_ids for completion in done} == expected
+    assert {completion.engine for completion in done} == {0, 1}
+
+
 def test_an_abort_stops_all_engines_and_gives_what_each_row_has(pool):
     engines, model, tokenizer = pool
     by_row = Sampling(stop_token_ids=(tokenizer.eos_token_id,), seed=5, by_row=True)

@@ -76,6 +76,8 @@ class ByBroadcast:
 
     def send(self, members: Sequence[Member]) -> None:
         actors = [member.actor for member in members]
+        # A broadcast waits for a dead member until its time limit; this finds it at once.
+        self._ray.get([actor.now.remote() for actor in actors], timeout=self._timeout_s)
         try:
             if self._group is None or actors != self._members:
                 self._group = self._meet(actors)
