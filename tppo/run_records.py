@@ -18,15 +18,18 @@ from tppo.schedule import Schedule, describe
 
 
 def cluster_of(config: RunConfig, ranks: int) -> Cluster:
-    """An engine a rank, on the devices that train; a rank without a GPU counts as one."""
-    return Cluster(
-        engines=ranks, gpus_per_engine=config.vllm.tensor_parallel if config.rollout.engine == "vllm" else 1
-    )
+    """An engine a rank, on the devices that train; or those of a Ray cluster, on their own devices if separate. A rank
+    or an engine without a GPU counts as one."""
+    if config.ray.address:
+        own = ranks if config.ray.layout == "separate" else 0
+        return Cluster(config.ray.engines, config.gpus_per_engine, trainer_gpus=own)
+    return Cluster(engines=ranks, gpus_per_engine=config.gpus_per_engine)
 
 
 def header_of(schedule: Schedule, config: RunConfig, ranks: int) -> dict[str, Any]:
     cluster = cluster_of(config, ranks)
     packages = ["torch", "transformers", *(["vllm"] if config.rollout.engine == "vllm" else [])]
+    packages += ["ray"] if config.ray.address else []
     return {
         "clock": "perf_counter",
         "unix_time_s": time.time(),

@@ -19,6 +19,9 @@ from tppo.checkpoints.content import POLICY, restore
 from tppo.checkpoints.manifest import check_it_fits
 from tppo.checkpoints.random_state import set_global_random_state
 from tppo.checkpoints.store import Found, make_ready_to_resume, newest_usable
+from tppo.cluster.places import Places
+from tppo.cluster.pool import EnginePool
+from tppo.cluster.start import make_pool, places_of
 from tppo.config import RunConfig
 from tppo.data.tasks import Problems, problems_of
 from tppo.evaluation.evaluate import longest_prompt_of
@@ -31,9 +34,10 @@ from tppo.parallel.rollout import check_schedule_fits
 from tppo.parallel.silent import SilentWriter
 from tppo.rewards.make import reward_of
 from tppo.rollout.engines import check_rows_fit, make_engine, sampling_of
+from tppo.rollout.protocol import Clock, RolloutEngine
 from tppo.run_records import header_of
 from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, Truncated
-from tppo.state import new_state
+from tppo.state import TrainingState, new_state
 from tppo.torch_traces import steps_of
 from tppo.tracking.protocol import About
 from tppo.tracking.tracker import Tracker, check_trackers
@@ -60,22 +64,30 @@ def trainer_for(config: RunConfig, *, resume: bool | Path = False) -> Iterator[T
     if config.output is None:
         raise ConfigError('output: no run directory is given; add `output = "runs/NAME"` or --output')
     steps_of(config.profile.torch_steps)
-    if config.profile.cuda_events and not torch.cuda.is_available():
-        raise ConfigError("profile.cuda_events: torch sees no GPU; leave it out")
     torch.set_num_threads(config.train.threads)
     model, parallel = config.model, config.parallel
-    with joined_ranks(device=model.device, dtype=model.dtype, replicas=parallel.replicas) as ranks:
+    with (
+        places_of(config) as places,
+        joined_ranks(
+            device=model.device,
+            dtype=model.dtype,
+            replicas=parallel.replicas,
+            gpu=places.trainer_gpu if places else None,
+        ) as ranks,
+    ):
+        if config.profile.cuda_events and not torch.cuda.is_available():
+            raise ConfigError("profile.cuda_events: torch sees no GPU; leave it out")
         check_it_fits_the_ranks(config, ranks)
         ranks.everyones(lambda: check_trackers(config.logging) if ranks.main else None)
         source = config.output if resume is True else resume or None
         found = ranks.everyones(lambda: checkpoint_of(config, source, ranks) if ranks.main else None)[0]
-        with _trainer_of_rank(config, found, ranks) as trainer:
+        with _trainer_of_rank(config, found, ranks, places) as trainer:
             yield trainer
 
 
 @contextmanager
-def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks) -> Iterator[Trainer]:
-    """found: the checkpoint to go on from."""
+def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks, places: Places | None) -> Iterator[Trainer]:
+    """found: the checkpoint to go on from. places: of rollout engines on a cluster."""
     assert config.output is not None
     model_path = str(found.path / POLICY) if found else config.model.path
     start = config.model.path if config.model.lora_rank else model_path  # adapters are restored beside their base
@@ -96,9 +108,8 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks) -> It
     goes_on_here = found is not None and _same(found.run, config.output)
     time_s = restored.time_s if restored and goes_on_here else 0.0
     schedule = schedule_of(config)
-    engine = make_engine(
-        config, policy, tokenizer, model_path=model_path, slots=slots_of(config, schedule, ranks),
-        max_tokens=row_tokens, generator=state.rollout_generator,
+    engine = engine_of(
+        config, state, places, model_path=model_path, slots=slots_of(config, schedule, ranks), max_tokens=row_tokens,
         clock=lambda: profiler.now(),
     )  # fmt: skip
     engine.update_weights(state.policy_version)
@@ -121,6 +132,8 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks) -> It
         with profiler, ExitStack() as stack:
             for record in notes_of(offsets):
                 profiler.trace(record)
+            if isinstance(engine, EnginePool):
+                engine.attach(profiler.zero_s, profiler.trace)
             sampling = sampling_of(config, tokenizer, ranks)
             tracker = stack.enter_context(tracked(config, found, ranks, profiler))
             trainer = Trainer(
@@ -161,6 +174,21 @@ def tracked(config: RunConfig, found: Found | None, ranks: Ranks, profiler: Prof
         raise
     finally:
         tracker.finish("failed")
+
+
+def engine_of(
+    config: RunConfig, state: TrainingState, places: Places | None, *, model_path: str, slots: int, max_tokens: int,
+    clock: Clock,
+) -> RolloutEngine:  # fmt: skip
+    """One in this process, or all of a cluster's. slots: rows of each."""
+    if places is not None:
+        return make_pool(
+            places, config, state.policy, slots=slots, max_tokens=max_tokens, generator=state.rollout_generator
+        )
+    return make_engine(
+        config, state.policy, state.tokenizer, model_path=model_path, slots=slots, max_tokens=max_tokens,
+        generator=state.rollout_generator, clock=clock,
+    )  # fmt: skip
 
 
 def open_run(
@@ -282,7 +310,7 @@ def schedule_of(config: RunConfig) -> Schedule:
 
 def slots_of(config: RunConfig, schedule: Schedule, ranks: Ranks) -> int:
     """Rows that an engine runs at once."""
-    rows = -(-config.rows_per_step // ranks.world)
+    rows = -(-config.rows_per_step // (config.ray.engines if config.ray.address else ranks.world))
     if isinstance(schedule, Oversample):
         rows = schedule.rows_started(rows)
     return config.rollout.max_rows_per_engine or rows

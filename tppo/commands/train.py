@@ -11,10 +11,13 @@ from profiling.settings import check_settings, parse_overrides, read_toml, with_
 from tppo.config import RunConfig
 
 
-def run_training(config_path: Path | None, words: Sequence[str], *, output: Path | None, resume: Path | None) -> int:
+def run_training(
+    config_path: Path | None, words: Sequence[str], *, output: Path | None, resume: Path | None, ray: str | None = None
+) -> int:
     """Train as the file says, changed by `--section.key value` words. A resumed run reads its own config.toml
-    unless another is named; with an output it goes on there, and stays as it is. Returns the exit code."""
-    config = read_config(config_path, words, output=output, resume=resume)
+    unless another is named; with an output it goes on there, and stays as it is. ray: address of a cluster for the
+    rollout engines. Returns the exit code."""
+    config = read_config(config_path, words, output=output, resume=resume, ray=ray)
 
     from tppo.quiet import quieten_libraries
 
@@ -30,7 +33,7 @@ def run_training(config_path: Path | None, words: Sequence[str], *, output: Path
 
 
 def read_config(
-    config_path: Path | None, words: Sequence[str], *, output: Path | None, resume: Path | None
+    config_path: Path | None, words: Sequence[str], *, output: Path | None, resume: Path | None, ray: str | None = None
 ) -> RunConfig:
     """Raises ConfigError."""
     if config_path is None and resume is None:
@@ -39,6 +42,10 @@ def read_config(
     overrides = parse_overrides(words)
     if "algorithm" in overrides:  # --algorithm ppo is short for --algorithm.name ppo
         overrides["algorithm.name"] = overrides.pop("algorithm")
+    if ray is not None:
+        if "ray.address" in overrides:
+            raise ConfigError("--ray, --ray.address: one says what the other does; leave one out")
+        overrides["ray.address"] = ray
     values = with_overrides(read_toml(source), overrides)
     directory = output or resume
     if directory is not None:

@@ -96,13 +96,23 @@ def plain_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     one after the other. Collective where the model is sharded. The model stays as it is."""
     layers = dict(adapted_layers(model))
     for name, tensor in model.state_dict().items():
-        if ".lora_" in name:
+        if is_adapter(name):
             continue
         own = whole(tensor)
         layer, _, kind = name.rpartition(f"{BASE}.")
         if layer in layers and kind == "weight":
             own = own + _increment(layers[layer])
-        yield name.replace(f"{BASE}.", "."), own
+        yield plain_name(name), own
+
+
+def is_adapter(name: str) -> bool:
+    """Of an entry of a state."""
+    return ".lora_" in name
+
+
+def plain_name(name: str) -> str:
+    """Of an entry of a state, as it is without adapters."""
+    return name.replace(f"{BASE}.", ".")
 
 
 def _increment(layer: nn.Module) -> Float[Tensor, "out in"]:
@@ -112,14 +122,14 @@ def _increment(layer: nn.Module) -> Float[Tensor, "out in"]:
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
     """A and B of every layer, whole, on the CPU. Collective where the model is sharded."""
-    return {name: whole(tensor).cpu() for name, tensor in model.state_dict().items() if ".lora_" in name}
+    return {name: whole(tensor).cpu() for name, tensor in model.state_dict().items() if is_adapter(name)}
 
 
 @torch.no_grad()
 def load_adapters(model: nn.Module, adapters: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> None:
     """What `adapter_weights` gave. merged: the plain weights of the same moment. Raises KeyError or RuntimeError when
     they do not fit, ValueError when with them the model is another one: its base has changed."""
-    own = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+    own = {name: tensor for name, tensor in model.state_dict().items() if is_adapter(name)}
     if own.keys() != adapters.keys():
         raise KeyError("the adapters are of other layers")
     for name, tensor in own.items():

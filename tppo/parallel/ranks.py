@@ -106,20 +106,23 @@ SINGLE = Ranks()
 
 
 @contextmanager
-def joined_ranks(*, device: str = "auto", dtype: str = "auto", replicas: int = 1) -> Iterator[Ranks]:
+def joined_ranks(
+    *, device: str = "auto", dtype: str = "auto", replicas: int = 1, gpu: int | None = None
+) -> Iterator[Ranks]:
     """The ranks that torchrun started, or this process alone. device: auto, cpu or cuda. dtype: in which training
     passes compute; another than the weights' float32 is sharding's work, also where one process is alone. replicas:
-    groups that each hold all shards (HSDP). Raises ConfigError.
+    groups that each hold all shards (HSDP). gpu: this process's, of those that it sees; None: its local rank's. Raises
+    ConfigError.
     """
     world, rank = _from_environment("WORLD_SIZE", 1), _from_environment("RANK", 0)
-    own = _device(device, _from_environment("LOCAL_RANK", 0))
+    own = _device(device, _from_environment("LOCAL_RANK", 0) if gpu is None else gpu)
     if world % replicas:
         raise ConfigError(f"parallel.replicas = {replicas}: the {world} ranks cannot be divided into as many groups")
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
     if world == 1 and compute_dtype(dtype, own) == torch.float32:
         yield Ranks(device=own)
         return
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
     backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
     alone: dict[str, Any] = {} if world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:

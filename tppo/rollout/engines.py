@@ -31,17 +31,17 @@ def make_engine(
     max_tokens: int,
     generator: torch.Generator,
     clock: Clock,
+    device: torch.device | None = None,
 ) -> RolloutEngine:
     """An engine that samples from `model`, which the caller trains.
 
-    model_path: where vLLM finds its configuration. slots: rows at once. max_tokens: prompt and response. Raises
-    ConfigError naming the setting when the engine is not installed, lacks a feature or has too little memory.
+    model_path: where vLLM finds its configuration. slots: rows at once. max_tokens: prompt and response. device:
+    vLLM's where the model is elsewhere. Raises ConfigError naming the setting when the engine is not installed, lacks
+    a feature or has too little memory.
     """
     rollout, vllm = config.rollout, config.vllm
-    device = input_layer(model).weight.device
-    dtype = model.dtype if device.type == "cpu" else torch.bfloat16
-    if rollout.dtype != "auto":
-        dtype = getattr(torch, rollout.dtype)
+    device = device or input_layer(model).weight.device
+    dtype = engine_dtype(config, device, trained=model.dtype)
     if rollout.engine == "vllm":
         from tppo.rollout.vllm_engine import VllmEngine
 
@@ -77,6 +77,13 @@ def needs_a_plain_copy(model: PreTrainedModel, config: RunConfig) -> bool:
     return is_sharded(model) or config.model.activation_checkpointing or has_adapters(model)
 
 
+def engine_dtype(config: RunConfig, device: torch.device, trained: torch.dtype = torch.float32) -> torch.dtype:
+    """Of an engine's weights. trained: the policy's."""
+    if config.rollout.dtype != "auto":
+        return getattr(torch, config.rollout.dtype)
+    return trained if device.type == "cpu" else torch.bfloat16
+
+
 def evaluation_engine(
     config: RunConfig,
     model: PreTrainedModel,
@@ -87,10 +94,12 @@ def evaluation_engine(
     max_tokens: int,
 ) -> RolloutEngine:
     """What evaluates: a torch engine of its own, of the training engine's weights where the policy's cannot decode;
-    the training's where it is vLLM."""
+    the training's where it is vLLM, or where such weights are on other hosts."""
     if config.rollout.engine == "vllm":
         return training_engine
-    if isinstance(training_engine, TorchEngine) and needs_a_plain_copy(model, config):
+    if needs_a_plain_copy(model, config):
+        if not isinstance(training_engine, TorchEngine):
+            return training_engine
         model = training_engine.model
     return TorchEngine(
         model, slots=slots, max_tokens=max_tokens, pad_token_id=padding_of(tokenizer), generator=torch.Generator(),
@@ -99,10 +108,12 @@ def evaluation_engine(
 
 
 def sampling_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks = SINGLE) -> Sampling:
-    """How training samples. With several ranks by row, unless set otherwise: which rank runs a row changes nothing."""
+    """How training samples. With several ranks or on a cluster by row, unless set otherwise: where a row runs changes
+    nothing."""
     rollout = config.rollout
     stops = (tokenizer.eos_token_id, *rollout.stop_token_ids)
-    by_row = rollout.draws == "row" or (rollout.draws == "auto" and ranks.world > 1)
+    several = ranks.world > 1 or config.ray.address != ""
+    by_row = rollout.draws == "row" or (rollout.draws == "auto" and several)
     seed = config.train.seed if by_row else None
     return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, stops, seed, by_row)
 

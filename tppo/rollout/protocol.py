@@ -69,6 +69,13 @@ class Completion:
     t_end: float
     preempted: int = 0
     """Times that its KV blocks were taken away and computed again."""
+    engine: int | None = None
+    """Which of several engines ran it; None where there is one."""
+
+
+def always() -> bool:
+    """Nobody interrupts."""
+    return True
 
 
 class RolloutEngine(Protocol):

@@ -59,6 +59,8 @@ class Row:
         self.policy_version = completion.policy_version
         self.preempted = completion.preempted
         self.t_start, self.t_end = completion.t_start, completion.t_end
+        if completion.engine is not None:
+            self.engine = completion.engine
 
     def copy(self) -> "Row":
         return replace(

@@ -17,7 +17,7 @@ from tppo.batching import micro_batches, pad_right
 from tppo.models.cached import hidden_states
 from tppo.models.lora import plain_weights
 from tppo.models.policy import input_layer, output_layer
-from tppo.rollout.protocol import Clock, Completion, Request, Sampling
+from tppo.rollout.protocol import Clock, Completion, Request, Sampling, always
 from tppo.rollout.sampling import draw
 from tppo.rollout.slot_cache import Parked, SlotCache
 from tppo.rollout.spans import Spans
@@ -67,6 +67,8 @@ class TorchEngine:
         self._pad = pad_token_id
         weight = input_layer(model).weight
         self._device, self._dtype = weight.device, weight.dtype
+        self.keep_going = always
+        """Asked at every token; False lets `run_until_a_row_ends` return early, with [] if no row has ended."""
         self._forward = torch.compile(hidden_states, dynamic=True) if compiled else hidden_states
         self._cache: SlotCache | None = None
         self._parked: dict[int, Parked] = {}
@@ -196,7 +198,7 @@ class TorchEngine:
             self._position = self._position + 1
             width += 1
             stopped = (tokens[:, None] == self._stops).any(1)  # (running,)
-            if steps == longest_left or bool(stopped.any()):
+            if steps == longest_left or bool(stopped.any()) or not self.keep_going():
                 break
         self._left = self._left - steps
         token_columns = torch.stack(sampled, dim=1).tolist()  # (running, steps)

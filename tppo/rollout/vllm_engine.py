@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from profiling.errors import ConfigError
 from tppo.models.lora import plain_weights
-from tppo.rollout.protocol import Clock, Completion, Request, Sampling
+from tppo.rollout.protocol import Clock, Completion, Request, Sampling, always
 from tppo.rollout.sampling import uniform_of
 from tppo.rollout.spans import Spans
 
@@ -85,6 +85,8 @@ class VllmEngine:
     ) -> None:
         self.policy_version = 0
         self.slots = slots
+        self.keep_going = always
+        """As the torch engine's."""
         self._trained = trained
         self._generator = generator
         self._keep_kv = keep_kv
@@ -149,7 +151,7 @@ class VllmEngine:
 
     def run_until_a_row_ends(self) -> list[Completion]:
         ended: list[Completion] = []
-        while self._rows and not ended:
+        while self._rows and not ended and self.keep_going():
             ended = self._step()
         return sorted(ended, key=lambda completion: completion.row)
 

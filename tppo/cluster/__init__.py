@@ -1,0 +1,7 @@
+"""Rollout engines on a Ray cluster: `tppo train CONFIG.toml --ray ADDRESS`.
+
+The trainer stays this process, Ray's driver; every engine is an actor (worker.py) in a place that was reserved for it
+(places.py). EnginePool (pool.py) speaks the protocol of one engine for all of them, so schedules, trainer and
+checkpoints know nothing of Ray. Ray is imported only
+when a run asks for a cluster.
+"""
