@@ -1,9 +1,5 @@
-"""What `tppo train` reads from TOML. A field's docstring is its help; overrides are `--section.field value`.
+"""What `tppo train` reads from TOML. A field's docstring is its help; overrides are `--section.field value`."""
 
-Past 400 lines, because it is read as the one list of all settings.
-"""
-
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from profiling.settings import Settings
 from tppo.cluster.settings import RayConfig
+from tppo.config_checks import check_it_fits_together
 from tppo.guards import GuardsConfig
 from tppo.tracking.settings import LoggingConfig
 
@@ -364,79 +361,6 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def check_it_fits_together(self) -> "RunConfig":
-        if self.rows_per_step % self.train.mini_batches:
-            raise ValueError(
-                f"rollout.prompts_per_step x rollout.samples_per_prompt = {self.rows_per_step} rows cannot be "
-                f"divided into train.mini_batches = {self.train.mini_batches}; change one of them"
-            )
-        if self.algorithm.name == "dapo" and self.rollout.samples_per_prompt < 2:
-            raise ValueError(
-                "rollout.samples_per_prompt = 1: dapo compares the answers to one prompt; set at least 2, and "
-                "rollout.prompts_per_step lower"
-            )
-        if self.algorithm.name == "geppo" and self.rollout.prompts_per_step % 2:
-            raise ValueError(
-                f"rollout.prompts_per_step = {self.rollout.prompts_per_step}: geppo generates half of a step's rows "
-                "and reuses older ones; make it even"
-            )
-        if self.algorithm.prefix == "detached" and (self.algorithm.lm_loss_coef or self.algorithm.name == "vapo"):
-            raise ValueError(
-                'algorithm.prefix = "detached": the language-model loss trains earlier windows too; set '
-                'algorithm.lm_loss_coef = 0 or prefix = "gradient"'
-            )
-        if self.algorithm.prefix == "detached" and self.model.activation_checkpointing:
-            raise ValueError(
-                'algorithm.prefix = "detached": keeps keys and values of the prefix, which '
-                "model.activation_checkpointing would compute again; leave one of them out"
-            )
-        if self.algorithm.prefix == "detached" and self.model.attention == "flash_attention_2":
-            raise ValueError('algorithm.prefix = "detached": needs a mask; set model.attention = "sdpa"')
-        if self.rollout.schedule != "recipe" and self.algorithm.name not in ("ppo", "ppo-ewma", "vapo"):
-            raise ValueError(
-                f'rollout.schedule = "{self.rollout.schedule}": {self.algorithm.name} has a schedule of its own; set '
-                'rollout.schedule = "recipe", or algorithm.name = ppo, ppo-ewma or vapo'
-            )
-        chosen = self.algorithm.old_log_probs is not None or self.algorithm.importance_cap is not None
-        if chosen and self.algorithm.name in ("geppo", "ppo-ewma"):
-            raise ValueError(
-                f"algorithm.old_log_probs, algorithm.importance_cap: {self.algorithm.name} has a ratio of its own; "
-                "leave them out"
-            )
-        if self.algorithm.importance_cap and self.algorithm.old_log_probs == "rollout":
-            raise ValueError(
-                "algorithm.importance_cap: the engine's own log-probabilities need no correction; set it to 0, or "
-                'algorithm.old_log_probs = "recomputed"'
-            )
-        if self.rollout.engine == "vllm" and self.rollout.compile:
-            raise ValueError("rollout.compile: belongs to the torch engine; vLLM compiles unless vllm.eager")
-        if self.rollout.engine == "vllm" and self.rollout.schedule == "asynchronous" and not self.ray.address:
-            raise ValueError(
-                'rollout.schedule = "asynchronous": vLLM in this process cannot roll out while the policy trains; set '
-                'rollout.engine = "torch", or give it processes of its own with --ray'
-            )
-        if (
-            self.rollout.engine == "vllm"
-            and self.rollout.temperature != 1
-            and (self.rollout.top_p < 1 or self.rollout.top_k)
-        ):
-            raise ValueError(
-                "rollout.temperature: vLLM cannot report log-probabilities at a temperature but before top_p and "
-                "top_k; set temperature = 1, or top_p = 1 and top_k = 0"
-            )
-        if self.evaluation.temperature == 0 and self.evaluation.samples > 1:
-            raise ValueError(
-                f"evaluation.samples = {self.evaluation.samples}: at evaluation.temperature = 0 all are the same; set "
-                "samples = 1, or a temperature above 0"
-            )
-        if self.data.task == "dataset" and not self.data.path:
-            raise ValueError('data.path: missing; name a data set, or set data.task = "arithmetic"')
-        if "{problem}" not in self.data.prompt_template:
-            raise ValueError(f"data.prompt_template = {self.data.prompt_template!r}: put {{problem}} into it")
-        if self.data.task == "arithmetic" and (self.data.path or self.evaluation.path):
-            raise ValueError('data.path, evaluation.path: belong to data.task = "dataset"; set it, or leave them out')
-        if self.data.task == "dataset" and self.reward.kind == "final_answer":
-            raise ValueError('reward.kind = "final_answer": belongs to the arithmetic task; set it to "math"')
-        if self.data.task == "arithmetic" and self.evaluation.every and self.evaluation.seed == self.data.seed:
-            raise ValueError("evaluation.seed equals data.seed: the held-out problems would be trained on")
+    def check(self) -> "RunConfig":
+        check_it_fits_together(self)
         return self

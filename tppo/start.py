@@ -11,19 +11,17 @@ from typing import Any
 import torch
 
 from profiling import Profiler
-from profiling.errors import ConfigError, DataError
-from profiling.reader import Run
-from profiling.settings import check_settings, to_toml
-from profiling.writer import RunWriter, refuse_a_run
+from profiling.errors import ConfigError
+from profiling.settings import to_toml
+from profiling.writer import RunWriter
 from tppo.checkpoints.content import POLICY, restore
-from tppo.checkpoints.manifest import check_it_fits
 from tppo.checkpoints.random_state import set_global_random_state
-from tppo.checkpoints.store import Found, make_ready_to_resume, newest_usable
+from tppo.checkpoints.store import Found, make_ready_to_resume
 from tppo.cluster.places import Places
 from tppo.cluster.pool import EnginePool
 from tppo.cluster.start import make_pool, places_of
 from tppo.config import RunConfig
-from tppo.data.tasks import Problems, problems_of
+from tppo.data.tasks import problems_of
 from tppo.evaluation.evaluate import longest_prompt_of
 from tppo.learner.recipe import recipe_of
 from tppo.models.policy import architecture_of, describe_model, load_policy
@@ -32,6 +30,7 @@ from tppo.parallel.clocks import notes_of, offsets_to_main
 from tppo.parallel.ranks import Ranks, joined_ranks
 from tppo.parallel.rollout import check_schedule_fits
 from tppo.parallel.silent import SilentWriter
+from tppo.resume import DATA_JSON, checkpoint_of, same_directory
 from tppo.rewards.make import reward_of
 from tppo.rollout.engines import check_rows_fit, make_engine, sampling_of
 from tppo.rollout.protocol import Clock, RolloutEngine
@@ -42,9 +41,6 @@ from tppo.torch_traces import steps_of
 from tppo.tracking.protocol import About
 from tppo.tracking.tracker import Tracker, check_trackers
 from tppo.trainer import Outcome, Trainer
-
-DATA_JSON = "data.json"
-"""In the run directory: tells a data set's problems from others."""
 
 
 def train(config: RunConfig, *, resume: bool | Path = False, show_progress: bool = True) -> Outcome:
@@ -105,7 +101,7 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks, place
     row_tokens = longest_prompt + config.rollout.max_response_tokens
     check_value_rows_fit(state.value_model, config.value.path, row_tokens)
     restored = restore(state, found.path) if found else None
-    goes_on_here = found is not None and _same(found.run, config.output)
+    goes_on_here = found is not None and same_directory(found.run, config.output)
     time_s = restored.time_s if restored and goes_on_here else 0.0
     schedule = schedule_of(config)
     engine = engine_of(
@@ -137,19 +133,9 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks, place
             sampling = sampling_of(config, tokenizer, ranks)
             tracker = stack.enter_context(tracked(config, found, ranks, profiler))
             trainer = Trainer(
-                config,
-                state,
-                problems.task,
-                reward,
-                schedule,
-                engine,
-                sampling,
-                problems.held_out,
-                writer,
-                profiler,
-                ranks,
-                tracker,
-            )
+                config, state, problems.task, reward, schedule, engine, sampling, problems.held_out, writer, profiler,
+                ranks, tracker,
+            )  # fmt: skip
             if restored is not None:
                 set_global_random_state(restored.global_random_state)  # last: what is built above may draw
             yield trainer
@@ -220,39 +206,6 @@ def open_run(
     return opened[0] if opened else SilentWriter(path)
 
 
-def checkpoint_of(config: RunConfig, source: Path | None, ranks: Ranks) -> Found | None:
-    """The newest usable checkpoint of the run in `source`, after checking that this one can go on from it, or None for
-    a new run. Those that are passed over are named on standard error. Raises DataError or ConfigError, before anything
-    is changed."""
-    assert config.output is not None
-    if source is None or not _same(source, config.output):
-        refuse_a_run(config.output)
-    if source is None:
-        return None
-    found = newest_usable(source, to_resume=True)
-    path = source / "model.json"
-    try:
-        model = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        model = None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    before = check_it_can_go_on(config, source)
-    check_it_fits(found.path, found.manifest, algorithm=config.algorithm.name, model=model)
-    if _same(source, config.output) and before.header.get("ranks", 1) != ranks.world:
-        raise ConfigError(
-            f"{source}: was written by {before.header.get('ranks', 1)} ranks, whose GPUs its ledger counts, and there "
-            f"are {ranks.world} now; go on in another directory: --resume {source} --output DIR"
-        )
-    for reason in found.passed_over.values():
-        print(f"tppo: {reason}; going on from {found.path.name}", file=sys.stderr)
-    return found
-
-
-def _same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
-
-
 def check_it_fits_the_ranks(config: RunConfig, ranks: Ranks) -> None:
     """Raises ConfigError."""
     check_schedule_fits(config.rollout.schedule, ranks)
@@ -265,38 +218,6 @@ def check_it_fits_the_ranks(config: RunConfig, ranks: Ranks) -> None:
         raise ConfigError(
             f"rollout.prompts_per_step x rollout.samples_per_prompt = {config.rows_per_step} rows: fewer than the "
             f"{ranks.world} ranks; start fewer ranks"
-        )
-
-
-def check_it_can_go_on(config: RunConfig, source: Path) -> Run:
-    """Before anything is changed: what the run in `source` has written can be read, and what defines its rows is as it
-    was. Raises DataError or ConfigError."""
-    run = Run(source)
-    _ = run.trace, run.rollouts, run.engine
-    before = check_settings(run.config, RunConfig, where=str(run.path / "config.toml"))
-    kept = {"model.path": (before.model.path, config.model.path), "data": (before.data, config.data),
-            "rollout": (before.rollout, config.rollout)}  # fmt: skip
-    for name, (then, now) in kept.items():
-        if then != now:
-            raise ConfigError(f"{name}: a resumed run keeps the settings of {run.path / 'config.toml'}")
-    if before.algorithm.name != config.algorithm.name:
-        raise ConfigError(f"algorithm.name: the run was started as {before.algorithm.name}; start another run instead")
-    return run
-
-
-def check_problems_are_the_same(directory: Path, problems: Problems) -> None:
-    """Raises ConfigError when a data set gives other problems than when the run was started."""
-    if problems.fingerprint is None:
-        return
-    path = directory / DATA_JSON
-    try:
-        before = json.loads(path.read_bytes())["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; start another run instead") from None
-    if before != problems.fingerprint:
-        raise ConfigError(
-            "data: the problems are not those that the run was started with; put the data set and [evaluation] back "
-            "as they were, or start another run"
         )
 
 
