@@ -1,5 +1,6 @@
 """What `tppo train` reads from TOML. A field's docstring is its help; overrides are `--section.field value`."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 

@@ -30,7 +30,7 @@ from tppo.parallel.clocks import notes_of, offsets_to_main
 from tppo.parallel.ranks import Ranks, joined_ranks
 from tppo.parallel.rollout import check_schedule_fits
 from tppo.parallel.silent import SilentWriter
-from tppo.resume import DATA_JSON, checkpoint_of, same_directory
+from tppo.resume import DATA_JSON, check_problems_are_the_same, checkpoint_of, same_directory
 from tppo.rewards.make import reward_of
 from tppo.rollout.engines import check_rows_fit, make_engine, sampling_of
 from tppo.rollout.protocol import Clock, RolloutEngine
