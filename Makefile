@@ -52,6 +52,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.advantages
 	$(BIN)/python -m benchmarks.rollout
 	$(BIN)/python -m benchmarks.training_step
+	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.learning
 	$(BIN)/python -m benchmarks.ablations
 	$(BIN)/python -m benchmarks.time_to_score
