@@ -6,7 +6,6 @@ its parent dies.
 """
 
 import argparse
-import ctypes
 import json
 import select
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 
 from profiling import schema
 from profiling.errors import RunError
+from profiling.shell import end_with_the_parent
 from profiling.sources import NoDriver, Sample, Source, Window
 from profiling.sources.amd import AmdSource
 from profiling.sources.host import HostSource
@@ -32,8 +32,6 @@ LATER_PART_SECONDS, LATER_S = 60.0, 600.0
 """A day would else be seventeen thousand files."""
 REPORT_SECONDS = 5.0
 """Between signs of life."""
-
-_PR_SET_PDEATHSIG = 1
 
 
 def open_sources(links: bool) -> tuple[list[Source], str | None]:
@@ -169,8 +167,7 @@ def main() -> None:
     parser.add_argument("--links", action="store_true", help="also PCIe and NVLink traffic")
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's; the pipe tells us
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_the_parent()
     try:
         Sampler(options.output, options.interval, options.zero, links=options.links).run()
     except RunError as error:

@@ -1,12 +1,22 @@
 """How every command of the toolkit ends: one line on standard error and an exit code, never a traceback unasked."""
 
+import ctypes
+import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 
-from profiling.errors import ToolkitError
+from profiling.errors import InputError, ToolkitError
 
 INTERRUPTED = 130
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_the_parent() -> None:
+    """SIGTERM for this process when its parent dies, however that happens (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def exit_code_of(name: str, work: Callable[[], int], *, debug: bool = False) -> int:
@@ -28,6 +38,9 @@ def exit_code_of(name: str, work: Callable[[], int], *, debug: bool = False) -> 
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            print(f"{name}: {str(error.filename)[:60]}...: the name is too long for a file", file=sys.stderr)
+            return InputError.exit_code
         reason = str(error).splitlines()[0] if str(error) else ""
         hint = "; run again with --debug for the traceback" if name == "tppo" else ""
         print(f"{name}: {type(error).__name__}: {reason}{hint}", file=sys.stderr)

@@ -87,7 +87,7 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     train.add_argument("--check", action="store_true",
                        help="only say what memory it needs, beside tppo plan; 2 where it does not fit")  # fmt: skip
     train.add_argument("--gpu", help="of --check: a bundled name or a TOML file")
-    train.add_argument("--gpus", type=int, default=1, help="of --check: how many (1)")
+    train.add_argument("--gpus", type=int, help="of --check: how many (1)")
 
     evaluation = add("eval", _eval, "avg@k, pass@k and maj@k of a run or a model, with intervals; --section.key value "
                      "overrides", overrides=True)  # fmt: skip
@@ -205,8 +205,12 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> int:
         print_fields()
         return 0
     if options.check:
-        check_training(options.config, rest, resume=options.resume, gpu=options.gpu, gpus=options.gpus)
+        gpus = 1 if options.gpus is None else options.gpus
+        check_training(options.config, rest, resume=options.resume, gpu=options.gpu, gpus=gpus)
         return 0
+    for flag, given in (("--gpu", options.gpu), ("--gpus", options.gpus)):
+        if given is not None:
+            raise ConfigError(f"{flag} {given}: belongs to --check; add it, or leave {flag} out")
     return run_training(options.config, rest, output=options.output, resume=options.resume, ray=options.ray)
 
 

@@ -146,6 +146,7 @@ class Collector:
     def collect_for_values(self, rows: int, times: StepTimes) -> Collected:
         """Finished rows of the policy as it is, whatever the schedule: for the value model's pre-training."""
         schedule = Synchronous()
+        self._remember()
         plan, fresh = self.admit(schedule, times.step, rows)
         with times.phase("rollout"):
             records = self.generate(schedule, plan, fresh)

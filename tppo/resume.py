@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from profiling.errors import ConfigError, DataError
+from profiling.ledger import Cluster
 from profiling.reader import Run
 from profiling.settings import check_settings
 from profiling.writer import refuse_a_run
@@ -13,7 +14,10 @@ from tppo.checkpoints.store import Found, newest_usable
 from tppo.config import RunConfig
 from tppo.data.tasks import Problems
 from tppo.parallel.ranks import Ranks
+from tppo.run_records import cluster_of
 
+MAY_CHANGE = ("device", "attention", "activation_checkpointing", "trust_remote_code")
+"""Of [model]: how it is computed, not what."""
 DATA_JSON = "data.json"
 """In the run directory: tells a data set's problems from others."""
 
@@ -36,12 +40,11 @@ def checkpoint_of(config: RunConfig, source: Path | None, ranks: Ranks) -> Found
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     before = check_it_can_go_on(config, source)
+    if found.manifest.step > config.train.steps:
+        raise ConfigError(f"train.steps = {config.train.steps}: {source} has done {found.manifest.step}; raise it")
     check_it_fits(found.path, found.manifest, algorithm=config.algorithm.name, model=model)
-    if same_directory(source, config.output) and before.header.get("ranks", 1) != ranks.world:
-        raise ConfigError(
-            f"{source}: was written by {before.header.get('ranks', 1)} ranks, whose GPUs its ledger counts, and there "
-            f"are {ranks.world} now; go on in another directory: --resume {source} --output DIR"
-        )
+    if same_directory(source, config.output):
+        check_the_cluster_is_the_same(before, cluster_of(config, ranks.world))
     for reason in found.passed_over.values():
         print(f"tppo: {reason}; going on from {found.path.name}", file=sys.stderr)
     return found
@@ -57,14 +60,31 @@ def check_it_can_go_on(config: RunConfig, source: Path) -> Run:
     run = Run(source)
     _ = run.trace, run.rollouts, run.engine
     before = check_settings(run.config, RunConfig, where=str(run.path / "config.toml"))
-    kept = {"model.path": (before.model.path, config.model.path), "data": (before.data, config.data),
-            "rollout": (before.rollout, config.rollout)}  # fmt: skip
+    names = [name for name in type(config.model).model_fields if name not in MAY_CHANGE]
+    kept = {f"model.{name}": (getattr(before.model, name), getattr(config.model, name)) for name in names}
+    kept |= {"data": (before.data, config.data), "rollout": (before.rollout, config.rollout)}
     for name, (then, now) in kept.items():
         if then != now:
             raise ConfigError(f"{name}: a resumed run keeps the settings of {run.path / 'config.toml'}")
     if before.algorithm.name != config.algorithm.name:
         raise ConfigError(f"algorithm.name: the run was started as {before.algorithm.name}; start another run instead")
     return run
+
+
+def check_the_cluster_is_the_same(before: Run, now: Cluster) -> None:
+    """Raises ConfigError: a run directory's ledger counts the GPUs of one cluster."""
+    header = before.header
+    then = Cluster(header["engines"], header["gpus_per_engine"], header["trainer_gpus"])
+    if then != now:
+        raise ConfigError(
+            f"{before.path}: its ledger counts {_in_words(then)}, and there are {_in_words(now)} now; go on in "
+            f"another directory: --resume {before.path} --output DIR"
+        )
+
+
+def _in_words(cluster: Cluster) -> str:
+    words = f"{cluster.engines} engine{'s' if cluster.engines > 1 else ''} of {cluster.gpus_per_engine}"
+    return f"{words} and {cluster.trainer_gpus} GPUs that train" if cluster.trainer_gpus else words
 
 
 def check_problems_are_the_same(directory: Path, problems: Problems) -> None:

@@ -1,10 +1,10 @@
 """The training loop: roll out, grade, score, update value, update policy. Read it top to bottom."""
 
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -119,11 +119,12 @@ class Trainer:
         )  # fmt: skip
         with stop_on_signal() as stop, bar as advance:
             if not state.started:
-                if config.evaluation.every:
-                    accuracy, found = self.evaluate(step=0)
+                if config.evaluation.every and state.evaluated_step is None:
+                    with self.saving(step=0):
+                        accuracy, found = self.evaluate(step=0)
                     times = {"time_s": self.clock(), "clock_s": 0.0}
                     self.log({"step": 0, **times, **found})
-                with self.keeping_evidence(step=0):
+                with self.saving(step=0), self.keeping_evidence(step=0):
                     self.pretrain_value()
                 state.started = True
             while state.step < config.train.steps and not self.asked_to_stop(stop) and not self.score_reached():
@@ -136,7 +137,8 @@ class Trainer:
                 due = every > 0 and state.step % every == 0
                 if config.evaluation.every and state.step % config.evaluation.every == 0:
                     self.wait_for_rollout()
-                    accuracy, found = self.evaluate(state.step)
+                    with self.saving(state.step, metrics):
+                        accuracy, found = self.evaluate(state.step)
                     metrics |= found
                     due = due or self.is_a_best_to_keep()
                 self.log(metrics | self.guarded(metrics))
@@ -169,11 +171,27 @@ class Trainer:
         except (EngineError, RewardError) as error:
             self.state.step = step - 1
             self.collector.undo()
-            self.checkpoint()
-            raise RunError(
-                f"{error}; the checkpoint of step {step - 1} holds every unfinished row: go on with --resume "
-                f"{self.writer.path}"
-            ) from error
+            self.save_after(error)  # raises
+
+    @contextmanager
+    def saving(self, step: int, metrics: dict[str, Any] | None = None) -> Iterator[None]:
+        """An evaluation, or what comes before the first step: when engine or reward fail in it, everything up to it
+        goes into a checkpoint. metrics: of the step, not written yet."""
+        try:
+            yield
+        except (EngineError, RewardError) as error:
+            if step == 0:
+                self.collector.undo()
+            if metrics is not None:
+                self.log(metrics)
+            self.save_after(error)
+
+    def save_after(self, error: RunError) -> NoReturn:
+        self.checkpoint()
+        raise RunError(
+            f"{error}; the checkpoint of step {self.state.step} holds every unfinished row: go on with --resume "
+            f"{self.writer.path}"
+        ) from error
 
     def train_step(self, step: int) -> dict[str, Any]:
         """One step of the recipe; returns its row of metrics."""

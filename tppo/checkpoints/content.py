@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from profiling.errors import DataError, RunError
 from tppo.checkpoints.folders import empty_folder_for, hidden, put_in_place, remove
-from tppo.checkpoints.manifest import Manifest, checksums, toolkit_version, write_manifest
+from tppo.checkpoints.manifest import Manifest, checksums, read_manifest, toolkit_version, write_manifest
 from tppo.checkpoints.random_state import global_random_state
 from tppo.checkpoints.shards import (
     SHARDS,
@@ -177,7 +177,7 @@ def restore(state: TrainingState, checkpoint: Path) -> Restored:
             load_weights(state.value_model, load_file(checkpoint / VALUE_MODEL))
         if state.proximal is not None:
             state.proximal.load(load_file(checkpoint / PROXIMAL))
-        if (checkpoint / SHARDS).is_dir():
+        if any(name.startswith(f"{SHARDS}/") for name in read_manifest(checkpoint).files):
             load_shards(checkpoint / SHARDS, state)
         else:
             stored = torch.load(checkpoint / OPTIMIZERS, weights_only=True)
@@ -202,4 +202,6 @@ def _merged(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def _line(error: BaseException) -> str:
+    if isinstance(error, UnpicklingError):  # torch's own words advise to execute it
+        return f"{OPTIMIZERS} or {RANDOM} holds more than tensors and numbers: not ours, and not executed"
     return str(error).splitlines()[0] if str(error) else type(error).__name__

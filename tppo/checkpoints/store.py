@@ -1,12 +1,13 @@
 """The checkpoints of a run: where they are, which one to go on from, which ones to keep."""
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from profiling.errors import DataError, InputError, RunError
+from profiling.errors import ConfigError, DataError, InputError, RunError
 from tppo.checkpoints.folders import OLD, hidden, prune, tidy
-from tppo.checkpoints.manifest import Manifest, read_manifest, verified
+from tppo.checkpoints.manifest import MANIFEST, Manifest, read_manifest, verified
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def checkpoints_of(run: Path) -> list[Path]:
             name = path.name.removeprefix(".").removesuffix(f".{OLD}") if path.name.startswith(".") else path.name
             visible = parent / name
             step = step_of(visible)
-            if step is not None and path in (visible, hidden(visible, OLD)):
+            if step is not None and path in (visible, hidden(visible, OLD)) and not path.is_symlink():
                 steps[step] = visible if visible.exists() else path
     except OSError as error:
         raise DataError(f"{parent}: cannot be read: {error.strerror}") from None
@@ -123,3 +124,34 @@ def by_accuracy(checkpoints: list[Path]) -> list[Path]:
         if manifest.accuracy is not None:
             scored.append((manifest.accuracy, manifest.step, path))
     return [path for _, _, path in sorted(scored, key=lambda item: item[:2], reverse=True)]
+
+
+def chosen_checkpoint(source: Path, name: str | None) -> tuple[Path, Manifest]:
+    """A checkpoint by the name that --checkpoint gives: step-000100, best, or last (None), of a run directory; or
+    `source` itself. Every byte of it is as it was written. Damaged ones that `last` passes over are named on standard
+    error. Raises DataError, ConfigError."""
+    if (source / MANIFEST).exists():
+        if name is not None:
+            raise ConfigError(f"--checkpoint {name}: {source} is a checkpoint itself; leave it out")
+        return source.resolve(), verified(source)
+    if not source.is_dir():
+        raise DataError(f"{source}: no such run directory")
+    known = checkpoints_of(source)
+    if not known:
+        raise DataError(f"{source}: has no checkpoint")
+    if name in (None, "last"):
+        found = newest_usable(source)
+        for reason in found.passed_over.values():
+            print(f"tppo: {reason}; taking {found.path.name}", file=sys.stderr)
+        return found.path.resolve(), found.manifest
+    if name == "best":
+        best = by_accuracy(known)
+        if not best:
+            raise DataError(f"{source}: none of its checkpoints has an accuracy; name one, or take last")
+        return best[0].resolve(), verified(best[0])
+    for path in known:
+        if path.name == name:
+            return path.resolve(), verified(path)
+    raise ConfigError(
+        f"--checkpoint {name}: {source} has {', '.join(path.name for path in known)}; or write best or last"
+    )

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from profiling.console import table_console
-from profiling.errors import ConfigError
+from profiling.errors import ConfigError, InputError
 from profiling.schema import EVALUATIONS
 from profiling.settings import Settings, check_settings, parse_overrides, with_overrides
 from profiling.writer import write_atomically, write_parquet
@@ -52,7 +52,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FILE_OR_NAME", help="what to ask (a run's own held-out problems)")
     parser.add_argument("--samples", type=int, help=f"responses to each problem ({SAMPLES}; 1 at temperature 0)")
     parser.add_argument("--problems", type=int, help="problems (as many as the run evaluates)")
-    parser.add_argument("--checkpoint", metavar="NAME", help="of a run: step-000100, or last (last)")
+    parser.add_argument("--checkpoint", metavar="NAME", help="of a run: step-000100, best or last (last)")
     parser.add_argument("--temperature", type=float, help="of sampling (as the run evaluates, or 1)")
     parser.add_argument("--top-p", type=float, help="nucleus (as the run evaluates, or 1)")
     parser.add_argument("--top-k", type=int, help="likeliest tokens, 0 for all (as the run evaluates, or 0)")
@@ -79,8 +79,14 @@ def run_eval(options: argparse.Namespace, words: Sequence[str]) -> None:
     from tppo.evaluation.per_problem import hardest_first
     from tppo.evaluation.standalone import evaluate_model
 
-    with progress() as advance:
-        found = evaluate_model(config, seed=flags.seed, on_end=advance)
+    try:
+        with progress() as advance:
+            found = evaluate_model(config, seed=flags.seed, on_end=advance)
+    except InputError:
+        if options.output is not None:
+            with suppress(OSError):  # something is in it
+                options.output.rmdir()
+        raise
     result = as_record(found, config, source, flags.seed, options.source)
     rows = hardest_first(found.problems, found.graded)
     if options.per_problem:

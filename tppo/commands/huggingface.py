@@ -1,7 +1,6 @@
 """`tppo export --format huggingface`: a checkpoint's models as plain Hugging Face folders."""
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForTokenClassification, PreTrainedModel
 
-from profiling.errors import ConfigError, DataError, RunError
+from profiling.errors import ConfigError, RunError
 from profiling.settings import read_toml
 from tppo.checkpoints.content import POLICY
 from tppo.checkpoints.folders import empty_folder_for, hidden, put_in_place, remove
-from tppo.checkpoints.manifest import MANIFEST, Manifest, verified
-from tppo.checkpoints.store import by_accuracy, checkpoints_of, newest_usable
+from tppo.checkpoints.manifest import Manifest
+from tppo.checkpoints.store import chosen_checkpoint
 from tppo.models.value import VALUE_CONFIG, VALUE_MODEL
 
 CARD = """---
@@ -77,35 +76,6 @@ def export_huggingface(source: Path, target: Path, name: str | None) -> Path:
         remove(hidden(target, "tmp"))
         raise RunError(f"{target}: cannot be written: {str(error).splitlines()[0]}") from None
     return target
-
-
-def chosen_checkpoint(source: Path, name: str | None) -> tuple[Path, Manifest]:
-    """Every byte of it is as it was written. Raises DataError, ConfigError."""
-    if (source / MANIFEST).exists():
-        if name is not None:
-            raise ConfigError(f"--checkpoint {name}: {source} is a checkpoint itself; leave it out")
-        return source.resolve(), verified(source)
-    if not source.is_dir():
-        raise DataError(f"{source}: no such run directory")
-    known = checkpoints_of(source)
-    if not known:
-        raise DataError(f"{source}: has no checkpoint")
-    if name in (None, "last"):
-        found = newest_usable(source)
-        for reason in found.passed_over.values():
-            print(f"tppo: {reason}; exporting {found.path.name}", file=sys.stderr)
-        return found.path.resolve(), found.manifest
-    if name == "best":
-        best = by_accuracy(known)
-        if not best:
-            raise DataError(f"{source}: none of its checkpoints has an accuracy; name one, or take last")
-        return best[0].resolve(), verified(best[0])
-    for path in known:
-        if path.name == name:
-            return path.resolve(), verified(path)
-    raise ConfigError(
-        f"--checkpoint {name}: {source} has {', '.join(path.name for path in known)}; or write best or last"
-    )
 
 
 def value_model_of(checkpoint: Path) -> PreTrainedModel:

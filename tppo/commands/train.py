@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from profiling.errors import ConfigError
 from profiling.settings import check_settings, parse_overrides, read_toml, with_overrides
+from tppo.checkpoints.manifest import MANIFEST
 from tppo.config import RunConfig
 
 
@@ -38,6 +39,11 @@ def read_config(
     """Raises ConfigError."""
     if config_path is None and resume is None:
         raise ConfigError("no configuration: write tppo train CONFIG.toml, or --resume DIR")
+    for flag, given in (("--output", output), ("--resume", resume)):
+        if given is not None and str(given) == ".":  # what an empty word becomes
+            raise ConfigError(f"{flag}: names the current directory; give the run a directory of its own")
+    if resume is not None and (resume / MANIFEST).exists():
+        raise ConfigError(f"--resume {resume}: a checkpoint; name its run directory, {resume.resolve().parent.parent}")
     source = config_path or resume / "config.toml"  # type: ignore[operator]
     overrides = parse_overrides(words)
     if "algorithm" in overrides:  # --algorithm ppo is short for --algorithm.name ppo

@@ -48,6 +48,14 @@ class Counts:
         return f"{where}: of {self.rows:,} rows {left_out}; these do not train" if left_out else None
 
 
+def check_text(text: str, where: str) -> None:
+    """Raises DataError for half of a surrogate pair, which JSON can write and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: holds half of a surrogate pair, which is no character; mend the text") from None
+
+
 def read_entries(
     source: SourceConfig, prompter: Prompter, max_prompt_tokens: int, *, key: str
 ) -> tuple[list[Entry], Counts]:
@@ -72,6 +80,7 @@ def read_entries(
             if identity in seen:
                 counts.repeated += 1
                 continue
+            check_text(identity + answer, f"{table.where}: row {counts.rows}")
             seen[identity] = Problem(prompter.prompt(text), answer, special_tokens=not prompter.chat)
     if not counts.rows:
         raise DataError(f"{key}.path = {source.path!r}, split {source.split!r}: holds no rows")

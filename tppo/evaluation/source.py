@@ -7,6 +7,7 @@ from typing import Any
 
 from profiling.errors import ConfigError, DataError
 from profiling.settings import read_toml
+from tppo.checkpoints.store import chosen_checkpoint
 
 KEPT: dict[str, tuple[str, ...] | None] = {
     "model": None,
@@ -43,15 +44,15 @@ class Source:
 
 
 def find_source(where: str, checkpoint: str | None = None) -> Source:
-    """`checkpoint`: last or step-N of a run directory, the newest if left out. Raises ConfigError or DataError when
-    `where` is nothing that can be evaluated."""
+    """`checkpoint`: last, best or step-N of a run directory, the newest if left out. Raises ConfigError or DataError
+    when `where` is nothing that can be evaluated."""
     path = Path(where)
     if any((path / name).exists() for name in ("config.toml", "trace.jsonl", "checkpoints")):
-        return _from_checkpoint(checkpoint_of(path, checkpoint or "last"), path)
+        return _from_checkpoint(chosen_checkpoint(path, checkpoint)[0], path)
     if checkpoint is not None:
         raise ConfigError(f"--checkpoint {checkpoint}: {where} is no run directory; leave it out")
     if (path / "progress.json").is_file():
-        return _from_checkpoint(path, path.resolve().parent.parent)
+        return _from_checkpoint(chosen_checkpoint(path, None)[0], path.resolve().parent.parent)
     if (path / "config.json").is_file():
         return Source(where)
     if path.exists():
@@ -62,18 +63,6 @@ def find_source(where: str, checkpoint: str | None = None) -> Source:
     if path.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1:
         raise DataError(f"{where}: no such directory")
     return Source(where)  # a name on the hub
-
-
-def checkpoint_of(run: Path, name: str) -> Path:
-    """Folder of a run's checkpoint; `last`: of the highest step."""
-    found = {path.name: path for path in sorted((run / "checkpoints").glob("step-[0-9]*"))}
-    if not found:
-        raise DataError(f"{run}: has no checkpoint to evaluate; it is written at the end, or train.checkpoint_every")
-    if name == "last":
-        return list(found.values())[-1]
-    if name not in found:
-        raise ConfigError(f"--checkpoint {name}: {run} has {', '.join(found)}; name one of them, or last")
-    return found[name]
 
 
 def _from_checkpoint(folder: Path, run: Path) -> Source:

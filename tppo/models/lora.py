@@ -55,6 +55,9 @@ def add_adapters(model: PreTrainedModel, settings: ModelConfig, seed: int) -> No
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"model.lora_targets = {targets!r}: {reason}") from None
+    found = {name.rpartition(".")[2] for name, _ in adapted_layers(model)}
+    if isinstance(targets, list) and (missing := [name for name in targets if name.rpartition(".")[2] not in found]):
+        raise ConfigError(f"model.lora_targets = {targets!r}: no layer is named {missing[0]!r}; leave it out")
     for name, layer in adapted_layers(model):
         if not isinstance(layer.base_layer, nn.Linear):
             raise ConfigError(f"model.lora_targets = {targets!r}: {name} is no linear layer; leave it out")

@@ -29,6 +29,11 @@ SCORE = "score_tokens"
 """Name under which a sharded policy has `score_tokens` as a method: only inside one are its weights together."""
 
 
+def looks_local(path: str) -> bool:
+    """Rather than like a name on the hub: owner/name."""
+    return Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
+
+
 def load_policy(
     path: str, *, attention: str = "sdpa", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -36,6 +41,8 @@ def load_policy(
     flash_attention_2 or eager. trust_remote_code: execute modelling code that comes with the model. Raises
     ConfigError when there is none."""
     trust = {"trust_remote_code": trust_remote_code}
+    if looks_local(path) and not Path(path).expanduser().exists():
+        raise ConfigError(f"model.path = {path!r}: no such directory")
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention, **trust)
         tokenizer = AutoTokenizer.from_pretrained(path, **trust)

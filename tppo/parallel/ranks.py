@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from profiling.errors import ConfigError, RunError, ToolkitError
+from profiling.shell import end_with_the_parent
 
 T = TypeVar("T")
 
@@ -123,6 +124,8 @@ def joined_ranks(
     if world == 1 and compute_dtype(dtype, own) == torch.float32:
         yield Ranks(device=own)
         return
+    if world > 1:
+        end_with_the_parent()  # a launcher that is killed cannot end its ranks: SIGTERM saves
     backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
     alone: dict[str, Any] = {} if world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:

@@ -5,7 +5,6 @@ reply  [0.5, ...]   or   {"rewards": [0.5, ...]}
 """
 
 import json
-import math
 import time
 import urllib.error
 import urllib.request
@@ -14,7 +13,7 @@ from http.client import HTTPException
 from typing import Any
 
 from tppo.data.problem import Problem
-from tppo.rewards.protocol import Grade, RewardError
+from tppo.rewards.protocol import Grade, RewardError, is_reward
 
 FIRST_PAUSE_S = 1.0
 TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
@@ -82,7 +81,7 @@ class HttpReward:
         if len(rewards) != rows:
             raise self._bad(f"it replied with {len(rewards)} rewards to {rows} responses")
         for reward in rewards:
-            if isinstance(reward, bool) or not isinstance(reward, (int, float)) or not math.isfinite(reward):
+            if not is_reward(reward):
                 raise self._bad(f"it replied with {reward!r:.60}, which is not a finite number")
         return [float(reward) for reward in rewards]
 

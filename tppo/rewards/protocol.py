@@ -26,6 +26,15 @@ class Grade:
     """It matches reward.format_pattern; None without one, or where that check timed out."""
 
 
+LARGEST = 1e30
+"""A reward beyond it overflows in float32, squared or summed over a batch."""
+
+
+def is_reward(value: object) -> bool:
+    """A number that training can compute with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
+
+
 class Reward(Protocol):
     def grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
         """One grade per (problem, response), in order. responses: text, special tokens included.
