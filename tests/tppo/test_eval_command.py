@@ -163,7 +163,7 @@ def test_options_reach_the_sampling(capsys, run_directory):
         (["--seed", "-1"], "tppo eval: seed = -1"),
         (["--engine", "sglang"], "tppo eval: engine = 'sglang': input should be 'torch' or 'vllm'"),
         (["--max-response-tokens", "500"], "rollout.max_response_tokens = 500"),
-        (["--checkpoint", "step-000007"], "has step-000001, step-000002; name one of them, or last"),
+        (["--checkpoint", "step-000007"], "has step-000001, step-000002; or write best or last"),
         (["--data", "math.jsonl"], "evaluation.path = 'math.jsonl': no such file or folder"),
         (["--evaluation.seeds", "3"], "unknown key 'evaluation.seeds'; did you mean 'evaluation.seed'?"),
         (["--sampels", "3"], "unknown key 'sampels'"),
@@ -192,7 +192,7 @@ def test_what_cannot_be_evaluated_is_named(capsys, run_directory, answering_mode
     assert "no run directory" in fault(tmp_path / "empty")
     unfinished = tmp_path / "unfinished"
     shutil.copytree(run_directory, unfinished, ignore=shutil.ignore_patterns("checkpoints"))
-    assert "has no checkpoint to evaluate" in fault(unfinished)
+    assert "has no checkpoint; one is written at the end" in fault(unfinished)
     assert "is no run directory; leave it out" in fault(answering_model, "--checkpoint", "last")
     assert "a model alone does not say what to ask it; add --data" in fault(answering_model)
     assert "no model can be loaded from it" in fault("nobody/nothing", "--data", "arithmetic")

@@ -135,9 +135,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_in_another_directory(make_co
     first = make_config("first", **settings(3))
     on_ranks(4, lambda rank: train(first, show_progress=False))
     before = sorted((path, path.stat().st_mtime_ns) for path in first.output.rglob("*"))
-    with pytest.raises(
-        ConfigError, match=r"counts 4 engines of 1, and there are 1 engine of 1 now; .* --resume .* --output"
-    ):
+    with pytest.raises(ConfigError, match=r"counts 4 engines of 1, and .* 1 engine of 1 now; .* --resume .* --output"):
         train(make_config("first", **settings(5)), resume=True, show_progress=False)
     for world in (1, 2):
         then = make_config(f"then-{world}", **settings(5))

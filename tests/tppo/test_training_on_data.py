@@ -162,10 +162,13 @@ def test_rows_that_only_waited_keep_their_windows_when_the_grading_of_rows_rolle
         assert state.ahead.rows == [graded]
 
 
-def test_a_reward_that_fails_in_an_evaluation_leaves_the_last_checkpoint_as_it_is(data_config, monkeypatch):
+def test_a_reward_that_fails_in_an_evaluation_saves_the_step_before_it_and_ends_its_processes(
+    data_config, monkeypatch
+):
     config = data_config(train={"steps": 3, "checkpoint_every": 1})
     before = children()
-    with pytest.raises(RewardError, match="broken"), trainer_for(config) as trainer:
+    ends = pytest.raises(RunError, match="broken; the checkpoint of step 2 holds every unfinished row")
+    with ends, trainer_for(config) as trainer:
         evaluate = trainer.evaluate
 
         def broken(step):
@@ -176,7 +179,7 @@ def test_a_reward_that_fails_in_an_evaluation_leaves_the_last_checkpoint_as_it_i
         monkeypatch.setattr(trainer, "evaluate", broken)
         trainer.run(False)
     assert children() == before
-    assert [p.name for p in (config.output / "checkpoints").iterdir()] == ["step-000001"]
+    assert sorted(p.name for p in (config.output / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
     assert run(config, resume=True).summary["steps"] == 3
 
 

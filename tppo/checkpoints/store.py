@@ -138,7 +138,9 @@ def chosen_checkpoint(source: Path, name: str | None) -> tuple[Path, Manifest]:
         raise DataError(f"{source}: no such run directory")
     known = checkpoints_of(source)
     if not known:
-        raise DataError(f"{source}: has no checkpoint")
+        raise DataError(
+            f"{source}: has no checkpoint; one is written at the end, and every train.checkpoint_every steps"
+        )
     if name in (None, "last"):
         found = newest_usable(source)
         for reason in found.passed_over.values():
