@@ -198,7 +198,7 @@ def test_what_cannot_be_evaluated_is_named(capsys, run_directory, answering_mode
     assert "no model can be loaded from it" in fault("nobody/nothing", "--data", "arithmetic")
     hollow = tmp_path / "hollow" / "checkpoints" / "step-000001"
     hollow.mkdir(parents=True)
-    assert "it has no policy/" in fault(hollow.parent.parent)
+    assert "manifest.json is missing" in fault(hollow.parent.parent)
 
 
 def test_a_model_without_its_tokenizer_is_one_line(capsys, answering_model, tmp_path):

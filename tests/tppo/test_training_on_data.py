@@ -162,9 +162,7 @@ def test_rows_that_only_waited_keep_their_windows_when_the_grading_of_rows_rolle
         assert state.ahead.rows == [graded]
 
 
-def test_a_reward_that_fails_in_an_evaluation_saves_the_step_before_it_and_ends_its_processes(
-    data_config, monkeypatch
-):
+def test_a_reward_that_fails_in_an_evaluation_saves_its_step_and_ends_its_processes(data_config, monkeypatch):
     config = data_config(train={"steps": 3, "checkpoint_every": 1})
     before = children()
     ends = pytest.raises(RunError, match="broken; the checkpoint of step 2 holds every unfinished row")

@@ -66,12 +66,9 @@ def find_source(where: str, checkpoint: str | None = None) -> Source:
 
 
 def _from_checkpoint(folder: Path, run: Path) -> Source:
-    policy = folder / "policy"
-    if not policy.is_dir():
-        raise DataError(f"{folder}: not a checkpoint: it has no policy/")
     step = folder.name.removeprefix("step-")
     settings = kept_settings(read_toml(run / "config.toml")) if (run / "config.toml").is_file() else {}
-    return Source(str(policy), int(step) if step.isdigit() else None, settings)
+    return Source(str(folder / "policy"), int(step) if step.isdigit() else None, settings)
 
 
 def kept_settings(tables: Mapping[str, Any]) -> dict[str, Any]:
