@@ -1,4 +1,4 @@
-"""A run on several ranks is the run of one: same rows, same losses. Gloo on the CPU, forked processes."""
+"""A run on several ranks is the run of one: same rows, same losses. Gloo on the CPU."""
 
 import json
 import math
@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 
 import pandas as pd
 import pytest
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from profiling.errors import ConfigError, RunError
 from profiling.reader import Run
 from profiling.settings import to_toml
+from tests.tppo.ranks import on_ranks
 from tppo.parallel.clocks import Offset, notes_of, offsets_to_main
 from tppo.parallel.ranks import SINGLE, Ranks, joined_ranks
 from tppo.rollout.torch_engine import TorchEngine
@@ -27,31 +27,6 @@ ROWS = ["step", "row", "group", "policy_version", "prompt_tokens", "context_befo
         "finished", "discarded", "reward"]  # fmt: skip
 APART = ("time", "timing", "clock", "throughput", "padding")
 """Parts of names of metrics that depend on how work is shared out."""
-
-
-def on_ranks(world, work):
-    """`work(rank)` in forked processes, as torchrun would start them. Fails where one of them fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-                work(rank)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * world
 
 
 def settings_of(algorithm):

@@ -1,0 +1,35 @@
+"""Several ranks for a test, as torchrun would start them. Forked from a server that has imported what they need and does
+nothing else: a fork of the tests' own process could inherit a lock that some thread of it holds."""
+
+import multiprocessing
+import os
+import socket
+
+import cloudpickle
+
+PRELOADED = ["tppo.start", "torch.distributed.checkpoint", "torch.distributed.fsdp", "pytest", "pandas"]
+
+
+def on_ranks(world, work):
+    """`work(rank)` in a process each. Fails where one of them fails."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = cloudpickle.dumps(work)
+    ranks = [context.Process(target=run_rank, args=(rank, world, port, code)) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    codes = [rank.exitcode for rank in ranks]
+    assert codes == [0] * world, codes
+
+
+def run_rank(rank, world, port, code):
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    cloudpickle.loads(code)(rank)
