@@ -1,5 +1,8 @@
-"""Several ranks for a test, as torchrun would start them. Forked from a server that has imported what they need and does
-nothing else: a fork of the tests' own process could inherit a lock that some thread of it holds."""
+"""Several ranks for a test, as torchrun would start them.
+
+They are forked from a server that has imported what they need and does nothing else: a fork of the tests' own process
+could inherit a lock that some thread of it holds.
+"""
 
 import multiprocessing
 import os
