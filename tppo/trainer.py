@@ -183,7 +183,7 @@ class Trainer:
             if step == 0:
                 self.collector.undo()
             if metrics is not None:
-                self.log(metrics)
+                self.log(metrics | self.guarded(metrics))
             self.save_after(error)
 
     def save_after(self, error: RunError) -> NoReturn:

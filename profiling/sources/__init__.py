@@ -56,6 +56,20 @@ class Capabilities:
         self.states.setdefault(device, {})[metric] = state
 
 
+class OnceASecond:
+    """What changes slowly is read no more often."""
+
+    def __init__(self) -> None:
+        self._due_s = 0.0
+
+    def is_due(self, now_s: float) -> bool:
+        """True at most once a second. now_s: any clock that goes on."""
+        due = now_s >= self._due_s
+        if due:
+            self._due_s = now_s + 1.0
+        return due
+
+
 class Source(Protocol):
     capabilities: Capabilities
 

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from profiling.sources import Capabilities, Device, NoDriver, Sample, Window
+from profiling.sources import Capabilities, Device, NoDriver, OnceASecond, Sample, Window
 
-SLOW_S = 1.0
-"""Between two readings of what changes slowly."""
 STATES = {2: "not supported", 3: "not supported", 10: "no permission", 31: "lost"}
 """Of amdsmi_status_t: NOT_SUPPORTED, NOT_YET_IMPLEMENTED, NO_PERM, NOT_FOUND; others by their number."""
 FOR_GOOD = ("not supported", "missing symbol")
@@ -94,7 +92,7 @@ class AmdSource:
             raise NoDriver("amdsmi: no GPU")
         self.capabilities = Capabilities()
         self._gpus = [Gpu(self._described(handle, index), handle) for index, handle in enumerate(handles)]
-        self._slow_due_s = 0.0
+        self._slow = OnceASecond()
 
     def _described(self, handle: Any, index: int) -> Device:
         uuid, name = f"AMD-{index}", "AMD GPU"
@@ -109,9 +107,7 @@ class AmdSource:
         return [gpu.device for gpu in self._gpus]
 
     def read(self, now_s: float) -> Iterator[Sample]:
-        slow = now_s >= self._slow_due_s
-        if slow:
-            self._slow_due_s = now_s + SLOW_S
+        slow = self._slow.is_due(now_s)
         for gpu in self._gpus:
             wanted = {**FAST, **(SLOW if slow else {})}
             values = {name: self._read(gpu, name, of) for name, of in wanted.items() if name not in gpu.absent}

@@ -5,11 +5,9 @@ from typing import Any
 
 import psutil
 
-from profiling.sources import Capabilities, Device, Sample, Window
+from profiling.sources import Capabilities, Device, OnceASecond, Sample, Window
 
 HOST = "host"
-SLOW_S = 1.0
-"""Between readings of memory."""
 
 
 class HostSource:
@@ -18,7 +16,7 @@ class HostSource:
         for metric in ("utilisation", "memory_bytes"):
             self.capabilities.note(HOST, metric, "ok")
         psutil.cpu_percent()  # starts the interval that the first reading ends
-        self._memory_due_s = 0.0
+        self._slow = OnceASecond()
         self._disk: tuple[float, int, int] | None = None
 
     def devices(self) -> list[Device]:
@@ -27,9 +25,8 @@ class HostSource:
     def read(self, now_s: float) -> Iterator[Sample]:
         """CPU time of all cores since the last reading, as a fraction of all cores; memory in use."""
         memory = None
-        if now_s >= self._memory_due_s:
+        if self._slow.is_due(now_s):
             memory = float(psutil.virtual_memory().used)
-            self._memory_due_s = now_s + SLOW_S
         yield Sample(HOST, utilisation=psutil.cpu_percent() / 100, memory_bytes=memory)
 
     def windows(self, now_s: float) -> list[Window]:

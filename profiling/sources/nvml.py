@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pynvml as nvml
 
-from profiling.sources import Capabilities, Device, NoDriver, Sample, Window
+from profiling.sources import Capabilities, Device, NoDriver, OnceASecond, Sample, Window
 from profiling.sources.gpm import Counters, links_without_gpm
 
 STATES = {
@@ -57,8 +57,6 @@ SLOW: dict[str, Callable[[Any], float]] = {
     "temperature_c": lambda h: float(nvml.nvmlDeviceGetTemperature(h, nvml.NVML_TEMPERATURE_GPU)),
     "event_reasons": lambda h: nvml.nvmlDeviceGetCurrentClocksEventReasons(h),
 }
-SLOW_S = 1.0
-"""Between two readings of those."""
 LONGEST_WINDOW_S = 1.5
 """Between two of the driver's samples that follow each other."""
 STALE_S = 3.0
@@ -117,7 +115,7 @@ class NvmlSource:
             Gpu(device, handle, Counters(handle, parents.get(device.part_of or ""), links))
             for device, handle in chosen
         ]
-        self._slow_due_s = 0.0
+        self._slow = OnceASecond()
         self._averages: list[Window] = []
         """Of the GPUs' own counters, since windows() was called."""
         self._unix_zero_s: float | None = None
@@ -128,9 +126,7 @@ class NvmlSource:
 
     def read(self, now_s: float) -> Iterator[Sample]:
         """A GPU that was lost is looked for again at every reading."""
-        slow = now_s >= self._slow_due_s
-        if slow:
-            self._slow_due_s = now_s + SLOW_S
+        slow = self._slow.is_due(now_s)
         for gpu in self._gpus:
             yield self._sample(gpu, now_s, slow)
 

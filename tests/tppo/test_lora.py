@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from profiling.errors import ConfigError, DataError
 from tests.tppo.killing import assert_same_run, train_seeded
 from tppo.checkpoints.store import newest_usable
+from tppo.cluster.packing import chunks_of, layouts_of, unpack
 from tppo.config import ModelConfig
 from tppo.models.lora import adapted_layers, adapters_off, add_adapters, plain_weights
 from tppo.models.policy import load_policy
@@ -49,6 +50,17 @@ def test_merged_weights_in_a_plain_model_compute_what_adapters_do(adapted, tiny_
     plain.load_state_dict(dict(plain_weights(adapted)))
     assert (logits(adapted) - started).abs().max() > 0.01
     torch.testing.assert_close(logits(plain), logits(adapted), atol=1e-5, rtol=1e-4)
+
+
+def test_an_engine_elsewhere_is_sent_merged_weights(adapted, tiny_model):
+    engine = load_policy(str(tiny_model))[0]
+    layouts = layouts_of(adapted, torch.float32, chunk_bytes=4000)  # several tensors a chunk, several chunks
+    assert len(layouts) > 2
+    for layout, flat in chunks_of(adapted, layouts, "cpu"):
+        unpack(engine, layout, flat, keep=False)
+    expected = dict(plain_weights(adapted))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in engine.state_dict().items())
+    assert any(not torch.equal(t, load_policy(str(tiny_model))[0].state_dict()[n]) for n, t in expected.items())
 
 
 def test_with_its_adapters_off_the_model_is_the_one_that_it_started_as(adapted, tiny_model):

@@ -53,6 +53,8 @@ def test_a_reward_that_fails_in_an_evaluation_or_before_the_first_step_leaves_a_
     assert one.rollouts[ROWS].equals(other.rollouts[ROWS])
     assert one.metrics["actor/pg_loss"].equals(other.metrics["actor/pg_loss"])
     assert other.metrics.step.tolist() == [0, 1, 2, 3]
+    assert set(one.metrics) == set(other.metrics)
+    assert other.metrics.query("step > 0")["guards/kl_blow_up"].notna().all()  # the step's row is as whole as others
     accuracies = [run.metrics["val/accuracy"].dropna().tolist() for run in (one, other)]
     assert accuracies[1] == (accuracies[0] if at < 5 else accuracies[0][:1])  # that of step 2 is not made up for
 
@@ -177,7 +179,8 @@ def test_ranks_end_when_their_launcher_is_killed(make_config, tmp_path):
         time.sleep(0.1)
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
-    while time.monotonic() < deadline and not list((config.output / "checkpoints").glob("step-*")):
+    while Run(config.output).trailer is None:
+        assert time.monotonic() < deadline
         time.sleep(0.1)
-    time.sleep(1.0)
     assert Run(config.output).trailer["status"] == "interrupted"
+    assert list((config.output / "checkpoints").glob("step-*"))

@@ -108,7 +108,7 @@ def save_checkpoint(
         write_manifest(temporary, manifest)
         put_in_place(target)
 
-    weights = whole_weights(state)
+    weights = whole_weights(state, keep=ranks.main)
     ranks.everyones(lambda: write(first) if ranks.main else None)
     if is_sharded(state.policy):
         try:

@@ -36,18 +36,19 @@ class Weights:
     """Of the policy, where it has some; `policy` has them merged."""
 
 
-def whole_weights(state: TrainingState) -> Weights:
-    """A collective where models are sharded."""
+def whole_weights(state: TrainingState, *, keep: bool = True) -> Weights:
+    """A collective where models are sharded. keep: False on ranks that only take part, which then never hold a whole
+    model."""
     return Weights(
-        _whole(state.policy),
-        None if state.value_model is None else _whole(state.value_model),
+        _whole(state.policy, keep),
+        None if state.value_model is None else _whole(state.value_model, keep),
         None if state.proximal is None else state.proximal.state(),
         adapter_weights(state.policy),
     )
 
 
-def _whole(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.cpu() for name, tensor in plain_weights(model)}
+def _whole(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in plain_weights(model) if keep}
 
 
 def optimizers_of(state: TrainingState) -> list[Trained]:

@@ -1,14 +1,13 @@
 """The trainer's side of one worker: what it was given, the call that is under way, and whether it still lives."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tppo.cluster.worker import Advance
-from tppo.parallel.clocks import ROUNDS, Offset
+from tppo.parallel.clocks import SAME_CLOCK, Offset, exchange, note_of
 from tppo.rollout.protocol import Request, Sampling
 
-SAME_CLOCK = Offset(0.0, 0.0)
 CONTROL = "control"
 """The worker's second thread."""
 
@@ -75,29 +74,13 @@ class Member:
 
 
 def measured_offset(ray: Any, actor: Any, same_boot: bool, timeout_s: float) -> Offset:
-    """What to add to the worker's monotonic clock to have ours: the fastest of some round trips counts (Cristian,
-    1989), as between ranks. Processes of one boot share the clock."""
+    """What to add to the worker's monotonic clock to have ours. Processes of one boot share the clock."""
     if same_boot:
         return SAME_CLOCK
-    trips = []
-    for _ in range(ROUNDS):
-        sent = time.perf_counter()
-        told = ray.get(actor.now.remote(), timeout=timeout_s)
-        back = time.perf_counter()
-        trips.append((back - sent, (sent + back) / 2 - told))
-    fastest, seconds = min(trips)
-    return Offset(seconds, fastest / 2)
+    to_theirs = exchange(lambda: ray.get(actor.now.remote(), timeout=timeout_s))
+    return replace(to_theirs, seconds=-to_theirs.seconds)
 
 
 def clock_note(member: Member) -> dict[str, Any] | None:
     """Trace record of an engine whose clock is another host's."""
-    if not member.offset.uncertainty_s:
-        return None
-    return {
-        "type": "note",
-        "text": f"engine {member.engine} is on another host: {member.offset.seconds:+.6f} s bring its clock to the "
-        f"trainer's, to within {1e6 * member.offset.uncertainty_s:.0f} us",
-        "engine": member.engine,
-        "offset_s": member.offset.seconds,
-        "uncertainty_s": member.offset.uncertainty_s,
-    }
+    return note_of("engine", member.engine, member.offset, "the trainer")

@@ -39,7 +39,9 @@ def run_check(config: RunConfig, *, gpu: str | None, gpus: int, where: str) -> N
     """Print the table. Raises ConfigError when the run does not fit, or the modules and the plan disagree."""
     if gpu is None:
         raise ConfigError("--check: name the GPU, --gpu H100-SXM, and how many, --gpus 8")
-    if gpus < 1 or gpus % config.parallel.replicas:
+    if not 1 <= gpus <= config.rows_per_step:
+        raise ConfigError(f"--gpus {gpus}: must lie between 1 and the {config.rows_per_step} rows of a step")
+    if gpus % config.parallel.replicas:
         raise ConfigError(f"--gpus {gpus}: does not divide into parallel.replicas = {config.parallel.replicas}")
     card = load_gpu(gpu)
     parts = parts_of(config, card, gpu, gpus)

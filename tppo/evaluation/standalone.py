@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from tppo.config import RunConfig
 from tppo.data.problem import Problem
@@ -13,6 +12,7 @@ from tppo.data.tasks import evaluation_problems
 from tppo.evaluation.evaluate import evaluate, evaluation_sampling, evaluation_slots, longest_prompt_of
 from tppo.evaluation.graded import Graded
 from tppo.models.policy import load_policy
+from tppo.parallel.ranks import device_of
 from tppo.rewards.make import reward_of
 from tppo.rollout.engines import check_rows_fit, make_engine, sampling_of
 from tppo.rollout.protocol import Sampling
@@ -37,8 +37,7 @@ def evaluate_model(
     torch.set_num_threads(config.train.threads)
     policy, tokenizer = load_policy(config.model.path, trust_remote_code=config.model.trust_remote_code)
     policy.requires_grad_(False)
-    if torch.cuda.is_available():
-        nn.Module.cuda(policy)
+    policy.to(device_of(config.model.device))  # type: ignore[arg-type]
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is never attended to; any token will do
     problems = evaluation_problems(config, tokenizer)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from profiling.errors import RunError
 from tppo.parallel.ranks import Ranks
+from tppo.parallel.tensors import shard_of
 from tppo.rollout.rows import Row
 
 
@@ -49,7 +49,7 @@ def check_gradient(norm: float, model: nn.Module, name: str) -> None:
     if math.isfinite(norm):
         return
     gradients = {
-        key: _local(parameter.grad).detach() for key, parameter in model.named_parameters()
+        key: shard_of(parameter.grad).detach() for key, parameter in model.named_parameters()
         if parameter.grad is not None
     }  # fmt: skip
     norms = {key: float(gradient.float().norm()) if gradient.numel() else 0.0 for key, gradient in gradients.items()}
@@ -77,10 +77,6 @@ def not_finite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 def found_in(model: nn.Module, tensors: Mapping[str, Tensor], rows: Sequence[Row]) -> Found:
     """Of a loss: the tensors that it was made of, and the model's parameters, which may be the cause."""
-    parameters = {name: _local(parameter).detach() for name, parameter in model.named_parameters()}
+    parameters = {name: shard_of(parameter).detach() for name, parameter in model.named_parameters()}
     faults = not_finite(tensors) | {f"parameter {name}": count for name, count in not_finite(parameters).items()}
     return Found(faults, {name: tensor.detach().cpu() for name, tensor in tensors.items()}, list(rows))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -114,17 +114,14 @@ def _kept_by_a_layer(policy: PreTrainedModel, tokens: int) -> float:
 
 
 class _Flash(torch.autograd.Function):
-    """Keeps what flash attention keeps: queries, keys, values, the output, and a float32 a head and token."""
+    """Keeps what flash attention keeps: queries, keys, values, the output, and a float32 a head and token. Of shapes
+    only: there is no way back."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = query.new_empty(query.shape[:-1] + value.shape[-1:])
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        raise NotImplementedError("shapes only")
 
 
 def _flash_like(

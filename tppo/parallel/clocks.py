@@ -24,11 +24,13 @@ class Offset:
     """Half of the fastest round trip: the answer was read somewhere in it. 0 on one host."""
 
 
+SAME_CLOCK = Offset(0.0, 0.0)
+
+
 def offsets_to_main(ranks: Ranks, *, clock: Clock = time.perf_counter, host: str | None = None) -> list[Offset]:
-    """Of every rank, on every rank. Each in turn asks the first rank for its time; the fastest round trip counts
-    (Cristian, Probabilistic clock synchronization, 1989)."""
+    """Of every rank, on every rank. Each in turn asks the first rank for its time."""
     hosts = ranks.gather(host or boot_id())
-    own = Offset(0.0, 0.0)
+    own = SAME_CLOCK
     for rank in range(1, ranks.world):
         if hosts[rank] == hosts[0]:
             continue
@@ -40,16 +42,13 @@ def offsets_to_main(ranks: Ranks, *, clock: Clock = time.perf_counter, host: str
 
 
 def _ask(clock: Clock) -> Offset:
-    trips = []
-    for _ in range(ROUNDS):
+    def main_s() -> float:
         told = torch.zeros(1, dtype=torch.float64)
-        sent = clock()
         dist.send(told, dst=0)
         dist.recv(told, src=0)
-        back = clock()
-        trips.append((back - sent, float(told) - (sent + back) / 2))
-    fastest, offset = min(trips)
-    return Offset(offset, fastest / 2)
+        return float(told)
+
+    return exchange(main_s, clock)
 
 
 def _answer(rank: int, clock: Clock) -> None:
@@ -59,17 +58,34 @@ def _answer(rank: int, clock: Clock) -> None:
         dist.send(torch.tensor([clock()], dtype=torch.float64), dst=rank)
 
 
+def exchange(theirs: Clock, ours: Clock = time.perf_counter) -> Offset:
+    """What to add to our clock to have theirs, which every call asks them for; the fastest round trip counts
+    (Cristian, Probabilistic clock synchronization, 1989)."""
+    trips = []
+    for _ in range(ROUNDS):
+        sent = ours()
+        told = theirs()
+        back = ours()
+        trips.append((back - sent, told - (sent + back) / 2))
+    fastest, seconds = min(trips)
+    return Offset(seconds, fastest / 2)
+
+
 def notes_of(offsets: list[Offset]) -> list[dict[str, Any]]:
     """Trace records of the ranks on other hosts."""
-    return [
-        {
-            "type": "note",
-            "text": f"rank {rank} is on another host: {offset.seconds:+.6f} s bring its clock to rank 0's, to within "
-            f"{1e6 * offset.uncertainty_s:.0f} us",
-            "rank": rank,
-            "offset_s": offset.seconds,
-            "uncertainty_s": offset.uncertainty_s,
-        }
-        for rank, offset in enumerate(offsets)
-        if offset.uncertainty_s > 0
-    ]
+    notes = [note_of("rank", rank, offset, "rank 0") for rank, offset in enumerate(offsets)]
+    return [note for note in notes if note is not None]
+
+
+def note_of(kind: str, number: int, offset: Offset, reference: str) -> dict[str, Any] | None:
+    """Trace record of a rank or an engine, whose clock `offset` brings to the reference's; None on its host."""
+    if not offset.uncertainty_s:
+        return None
+    return {
+        "type": "note",
+        "text": f"{kind} {number} is on another host: {offset.seconds:+.6f} s bring its clock to {reference}'s, to "
+        f"within {1e6 * offset.uncertainty_s:.0f} us",
+        kind: number,
+        "offset_s": offset.seconds,
+        "uncertainty_s": offset.uncertainty_s,
+    }

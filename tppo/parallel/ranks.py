@@ -78,10 +78,6 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def wait(self) -> None:
-        if self.world > 1:
-            dist.barrier()
-
     def share(self, items: Sequence[T], sizes: Sequence[int]) -> list[tuple[T, bool]]:
         """This rank's of the items, the same number on every rank: sharded models compute in step.
 
@@ -116,7 +112,7 @@ def joined_ranks(
     ConfigError.
     """
     world, rank = _from_environment("WORLD_SIZE", 1), _from_environment("RANK", 0)
-    own = _device(device, _from_environment("LOCAL_RANK", 0) if gpu is None else gpu)
+    own = device_of(device, _from_environment("LOCAL_RANK", 0) if gpu is None else gpu)
     if world % replicas:
         raise ConfigError(f"parallel.replicas = {replicas}: the {world} ranks cannot be divided into as many groups")
     if own.type == "cuda":
@@ -162,7 +158,8 @@ def _from_environment(name: str, otherwise: int) -> int:
     return int(text) if text else otherwise
 
 
-def _device(wanted: str, local_rank: int) -> torch.device:
+def device_of(wanted: str, local_rank: int = 0) -> torch.device:
+    """wanted: auto, cpu or cuda. Raises ConfigError."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

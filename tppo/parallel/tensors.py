@@ -9,6 +9,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def shard_of(tensor: Tensor) -> Tensor:
+    """What this rank has of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def like(tensor: Tensor, values: Tensor) -> Tensor:
     """The whole `values`, which every rank has, as `tensor` is: on its device, sharded where it is."""
     if not isinstance(tensor, DTensor):

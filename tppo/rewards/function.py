@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tppo.data.problem import Problem
 from tppo.rewards.pool import WorkerPool
-from tppo.rewards.protocol import Grade, RewardError
+from tppo.rewards.protocol import Grade, RewardError, is_reward
 
 
 class FunctionReward:
@@ -27,6 +27,8 @@ class FunctionReward:
             fault = result.get("error")
             if result.get("timed_out"):
                 fault = f"ended its process or took longer than reward.timeout_s = {self.pool.timeout_s:g}"
+            if fault is None and not is_reward(result["reward"]):
+                fault = f"returned {result['reward']:g}, which training cannot compute with"
             if fault is not None:
                 raise RewardError(
                     f"reward.function = {self.name!r}: {fault}, on the problem {problem.prompt!r:.80} with the answer "
