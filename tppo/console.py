@@ -1,11 +1,17 @@
 """How Ctrl-C and SIGTERM reach a training run."""
 
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+SAME_S = 1.0
+"""Signals so close to the first are the same wish: a launcher passes Ctrl-C on to ranks that have it already, and
+Linux tells of a parent's death once for each of its threads."""
 
 
 @dataclass
@@ -21,7 +27,7 @@ class Stop:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM ask the loop to stop after the step under way; a second signal, either one, stops at once."""
+    """Ctrl-C and SIGTERM ask the loop to stop after the step under way; a later signal, either one, stops at once."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -32,9 +38,16 @@ def stop_on_signal() -> Iterator[Stop]:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
+    asked_at: float | None = None
+
     def ask(number: int, frame: object) -> None:
-        stop.signal = number
-        as_before()
+        nonlocal asked_at
+        if asked_at is not None:
+            if time.monotonic() - asked_at > SAME_S:
+                as_before()
+                os.kill(os.getpid(), number)
+            return
+        stop.signal, asked_at = number, time.monotonic()
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         print(f"tppo: {name}: saving after the step under way; a second one stops at once", file=sys.stderr)
 

@@ -171,7 +171,9 @@ def test_ranks_end_when_their_launcher_is_killed(make_config, tmp_path):
     config = make_config("run", train={"steps": 100_000})
     (tmp_path / "c.toml").write_text(to_toml(config.model_dump(mode="json")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tppo"]
-    launcher = subprocess.Popen([*command, "train", str(tmp_path / "c.toml")], stdout=-3, stderr=-3)
+    launcher = subprocess.Popen(
+        [*command, "train", str(tmp_path / "c.toml")], stdout=-3, stderr=(tmp_path / "err").open("w")
+    )
     metrics = config.output / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
