@@ -65,7 +65,7 @@ def add_adapters(model: PreTrainedModel, settings: ModelConfig, seed: int) -> No
             raise ConfigError(f"model.lora_targets = {targets!r}: {name} is the output layer; leave it out")
         layer.lora_dropout[ADAPTER] = DropoutWithGradient(settings.lora_dropout)  # type: ignore[index, operator, assignment]
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_" in name)
+        parameter.requires_grad_(is_adapter(name))
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

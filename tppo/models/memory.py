@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from profiling.errors import ConfigError
 from tppo.algorithms.recipes import RECIPES
 from tppo.config import RunConfig
-from tppo.models.lora import add_adapters
+from tppo.models.lora import add_adapters, is_adapter
 from tppo.models.policy import describe_model
 from tppo.models.value import ValueModel
 from tppo.parallel.shard import layers_of
@@ -133,7 +133,7 @@ def _flash_like(
 
 def engine_weight_bytes(policy: PreTrainedModel, config: RunConfig) -> float:
     """Of the torch engine's own copy, adapters merged: whole on every GPU."""
-    plain = sum(p.numel() for name, p in policy.named_parameters() if ".lora_" not in name)
+    plain = sum(p.numel() for name, p in policy.named_parameters() if not is_adapter(name))
     return plain * float(FP32 if config.rollout.dtype == "float32" else BF16)
 
 

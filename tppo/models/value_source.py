@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from profiling.errors import ConfigError
+from tppo.checkpoints.manifest import MANIFEST
 from tppo.config import RunConfig
 from tppo.models.policy import input_layer, reason_of
 from tppo.models.value import VALUE_CONFIG, VALUE_MODEL, ValueModel
@@ -34,7 +35,7 @@ def value_model_of(config: RunConfig, policy: PreTrainedModel, tokenizer: PreTra
     path = config.value.path
     if not path:
         return ValueModel(policy)
-    if (Path(path) / VALUE_MODEL).exists() or (Path(path) / "manifest.json").exists():
+    if (Path(path) / VALUE_MODEL).exists() or (Path(path) / MANIFEST).exists():
         own = Path(path) / VALUE_CONFIG
         value_model = ValueModel(_random_model(own) if own.is_dir() else policy)
         load_value_model(value_model, Path(path))
