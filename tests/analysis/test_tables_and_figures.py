@@ -21,79 +21,11 @@ from analysis.tables import (
 )
 from profiling import schema
 from profiling.errors import DataError, InputError
-from profiling.ledger import Cluster, build_ledger
 from profiling.model_flops import decode_bytes, decode_flops
 from profiling.phases import plain_header
 from profiling.reader import Run
-from profiling.schema import ENGINE, ROLLOUTS
-from profiling.summary import summarise
 from profiling.writer import RunWriter, write_parquet
-
-MODEL = {
-    "parameters": 1000, "embedding_parameters": 100, "lm_head_parameters": 100, "layers": 2, "heads": 3, "kv_heads": 1,
-    "head_dim": 4, "hidden_size": 12, "intermediate_size": 24, "vocab_size": 10, "bytes_per_parameter": 4,
-    "kv_bytes_per_token": 64,
-}  # fmt: skip
-
-
-def make_run(path, *, accuracies, seconds_per_step=2.0, batch=2, finish=True):
-    """Two rows a step: prefill 0.2 s, decode 1 s of 10 steps, policy update 0.6 s, rest nothing."""
-    writer = RunWriter(path, header=plain_header(), config_toml="[train]\nsteps = 3\n")
-    writer.write_text("model.json", json.dumps(MODEL))
-    steps = len(accuracies)
-    phases, spans, rows = [], [], []
-    for step in range(1, steps + 1):
-        t = (step - 1) * seconds_per_step
-        for name, start, end in (("rollout", t, t + 1.2), ("update_policy", t + 1.2, t + 1.8)):
-            phase = {"type": "phase", "name": name, "step": step, "t_start": start, "t_end": end, "depth": 0}
-            phases.append(phase)
-            writer.trace(phase)
-        zero = dict.fromkeys(ENGINE.names, 0) | {"step": step, "slots": 4, "batch": batch}
-        prefill = zero | {"kind": "prefill", "t_start": t, "t_end": t + 0.2, "steps": 1, "context_tokens": 10,
-                          "fresh_tokens": 10, "attended_pairs": 30}  # fmt: skip
-        decode = zero | {"kind": "decode", "t_start": t + 0.2, "t_end": t + 1.2, "steps": 10, "context_tokens": 10,
-                         "attended_pairs": 10 * 10 + batch * 45}  # fmt: skip
-        own = [dict.fromkeys(ROLLOUTS.names, 0) | {"step": step, "row": 10 * step + i, "prompt_tokens": 5,
-               "context_before": 5, "tokens": 10, "trained_tokens": 10, "discarded": False, "finished": True,
-               "reward": 1.0, "policy_version": step - 1,
-               "t_start": t, "t_end": t + 1.2} for i in range(batch)]  # fmt: skip
-        writer.table("engine", step, {n: [prefill[n], decode[n]] for n in ENGINE.names})
-        writer.table("rollouts", step, {n: [r[n] for r in own] for n in ROLLOUTS.names})
-        spans += [prefill, decode]
-        rows += own
-        writer.metrics(
-            {"step": step, "clock_s": step * seconds_per_step, "val/accuracy": accuracies[step - 1],
-             "training/finished_rows": batch, "training/trained_tokens": 10 * batch, "training/truncated_share": 0.25,
-             "response_length/mean": 10.0, "response_length/max": 12}
-        )  # fmt: skip
-    if finish:
-        frames = {"phases": pd.DataFrame(phases), "engine": pd.DataFrame(spans), "rollouts": pd.DataFrame(rows)}
-        wall_s = steps * seconds_per_step
-        ledger = build_ledger(cluster=Cluster(1, 1), wall_s=wall_s, **frames)
-        writer.ledger({name: ledger[name] for name in ledger.columns})
-        writer.summary(summarise(cluster=Cluster(1, 1), ledger=ledger, wall_s=wall_s, startup_steps=0, **frames))
-        writer.close(t=wall_s, status="finished")
-    return Run(path)
-
-
-RISING = [0.5, 0.8, 0.84, 0.86, 0.88, 0.9]  # means of three: .713, .833, .86, .88: reached at the fifth
-
-
-@pytest.fixture
-def runs(tmp_path):
-    found = []
-    for seed in range(3):
-        found.append(make_run(tmp_path / f"ppo-s{seed}", accuracies=RISING, seconds_per_step=4.0 + seed))
-        found.append(make_run(tmp_path / f"tppo-s{seed}", accuracies=RISING, seconds_per_step=2.0, batch=4))
-    hardware = {"name": "test CPU", "peak_flops": 1e9, "memory_bytes_per_s": 1e9, "measured": True}
-    (tmp_path / "hardware.json").write_text(json.dumps(hardware))
-    rows = [
-        {"target": f"tppo-s{seed}", "calibrated_on": "ppo", "kind": kind, "drift_corrected": corrected,
-         "quantity": "training_seconds", "unit": "s", "predicted": 10 + seed, "measured": 10.0, "error": seed / 10}
-        for seed in range(3) for kind in ("forecast", "replay") for corrected in (False, True)
-    ]  # fmt: skip
-    pd.DataFrame(rows).to_csv(tmp_path / "predictions.csv", index=False)
-    return found
+from tests.analysis.made_runs import MODEL, RISING, make_run
 
 
 def test_the_time_to_a_score_is_where_three_evaluations_in_a_row_reach_it(runs):

@@ -1,0 +1,103 @@
+"""Small run directories with known numbers, for tests of tables, figures, reports and comparisons."""
+
+import json
+import tomllib
+
+import pandas as pd
+
+from profiling.ledger import Cluster, build_ledger
+from profiling.phases import plain_header
+from profiling.reader import Run
+from profiling.schema import ENGINE, ROLLOUTS
+from profiling.summary import summarise
+from profiling.writer import RunWriter
+from simulator import load_experiment, simulate
+
+RISING = [0.5, 0.8, 0.84, 0.86, 0.88, 0.9]  # means of three: .713, .833, .86, .88: reached at the fifth
+
+MODEL = {
+    "parameters": 1000, "embedding_parameters": 100, "lm_head_parameters": 100, "layers": 2, "heads": 3, "kv_heads": 1,
+    "head_dim": 4, "hidden_size": 12, "intermediate_size": 24, "vocab_size": 10, "bytes_per_parameter": 4,
+    "kv_bytes_per_token": 64,
+}  # fmt: skip
+
+
+def make_run(path, *, accuracies, seconds_per_step=2.0, batch=2, finish=True):
+    """Two rows a step: prefill 0.2 s, decode 1 s of 10 steps, policy update 0.6 s, rest nothing."""
+    writer = RunWriter(path, header=plain_header(), config_toml="[train]\nsteps = 3\n")
+    writer.write_text("model.json", json.dumps(MODEL))
+    steps = len(accuracies)
+    phases, spans, rows = [], [], []
+    for step in range(1, steps + 1):
+        t = (step - 1) * seconds_per_step
+        for name, start, end in (("rollout", t, t + 1.2), ("update_policy", t + 1.2, t + 1.8)):
+            phase = {"type": "phase", "name": name, "step": step, "t_start": start, "t_end": end, "depth": 0}
+            phases.append(phase)
+            writer.trace(phase)
+        zero = dict.fromkeys(ENGINE.names, 0) | {"step": step, "slots": 4, "batch": batch}
+        prefill = zero | {"kind": "prefill", "t_start": t, "t_end": t + 0.2, "steps": 1, "context_tokens": 10,
+                          "fresh_tokens": 10, "attended_pairs": 30}  # fmt: skip
+        decode = zero | {"kind": "decode", "t_start": t + 0.2, "t_end": t + 1.2, "steps": 10, "context_tokens": 10,
+                         "attended_pairs": 10 * 10 + batch * 45}  # fmt: skip
+        own = [dict.fromkeys(ROLLOUTS.names, 0) | {"step": step, "row": 10 * step + i, "prompt_tokens": 5,
+               "context_before": 5, "tokens": 10, "trained_tokens": 10, "discarded": False, "finished": True,
+               "reward": 1.0, "policy_version": step - 1,
+               "t_start": t, "t_end": t + 1.2} for i in range(batch)]  # fmt: skip
+        writer.table("engine", step, {n: [prefill[n], decode[n]] for n in ENGINE.names})
+        writer.table("rollouts", step, {n: [r[n] for r in own] for n in ROLLOUTS.names})
+        spans += [prefill, decode]
+        rows += own
+        writer.metrics(
+            {"step": step, "clock_s": step * seconds_per_step, "val/accuracy": accuracies[step - 1],
+             "training/finished_rows": batch, "training/trained_tokens": 10 * batch, "training/truncated_share": 0.25,
+             "response_length/mean": 10.0, "response_length/max": 12}
+        )  # fmt: skip
+    if finish:
+        frames = {"phases": pd.DataFrame(phases), "engine": pd.DataFrame(spans), "rollouts": pd.DataFrame(rows)}
+        wall_s = steps * seconds_per_step
+        ledger = build_ledger(cluster=Cluster(1, 1), wall_s=wall_s, **frames)
+        writer.ledger({name: ledger[name] for name in ledger.columns})
+        writer.summary(summarise(cluster=Cluster(1, 1), ledger=ledger, wall_s=wall_s, startup_steps=0, **frames))
+        writer.close(t=wall_s, status="finished")
+    return Run(path)
+
+
+def simulated_run(path, changes=None):
+    """EXPERIMENT with whole fields of its sections replaced: {"schedule": {...}, "cluster": {...}}."""
+    values = tomllib.loads(EXPERIMENT)
+    for section, fields in (changes or {}).items():
+        values[section] = fields if section in ("schedule", "cost") else {**values[section], **fields}
+    simulate(load_experiment(values)).write(path)
+    return Run(path)
+
+
+EXPERIMENT = """
+[workload]
+steps = 6
+prompts_per_step = 16
+samples_per_prompt = 4
+prompt_tokens = 128
+max_response_tokens = 2048
+seed = 7
+response_tokens = { kind = "lognormal", mean_capped = 500.0, sigma = 0.9 }
+[schedule]
+kind = "synchronous"
+[cluster]
+engines = 2
+gpus_per_engine = 1
+max_rows_per_engine = 24
+[cost]
+kind = "analytic"
+model = "Qwen2.5-0.5B"
+gpu = "H100-SXM"
+"""
+SCHEDULES: dict[str, dict] = {
+    "synchronous": {},
+    "truncated": {"schedule": {"kind": "truncated", "window": 512}},
+    "oversample": {"schedule": {"kind": "oversample", "factor": 1.5}},
+    "asynchronous": {
+        "schedule": {"kind": "asynchronous", "max_staleness": 1},
+        "cluster": {"trainer": "separate", "trainer_gpus": 1},
+    },
+}
+"""Name -> what differs from EXPERIMENT."""
