@@ -56,7 +56,7 @@ class SourceConfig(Settings):
     """Name on the Hugging Face hub, local .jsonl, .json, .parquet or .csv file or a folder of them, or "original": 64
     problems that come along."""
     split: str = "train"
-    """Split of a hub data set or of a folder whose files name theirs."""
+    """Split of a hub data set or of a folder whose files name theirs; a single file is taken whole."""
     subset: str = ""
     """Configuration of a hub data set ("main" of GSM8K), or part of a folder."""
     layout: Literal["auto", "gsm8k", "math", "dapo-math-17k", "aime-2024", "aime-2025", "columns"] = "auto"
@@ -284,6 +284,10 @@ class LoopConfig(Settings):
     evaluation that belongs to them is saved whether or not a checkpoint is due."""
 
 
+MOST_SAMPLES = 100_000
+"""To a problem, in an evaluation: more is a slip of the finger."""
+
+
 class EvaluationConfig(SourceConfig):
     path: str = ""
     """Data set to evaluate on, as data.path; left out: problems held out of data.path, which do not train then."""
@@ -293,7 +297,7 @@ class EvaluationConfig(SourceConfig):
     """Steps between evaluations; 0: none."""
     problems: PositiveInt = 256
     """Held-out problems; all of evaluation.path where it has fewer."""
-    samples: PositiveInt = 1
+    samples: int = Field(1, ge=1, le=MOST_SAMPLES)
     """Sampled answers to each; with more than one, pass@k and maj@k are recorded too."""
     temperature: NonNegativeFloat | None = None
     """Sampling temperature, 0 for the likeliest token; left out: as training samples. The same for the next two."""

@@ -22,7 +22,7 @@ Name = Literal[
 
 class GuardsConfig(Settings):
     off: tuple[Name, ...] = ()
-    """Guards that stay silent."""
+    """Guards that stay silent, by the names that their warnings have."""
     patience: PositiveInt = 3
     """Bad steps in a row before a warning, and good ones before it is over."""
     window: PositiveInt = 10

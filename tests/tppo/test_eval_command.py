@@ -153,7 +153,8 @@ def test_options_reach_the_sampling(capsys, run_directory):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--samples", "0"], "tppo eval: samples = 0: input should be greater than 0"),
+        (["--samples", "0"], "tppo eval: samples = 0: input should be greater than or equal to 1"),
+        (["--samples", "999999999999"], "tppo eval: samples = 999999999999: input should be less than or equal to"),
         (["--samples", "many"], "invalid int value: 'many'"),
         (["--problems", "0"], "tppo eval: problems = 0"),
         (["--temperature", "-1"], "tppo eval: temperature = -1.0"),

@@ -19,7 +19,7 @@ from profiling.errors import ConfigError, InputError
 from profiling.schema import EVALUATIONS
 from profiling.settings import Settings, check_settings, parse_overrides, with_overrides
 from profiling.writer import write_atomically, write_parquet
-from tppo.config import RunConfig
+from tppo.config import MOST_SAMPLES, RunConfig
 from tppo.evaluation.source import Source, find_source
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ RESULT, TABLE = "evaluation.json", "evaluations.parquet"
 class Flags(Settings):
     """What may stand on the command line; None: as the run, or RunConfig, says."""
 
-    samples: PositiveInt | None = None
+    samples: int | None = Field(None, ge=1, le=MOST_SAMPLES)
     problems: PositiveInt | None = None
     temperature: NonNegativeFloat | None = None
     top_p: float | None = Field(None, gt=0, le=1)
