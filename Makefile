@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # One thread a process: two processes that each use every core wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-quick test soak test-vllm lint bench clean
+.PHONY: demo demo-quick test soak reliability test-vllm lint bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ test: $(VENV)/.installed
 # Kills training runs at random moments and at every file operation of a save, and compares them with undisturbed runs.
 soak: $(VENV)/.installed
 	$(BIN)/pytest -m soak
+
+# Every test that provokes a fault, those of `make soak` included; writes docs/reliability.md when all pass.
+reliability: $(VENV)/.installed
+	$(BIN)/pytest -m fault --reliability docs/reliability.md
 
 # Real vLLM on the CPU, in an environment of its own (about 4 GB). It pins its own versions of most packages; torch's
 # sister packages are left out: their builds do not fit this torch, and no text model needs them.

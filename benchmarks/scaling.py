@@ -95,7 +95,7 @@ def run_on(ranks: int, config: dict[str, Any], directory: Path) -> Run:
     command = [sys.executable, *launch, "-m", "tppo", "train", str(file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
     return Run(config["output"])
 
 

@@ -13,6 +13,7 @@ from tppo.models.policy import new_qwen2, save_policy
 from tppo.quiet import quieten_libraries
 from tppo.warmstart import WarmStartConfig, warm_start
 
+pytest_plugins = ["tests.reliability"]
 quieten_libraries()
 torch.set_num_threads(1)
 

@@ -139,7 +139,7 @@ def test_a_live_run_is_attributed_from_its_directory(library, tmp_path):  # noqa
     assert ("host", "rollout", "busy") in found.index
 
 
-def test_a_lost_gpu_is_null_and_found_again(library, tmp_path):  # noqa: F811
+def test_a_lost_gpu_is_null_and_found_again(library, tmp_path, withstood):  # noqa: F811
     work = tmp_path / "work"
     work.write_text("0 0 1000 0.5 300\n")
     own = environment(library, FAKE_NVML_WORK=str(work), FAKE_NVML_LOST="1.5,2.5")
@@ -152,6 +152,7 @@ def test_a_lost_gpu_is_null_and_found_again(library, tmp_path):  # noqa: F811
     assert not gone.iloc[-1]
     assert run.devices[run.devices.device == "GPU-0000-1"].power_watts.notna().all()
     assert run.trailer["sampler"]["capabilities"]["GPU-0000-0"]["power_watts"] == "ok"
+    withstood("GPU lost and back", lost="its samples meanwhile, which are null")
 
 
 def wait_until(true, seconds=20):
@@ -161,7 +162,7 @@ def wait_until(true, seconds=20):
         time.sleep(0.05)
 
 
-def test_a_sampler_that_is_killed_is_replaced_and_nothing_is_lost(tmp_path):
+def test_a_sampler_that_is_killed_is_replaced_and_nothing_is_lost(tmp_path, withstood):
     notes = []
     sampler = SamplerProcess(
         tmp_path, interval_s=0.05, zero_s=time.perf_counter(), note=notes.append, back_off_s=(0.1,)
@@ -178,9 +179,10 @@ def test_a_sampler_that_is_killed_is_replaced_and_nothing_is_lost(tmp_path):
     assert report["restarts"] == 1
     assert report["ticks"] >= 2
     assert "ended with exit code -9; it is started again in 0.1 s" in notes[0]
+    withstood("SIGKILL of the sampler", times=2, lost="device samples until it is started again")
 
 
-def test_a_driver_call_that_never_returns_is_noticed(library, tmp_path, monkeypatch):  # noqa: F811
+def test_a_driver_call_that_never_returns_is_noticed(library, tmp_path, monkeypatch, withstood):  # noqa: F811
     """The sampler hangs in the driver after its first report; the run goes on and says so."""
     for name, value in environment(library, "nvmlDeviceGetSamples=-1").items():
         monkeypatch.setenv(name, value)
@@ -194,6 +196,7 @@ def test_a_driver_call_that_never_returns_is_noticed(library, tmp_path, monkeypa
     wait_until(lambda: notes, 30)
     assert "the sampler hung for" in notes[0]
     sampler.stop()
+    withstood("driver call that never returns", lost="device samples from then on; the run goes on")
 
 
 def test_a_sampler_that_hangs_before_its_first_sample_is_noticed(library, tmp_path, monkeypatch):  # noqa: F811
@@ -209,7 +212,7 @@ def test_a_sampler_that_hangs_before_its_first_sample_is_noticed(library, tmp_pa
     assert sampler.stop() is None
 
 
-def test_a_full_disk_stops_the_sampler_and_space_lets_it_go_on(tmp_path):
+def test_a_full_disk_stops_the_sampler_and_space_lets_it_go_on(tmp_path, withstood):
     notes, unlimited = [], resource.getrlimit(resource.RLIMIT_FSIZE)
     sampler = SamplerProcess(tmp_path, interval_s=0.02, zero_s=time.perf_counter(), note=notes.append,
                              back_off_s=(0.1,))  # fmt: skip
@@ -223,6 +226,7 @@ def test_a_full_disk_stops_the_sampler_and_space_lets_it_go_on(tmp_path):
     wait_until(lambda: list((tmp_path / "devices").glob("part-*.parquet")))
     report = sampler.stop()
     assert report["restarts"] == 1
+    withstood("full disk under the sampler", lost="device samples while it is full")
 
 
 def test_what_a_restarted_sampler_saw_last_is_written(tmp_path):

@@ -107,7 +107,7 @@ def test_corrupt_and_foreign_parquet_files_are_named(writer):
         _ = Run(writer.path).devices
 
 
-def test_a_full_disk_loses_nothing_that_was_written(tmp_path):
+def test_a_full_disk_loses_nothing_that_was_written(tmp_path, withstood):
     """A file-size limit stands for the full disk: the second write fails, the first file stays whole."""
     code = f"""
 import resource, signal, sys
@@ -139,6 +139,7 @@ for attempt in (lambda: write_atomically(path / "kept", b"x" * 5000),
     assert [json.loads(line)["type"] for line in content.splitlines()][1:] == ["note"] * (
         len(content.splitlines()) - 1
     )
+    withstood("full disk under the run's own files", lost="nothing that was written")
 
 
 def test_an_unwritable_place_is_an_error_of_one_line(tmp_path):

@@ -108,7 +108,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(config, whole, capsys, fault):
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(config, whole, capsys, fault, withstood):
     damage(config.output / "checkpoints" / "step-000004", fault)
     (line,) = resume(config, capsys)
     assert line.startswith("tppo: ")
@@ -118,15 +118,17 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(config, whole,
     assert_same_run(config.output, whole)
     assert names(config.output) == ["step-000001", "step-000002", "step-000003", "step-000004"]
     assert (config.output / "checkpoints" / "step-000004.unusable").is_dir()  # put aside, not deleted
+    withstood("newest checkpoint damaged", lost="nothing: the steps since the last checkpoint are done again")
 
 
-def test_two_damaged_checkpoints_fall_back_twice_and_two_lines_say_so(config, whole, capsys):
+def test_two_damaged_checkpoints_fall_back_twice_and_two_lines_say_so(config, whole, capsys, withstood):
     for number, fault in ((4, "a flipped bit"), (3, "a missing file")):
         damage(config.output / "checkpoints" / f"step-00000{number}", fault)
     first, second = resume(config, capsys)
     assert "step-000004" in first
     assert "step-000003" in second
     assert_same_run(config.output, whole)
+    withstood("two checkpoints damaged", lost="nothing: the steps since the last checkpoint are done again")
 
 
 def test_when_none_is_usable_all_are_named_and_nothing_changes(config):
@@ -140,7 +142,7 @@ def test_when_none_is_usable_all_are_named_and_nothing_changes(config):
     assert content_of(config.output) == before
 
 
-def test_a_run_whose_trace_lost_its_end_goes_on_from_a_checkpoint_before_the_loss(config, whole, capsys):
+def test_a_run_whose_trace_lost_its_end_goes_on_from_a_checkpoint_before_the_loss(config, whole, capsys, withstood):
     """As after a power cut on a file system that lost more than it was told to keep."""
     offset = read_manifest(config.output / "checkpoints" / "step-000002").offsets["trace.jsonl"]
     os.truncate(config.output / "trace.jsonl", offset)
@@ -148,6 +150,7 @@ def test_a_run_whose_trace_lost_its_end_goes_on_from_a_checkpoint_before_the_los
     assert ["trace.jsonl is shorter than at step" in line for line in lines] == [True, True]
     assert lines[0].endswith("going on from step-000002")
     assert_same_run(config.output, whole)
+    withstood("end of the trace lost", lost="nothing: the steps since the last checkpoint are done again")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +202,7 @@ def test_resuming_what_is_no_run_or_has_no_checkpoint_is_one_line(config, tmp_pa
         assert message in line
 
 
-def test_a_directory_that_became_read_only_keeps_its_checkpoints(config, tmp_path):
+def test_a_directory_that_became_read_only_keeps_its_checkpoints(config, tmp_path, withstood):
     """Root may write anywhere: then a user without rights tries, in a place that everyone can enter."""
     with tempfile.TemporaryDirectory() as place:
         run = Path(place) / "run"
@@ -214,6 +217,7 @@ def test_a_directory_that_became_read_only_keeps_its_checkpoints(config, tmp_pat
         assert (status, error.count("\n")) == (1, 1), error
         assert f"RunError: {run}: cannot be resumed in place: Permission denied" in error
         assert content_of(run) == before
+    withstood("run directory became read-only", lost="nothing: the steps since the last checkpoint are done again")
 
 
 def as_nobody(work, error: Path):
@@ -237,7 +241,7 @@ def as_nobody(work, error: Path):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), error.read_text()
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(make_config):
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(make_config, withstood):
     """A file-size limit stands for the full disk."""
     config = make_config("run", train={"steps": 2, "checkpoint_every": 1})
     train_seeded(config)
@@ -256,6 +260,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(make_config):
     assert content_of(config.output / "checkpoints") == before
     train(make_config("run", train={"steps": 4, "checkpoint_every": 1}), resume=True, show_progress=False)
     assert names(config.output)[-1] == "step-000004"
+    withstood("full disk in a save", lost="nothing: the steps since the last checkpoint are done again")
 
 
 def test_a_checkpoint_that_fails_does_not_take_the_one_it_would_replace(config, monkeypatch):

@@ -61,14 +61,24 @@ def survive(make_config, setting, kills, seed):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_three_kills_at_random_moments_change_nothing(make_config, setting):
+def test_three_kills_at_random_moments_change_nothing(make_config, setting, withstood):
     survive(make_config, setting, kills=3, seed=0)
+    withstood(
+        f"SIGKILL at a random moment ({setting})",
+        times=3,
+        lost="nothing: the steps since the last checkpoint are done again",
+    )
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_twenty_kills_at_random_moments_change_nothing(make_config, setting):
+def test_twenty_kills_at_random_moments_change_nothing(make_config, setting, withstood):
     survive(make_config, setting, kills=20, seed=time.time_ns())
+    withstood(
+        f"SIGKILL at a random moment ({setting})",
+        times=20,
+        lost="nothing: the steps since the last checkpoint are done again",
+    )
 
 
 STAGES = {
@@ -102,7 +112,7 @@ def whole_run(tiny_model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_kill_at_each_stage_of_a_save_loses_nothing(make_config, whole_run, stage):
+def test_a_kill_at_each_stage_of_a_save_loses_nothing(make_config, whole_run, stage, withstood):
     config = config_of(make_config, "killed", "tppo")
     assert train_in_child(config, kill_at=STAGES[stage]) == KILLED
     usable = [path.name for path in checkpoints_of(config.output)]
@@ -110,6 +120,7 @@ def test_a_kill_at_each_stage_of_a_save_loses_nothing(make_config, whole_run, st
     resume_to_the_end(config)
     assert_same_run(config.output, whole_run(make_config))
     assert not leftovers(config.output)
+    withstood("SIGKILL at each stage of a save", lost="nothing: the steps since the last checkpoint are done again")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +132,7 @@ def test_a_kill_at_each_stage_of_a_save_loses_nothing(make_config, whole_run, st
     ],
     ids=["before the old one goes", "between the two", "after the new one stands"],
 )
-def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(make_config, whole_run, stage):
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(make_config, whole_run, stage, withstood):
     """A finished run that is resumed writes its last checkpoint again."""
     config = config_of(make_config, "killed", "tppo")
     train_seeded(config)
@@ -130,10 +141,13 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(make_config
     resume_to_the_end(config)
     assert_same_run(config.output, whole_run(make_config))
     assert not leftovers(config.output)
+    withstood(
+        "SIGKILL while a checkpoint is replaced", lost="nothing: the steps since the last checkpoint are done again"
+    )
 
 
 @pytest.mark.soak
-def test_a_kill_before_any_file_operation_of_a_save_loses_nothing(make_config, whole_run):
+def test_a_kill_before_any_file_operation_of_a_save_loses_nothing(make_config, whole_run, withstood):
     """Each of them in turn, from the first file of step 3's checkpoint to the end of step 4's."""
     survived = 0
     for number in range(10_000):
@@ -156,3 +170,8 @@ def test_a_kill_before_any_file_operation_of_a_save_loses_nothing(make_config, w
         shutil.rmtree(config.output)
         survived += 1
     assert survived > 20
+    withstood(
+        "SIGKILL before a file operation of a save, each in turn",
+        times=survived,
+        lost="nothing: the steps since the last checkpoint are done again",
+    )

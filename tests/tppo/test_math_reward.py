@@ -67,7 +67,7 @@ def test_certain_answers_start_no_process():
     assert pool.pids == []
 
 
-def test_an_answer_that_hangs_is_wrong_and_the_others_are_graded(pool):
+def test_an_answer_that_hangs_is_wrong_and_the_others_are_graded(pool, withstood):
     pool.start()
     before, start = pool.pids, time.monotonic()
     grades = graded(MathReward(pool), ("1/2", r"\boxed{0.5}"), ("2", HANGS), *[("1/2", r"\boxed{0.50}")] * 20)
@@ -78,6 +78,7 @@ def test_an_answer_that_hangs_is_wrong_and_the_others_are_graded(pool):
     assert len(replaced) == 1
     assert not psutil.pid_exists(replaced.pop())
     assert len(pool.pids) == 2
+    withstood("answer whose check never ends", lost="that answer, which counts as wrong")
 
 
 def test_a_pattern_that_backtracks_for_years_is_cut_short_and_counted(pool):
@@ -93,11 +94,12 @@ def test_metrics_without_a_meaning_are_null():
     assert set(grade_metrics([]).values()) == {None}
 
 
-def test_a_worker_that_was_killed_between_two_calls_is_replaced(pool):
+def test_a_worker_that_was_killed_between_two_calls_is_replaced(pool, withstood):
     pool.start()
     psutil.Process(pool.pids[0]).kill()
     time.sleep(0.2)
     assert [grade.correct for grade in graded(MathReward(pool), *[("1/2", r"\boxed{0.5}")] * 4)] == [True] * 4
+    withstood("SIGKILL of a reward process")
 
 
 def test_no_worker_imports_torch_and_ctrl_c_reaches_none(pool):
@@ -152,7 +154,7 @@ searching.run([{"kind": "format", "text": "a" * 40 + "b"}])
 """
 
 
-def test_a_killed_trainer_leaves_no_worker(tmp_path):
+def test_a_killed_trainer_leaves_no_worker(tmp_path, withstood):
     """One worker idles, one sleeps, one is in a call that lets no thread run."""
     (tmp_path / "mine.py").write_text("import time\ndef sleep(prompt, response, answer): time.sleep(1000)\n")
     parent = subprocess.Popen([sys.executable, "-c", ORPHANS, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -167,6 +169,7 @@ def test_a_killed_trainer_leaves_no_worker(tmp_path):
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, pids))
+    withstood("SIGKILL of a trainer with reward processes", lost="nothing: no process stays")
 
 
 def alive(pid):

@@ -199,7 +199,9 @@ def test_an_engine_that_fails_on_one_rank_ends_all_with_a_checkpoint_of_every_ro
     assert_equal_runs(Run(whole.output), Run(config.output))
 
 
-def test_a_rank_that_is_killed_takes_the_others_with_it_and_the_last_checkpoint_is_whole(make_config, tmp_path):
+def test_a_rank_that_is_killed_takes_the_others_with_it_and_the_last_checkpoint_is_whole(
+    make_config, tmp_path, withstood
+):
     def settings(steps):
         return {**settings_of("tppo"), "train": {"steps": steps, "micro_batch_tokens": 60, "checkpoint_every": 1}}
 
@@ -221,6 +223,7 @@ def test_a_rank_that_is_killed_takes_the_others_with_it_and_the_last_checkpoint_
     assert rows.step.max() == step + 2
     for _, visits in rows[rows.step > 0].groupby("row"):
         assert visits.step.diff().dropna().eq(1).all()
+    withstood("SIGKILL of one of two ranks", lost="nothing: the steps since the last checkpoint are done again")
 
 
 def test_torchrun_starts_the_command(make_config, tmp_path):

@@ -183,7 +183,7 @@ def test_asynchronous_engines_roll_out_while_the_policy_trains(make_config):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_worker_that_is_killed_or_hangs_changes_nothing(make_config, number, capfd):
+def test_a_worker_that_is_killed_or_hangs_changes_nothing(make_config, number, capfd, withstood):
     own = {"engine_timeout_s": 2.0 if number == signal.SIGSTOP else 60.0}
     here, there = pair(make_config, steps=30, own=own, evaluation={"every": 0})
     victim = signal_when(there.output / "rollouts" / "step-000003.parquet", number)
@@ -192,6 +192,7 @@ def test_a_worker_that_is_killed_or_hangs_changes_nothing(make_config, number, c
     assert any(note["text"].startswith("engine 1 failed: ") and note["engine"] == 1 for note in notes)
     assert "tppo: engine 1 failed: " in capfd.readouterr().err
     wait_until_gone(victim[0])
+    withstood("Ray worker killed, or hangs", lost="nothing: its rows are generated again in the same step")
 
 
 def test_without_any_engine_left_the_run_saves_every_row_and_goes_on_elsewhere(make_config, tmp_path):

@@ -167,7 +167,7 @@ def test_words_that_would_write_or_train_by_mistake_are_refused(make_config, tmp
     assert not (tmp_path / "ev").exists()
 
 
-def test_ranks_end_when_their_launcher_is_killed(make_config, tmp_path):
+def test_ranks_end_when_their_launcher_is_killed(make_config, tmp_path, withstood):
     config = make_config("run", train={"steps": 100_000})
     (tmp_path / "c.toml").write_text(to_toml(config.model_dump(mode="json")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tppo"]
@@ -186,3 +186,4 @@ def test_ranks_end_when_their_launcher_is_killed(make_config, tmp_path):
         time.sleep(0.1)
     assert Run(config.output).trailer["status"] == "interrupted"
     assert list((config.output / "checkpoints").glob("step-*"))
+    withstood("SIGKILL of the launcher of two ranks")

@@ -18,7 +18,7 @@ from tppo.console import SAME_S
 
 @pytest.mark.parametrize("schedule", ["recipe", "asynchronous"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_first_and_the_run_goes_on_as_if_undisturbed(make_config, schedule, number):
+def test_a_signal_saves_first_and_the_run_goes_on_as_if_undisturbed(make_config, schedule, number, withstood):
     """Also while the next step's rollout runs ahead."""
     own = {"algorithm": {"name": "tppo" if schedule == "recipe" else "ppo"}, "rollout": {"schedule": schedule}}
     config = make_config("run", train={"steps": 10_000}, **own)
@@ -34,13 +34,16 @@ def test_a_signal_saves_first_and_the_run_goes_on_as_if_undisturbed(make_config,
     whole = make_config("whole", train={"steps": longer}, **own)
     train_seeded(whole)
     assert_same_run(config.output, whole.output)
+    withstood(f"{signal.Signals(number).name} ({schedule})")
 
 
 @pytest.mark.parametrize(
     ("signals", "apart_s", "code"),
     [([signal.SIGTERM], 0, 143), ([signal.SIGTERM] * 2, SAME_S + 0.5, -15), ([signal.SIGINT, signal.SIGTERM], 0, 130)],
 )
-def test_a_signal_ends_the_command_with_its_code_and_a_later_one_at_once(tmp_path, tiny_model, signals, apart_s, code):
+def test_a_signal_ends_the_command_with_its_code_and_a_later_one_at_once(
+    tmp_path, tiny_model, signals, apart_s, code, withstood
+):
     """Two that come together are one: a launcher passes on what its ranks have got themselves."""
     output = tmp_path / "run"
     command = [
@@ -64,6 +67,10 @@ def test_a_signal_ends_the_command_with_its_code_and_a_later_one_at_once(tmp_pat
     assert bool(checkpoints_of(output)) == (code > 0)
     if code > 0:
         assert verified(newest_usable(output).path).step >= 1
+    withstood(
+        "signals to the command: " + ", ".join(signal.Signals(number).name for number in signals),
+        lost="nothing; after a second signal, the step under way",
+    )
 
 
 def wait_for(path, process):

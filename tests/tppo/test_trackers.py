@@ -231,7 +231,7 @@ def test_threads_of_trackers_draw_from_no_global_random_state(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_dead_network_neither_stops_nor_slows_a_run(make_config, tmp_path, name):
+def test_a_dead_network_neither_stops_nor_slows_a_run(make_config, tmp_path, name, withstood):
     """In a process of its own: what its trackers have left must not hold its end either. Port 9 refuses."""
     own = {
         "wandb": {"wandb": True, "wandb_mode": "online"},
@@ -256,3 +256,4 @@ def test_a_dead_network_neither_stops_nor_slows_a_run(make_config, tmp_path, nam
     assert found.metrics.step.max() == 3
     assert found.trailer["t"] < 30  # the run's own time
     assert f"logging.{name} is switched off" in done.stderr
+    withstood("network of a tracker dead", lost="what the tracker would have got")
