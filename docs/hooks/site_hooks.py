@@ -16,7 +16,7 @@ NO_GUIDES = ("index.md", "glossary.md", "checked.md", "api.md")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Results and guides are in the navigation because they are there; mkdocs.yml only says which guides come first."""
+    """Guides and results are in the navigation because they are there; mkdocs.yml says which guides come first."""
     docs = Path(config.docs_dir)
     for entry in config.nav or []:
         if "Guides" in entry:

@@ -54,7 +54,8 @@ def spelling(action: argparse.Action) -> str:
 
 
 def default_of(action: argparse.Action) -> str:
-    if action.default in (None, False, [], argparse.SUPPRESS) or not action.option_strings:
+    nothing = any(action.default is each for each in (None, False, argparse.SUPPRESS)) or action.default == []
+    if nothing or not action.option_strings:
         return "required" if action.required and action.option_strings else ""
     return f"`{action.default}`"
 
@@ -134,7 +135,7 @@ def default_text(field: FieldInfo) -> str:
     if field.default is None or field.default is PydanticUndefined or isinstance(field.default, BaseModel):
         return ""
     value = field.default
-    shown = {True: "true", False: "false"}.get(value, None) if isinstance(value, bool) else None
+    shown = {True: "true", False: "false"}.get(value) if isinstance(value, bool) else None
     if isinstance(value, str):
         shown = f'"{value}"'
     if isinstance(value, tuple):

@@ -1,7 +1,7 @@
 """What pages take from elsewhere instead of saying it a second time: sections of the README, lines of a result.
 
-    <!-- section README.md: Checkpoints -->            the text under that heading, without the heading
-    <!-- quote results/cost_model/README.md: Goal -->   the line that begins so
+<!-- section README.md: Checkpoints -->            the text under that heading, without the heading
+<!-- quote results/cost_model/README.md: Goal -->   the line that begins so, in quotation marks
 """
 
 import posixpath
@@ -16,9 +16,8 @@ QUOTE = re.compile(r"<!-- quote (?P<file>\S+): (?P<start>.+?) -->")
 def section(text: str, title: str) -> str:
     """The lines under a heading, up to the next one that is not below it. Raises LookupError."""
     lines = list(outside_code(text))
-    place = next(
-        (i for i, (prose, line) in enumerate(lines) if prose and re.fullmatch(rf"#+ {re.escape(title)}\s*", line)), None
-    )
+    heading = re.compile(rf"#+ {re.escape(title)}\s*")
+    place = next((i for i, (prose, line) in enumerate(lines) if prose and heading.fullmatch(line)), None)
     if place is None:
         raise LookupError(title)
     level = len(lines[place][1].split(" ")[0])
@@ -46,7 +45,7 @@ def expanded(page: str, text: str) -> str:
         file = posixpath.normpath(posixpath.join(posixpath.dirname(page), found["file"]))
         for prose, line in outside_code((ROOT / file).read_text()):
             if prose and line.startswith(found["start"]):
-                return for_the_site(file, line.strip(), at=page.removeprefix("docs/"))
+                return f"“{for_the_site(file, line.strip(), at=page.removeprefix('docs/'))}”"
         raise LookupError(f"{page}: no line of {file} begins with '{found['start']}'; quote one that is there")
 
     return QUOTE.sub(insert_line, SECTION.sub(insert_section, text))
