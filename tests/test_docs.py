@@ -75,6 +75,35 @@ def knows(command, dotted):
     return key in sibling_keys(model, sections)
 
 
+SPANS = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+OTHERS = {"--algorithm", "--backend-store-uri"}
+"""Flags of no parser: a short spelling of ours (joined_overrides), and mlflow's."""
+FOLDERS = "tppo|simulator|profiling|analysis|tests|configs|benchmarks|docs"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "results" not in p.parts], ids=lambda page: page.stem)
+def test_every_flag_setting_and_file_in_a_pages_text_exists(page):
+    from simulator.experiment import Experiment
+    from tppo.config import RunConfig
+
+    parsers = site_reference.subcommands(build_parser())
+    flags = {
+        flag
+        for name in parsers
+        for action in site_reference.subcommands(build_parser(name))[name]._actions
+        for flag in action.option_strings
+    }
+    sections = {*RunConfig.model_fields, *Experiment.model_fields}
+    for span in SPANS.findall(FENCED.sub("", page.read_text())):
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", span):
+            assert "." in flag or flag in flags | OTHERS, f"{span}: no command has {flag}"
+        dotted = re.fullmatch(r"(?:--)?((\w+)(?:\.\w+)+)(?:[ =].*)?", span)
+        if dotted and dotted[2] in sections and not re.search(r"\.(json|parquet|jsonl)$", dotted[1]):
+            assert knows("train", dotted[1]) or knows("simulate", dotted[1]), f"no setting is called {dotted[1]}"
+        path = re.fullmatch(rf"(?:{FOLDERS})/[\w/.-]+", span)
+        assert not path or (ROOT / span).exists(), f"no such file: {span}"
+
+
 def test_commands_are_found_in_blocks_of_every_kind():
     page = (
         "text\n\n```toml\nx = 1\n```\n\n```\ntppo train run.toml --train.steps 5   # why\n```\n\n"
