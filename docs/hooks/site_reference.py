@@ -29,12 +29,12 @@ def command_line() -> str:
     for name in subcommands(build_parser()):
         parser = subcommands(build_parser(name))[name]
         lines += [f"## tppo {name}", "", sentence(parser.description or ""), ""]
-        lines += ["| argument | default | |", "|---|---|---|"]
+        lines += ["| argument | | default |", "|---|---|---|"]
         for action in parser._actions:
             if not isinstance(action, argparse._HelpAction):
-                lines.append(f"| {spelling(action)} | {default_of(action)} | {cell(help_of(parser, action))} |")
+                lines.append(f"| {spelling(action)} | {cell(help_of(parser, action))} | {default_of(action)} |")
         if parser.get_default("overrides"):
-            lines.append("| `--section.key VALUE` | | any field of the file |")
+            lines.append("| `--section.key VALUE` | any field of the file | |")
         lines.append("")
     return "\n".join(lines)
 
@@ -124,9 +124,9 @@ def figures() -> str:
 
 
 def table(fields: dict[str, FieldInfo]) -> list[str]:
-    rows = [f"| `{name}` | {type_text(field.annotation)} | {default_text(field)} | {cell(field.description or '')} |"
+    rows = [f"| `{name}` | {cell(field.description or '')} | {type_text(field.annotation)} | {default_text(field)} |"
             for name, field in fields.items()]  # fmt: skip
-    return ["| field | | default | |", "|---|---|---|---|", *rows]
+    return ["| field | | value | default |", "|---|---|---|---|", *rows]
 
 
 def default_text(field: FieldInfo) -> str:
