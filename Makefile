@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # One thread a process: two processes that each use every core wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-quick test soak reliability test-vllm lint bench clean
+.PHONY: demo demo-quick test soak reliability test-vllm lint docs docs-outputs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,16 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The documentation as a site in site/; a broken link or a missing anchor is an error. The date is that of the commit,
+# so that one commit gives one site.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 0)} \
+	    $(BIN)/mkdocs build --quiet --strict
+
+# Runs the tutorials and writes what their commands print now into their pages.
+docs-outputs: $(VENV)/.installed
+	$(BIN)/python docs/hooks/site_tutorials.py --write
+
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.simulator
 	$(BIN)/python -m benchmarks.cost_model
@@ -62,4 +72,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.time_to_score
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-vllm runs site build dist *.egg-info
