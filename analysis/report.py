@@ -10,7 +10,6 @@ from typing import Any
 
 import jinja2
 import pandas as pd
-from matplotlib import rc_context
 
 from analysis import style
 from analysis.figures import FIGURES
@@ -165,7 +164,7 @@ def _figure_section(name: str, runs: Sequence[Run]) -> dict[str, Any]:
     section = {"title": name.replace("_", " "), "caption": module.CAPTION, "image": None, "missing": None}
     try:
         buffer = io.BytesIO()
-        with rc_context(style.RC):
+        with style.use("screen"):
             module.draw(module.data(runs), runs).savefig(buffer, format="png")
         section["image"] = base64.b64encode(buffer.getvalue()).decode()
     except ToolkitError as error:

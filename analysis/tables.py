@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from analysis.gather import numbers
 from profiling.alarms import alarms
 from profiling.attribution import device_estimates, interval_text
 from profiling.errors import DataError
@@ -42,31 +43,52 @@ def provenance(runs: Sequence[Run]) -> str:
 
 
 def accuracy_curve(run: Run) -> pd.DataFrame:
-    """step, clock_s (training seconds, evaluation left out), accuracy: one row per evaluation."""
+    """step, clock_s (training seconds, evaluation left out), trained_tokens (so far; null where not recorded),
+    accuracy: one row per evaluation, in order of steps."""
     metrics = run.metrics
-    if "val/accuracy" not in metrics or metrics["val/accuracy"].notna().sum() == 0:
+    accuracy = numbers(metrics["val/accuracy"]) if "val/accuracy" in metrics else pd.Series(dtype=float)
+    if accuracy.notna().sum() == 0:
         raise DataError(f"{run.path}: has no evaluations (val/accuracy in metrics.jsonl)")
-    rows = metrics[metrics["val/accuracy"].notna()]
-    return pd.DataFrame({"step": rows.step, "clock_s": rows.clock_s, "accuracy": rows["val/accuracy"]}).reset_index(
-        drop=True
+    for name in ("step", "clock_s"):
+        if name not in metrics:
+            raise DataError(f"{run.path}: metrics.jsonl has no {name}; an evaluation needs it")
+    curve = pd.DataFrame(
+        {
+            "step": metrics.step,
+            "clock_s": numbers(metrics.clock_s),
+            "trained_tokens": _trained_so_far(metrics),
+            "accuracy": accuracy,
+        }
     )
+    return curve[accuracy.notna()].sort_values("step", kind="stable").reset_index(drop=True)
 
 
-def _score_row(run: Run, target: float, consecutive: int) -> pd.Series | None:
+def _trained_so_far(metrics: pd.DataFrame) -> pd.Series:
+    """By row of metrics.jsonl: tokens trained on by the end of the step. Null from the first that does not say."""
+    if "training/trained_tokens" not in metrics:
+        return pd.Series(np.nan, index=metrics.index)
+    tokens = numbers(metrics["training/trained_tokens"]).where(metrics.step >= 1, 0.0)
+    ordered = tokens.loc[metrics.step.sort_values(kind="stable").index]
+    return ordered.cumsum(skipna=False).reindex(metrics.index)
+
+
+def at_score(run: Run, quantity: str, target: float = 0.85, consecutive: int = 3) -> float | None:
+    """A column of accuracy_curve at the end of the first `consecutive` evaluations whose mean is at least `target`;
+    None where the run does not get there, or does not say."""
     curve = accuracy_curve(run)
     reached = curve.accuracy.rolling(consecutive).mean() >= target
-    return curve[reached].iloc[0] if reached.any() else None
+    value = curve[quantity][reached].iloc[0] if reached.any() else None
+    return None if value is None or pd.isna(value) else float(value)
 
 
 def time_to_score(run: Run, target: float = 0.85, consecutive: int = 3) -> float | None:
-    """Training seconds at the end of the first `consecutive` evaluations whose mean is at least `target`."""
-    row = _score_row(run, target, consecutive)
-    return None if row is None else float(row.clock_s)
+    """Training seconds to a score; see at_score."""
+    return at_score(run, "clock_s", target, consecutive)
 
 
 def steps_to_score(run: Run, target: float = 0.85, consecutive: int = 3) -> int | None:
-    row = _score_row(run, target, consecutive)
-    return None if row is None else int(row.step)
+    steps = at_score(run, "step", target, consecutive)
+    return None if steps is None else int(steps)
 
 
 def training_ledger(run: Run) -> pd.Series:
@@ -130,18 +152,18 @@ def score_table(runs: Sequence[Run], target: float = 0.85) -> pd.DataFrame:
 
 
 def paired_speedup(
-    runs: Sequence[Run], baseline: str, arm: str, target: float = 0.85
+    runs: Sequence[Run], baseline: str, arm: str, target: float = 0.85, quantity: str = "clock_s"
 ) -> dict[str, float | int | None]:
-    """Ratio of the times to target, baseline / arm, seed by seed: median, and a 95 % bootstrap interval of the median
-    (10,000 resamples of the pairs, seeded; null with fewer than three pairs). Seeds in which a run did not reach the
-    target are counted as `unreached`, not left out in silence."""
+    """Ratio of the times (or of another quantity of accuracy_curve) to target, baseline / arm, seed by seed: median,
+    and a 95 % bootstrap interval of the median (10,000 resamples of the pairs, seeded; null with fewer than three
+    pairs). Seeds in which a run did not reach the target are counted as `unreached`, not left out in silence."""
     times: dict[str, dict[int | None, float | None]] = {arm_of(run): {} for run in runs}
     for run in runs:
-        times[arm_of(run)][seed_of(run)] = time_to_score(run, target)
+        times[arm_of(run)][seed_of(run)] = at_score(run, quantity, target)
     first, second = times.get(baseline, {}), times.get(arm, {})
     seeds = sorted(set(first) & set(second), key=str)
     pairs = [(first[s], second[s]) for s in seeds]
-    ratios = np.array([a / b for a, b in pairs if a is not None and b is not None])
+    ratios = np.array([a / b for a, b in pairs if a is not None and b])
     low = high = None
     if len(ratios) >= 3:
         draws = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))

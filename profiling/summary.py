@@ -73,7 +73,7 @@ def summarise(
     marked = training.step.nunique()
     steps = int(rows.step.nunique() if recorded else marked)
     totals = ledger_totals(ledger)
-    ages, age_weights = _staleness(rows)
+    ages, age_weights = staleness(rows)
     skipped = min(startup_steps, max(steps - 1, 0))
     late = rows.step > skipped
     timed = (pieces.step > skipped) & (pieces.step >= 1) & ~pieces.name.isin(NOT_TRAINING)
@@ -129,7 +129,7 @@ def _tail_seconds(rows: pd.DataFrame) -> float:
     return total
 
 
-def _staleness(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+def staleness(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """(versions behind, trained tokens): how many updates lie between sampling tokens and training on them.
 
     Step s trains the policy of version s - 1. A record that trains more tokens than it generated trains the whole

@@ -158,9 +158,11 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     sweep.add_argument("--json", action="store_true", help="print the table as JSON")
 
     plot = add("plot", _plot, "draw a figure of one or more runs")
-    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    plot.add_argument("--figure", required=True, help="name of the figure")
+    plot.add_argument("runs", type=Path, nargs="*", metavar="RUN")
+    plot.add_argument("--figure", metavar="NAME", help="of --list; all: every one that the runs allow")
+    plot.add_argument("--list", action="store_true", help="name every figure and what it shows")
     plot.add_argument("--format", default="png", help="png, pdf, svg; several with commas")
+    plot.add_argument("--style", default="screen", help="screen, or paper: a column wide, fonts embedded")
     plot.add_argument("--output", type=Path, default=Path("figures"), help="directory")
 
     export = add("export", _export, "write a run for Perfetto (chrome), TensorBoard, as tables, or its models")
@@ -292,12 +294,25 @@ def _sweep(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _plot(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from analysis.plot import plot
+    from analysis import plot
     from profiling.reader import Run
 
+    if options.list:
+        print("\n".join(plot.listed()))
+        return 0
+    if not options.runs or options.figure is None:
+        raise InputError("tppo plot: needs a RUN and --figure NAME; `tppo plot --list` names the figures")
+    runs = [Run(path) for path in options.runs]
     formats = [name.strip() for name in options.format.split(",")]
-    for path in plot([Run(path) for path in options.runs], options.figure, formats, options.output):
+    left_out: dict[str, str] = {}
+    if options.figure == plot.ALL:
+        written, left_out = plot.plot_all(runs, formats, options.output, look=options.style)
+    else:
+        written = plot.plot(runs, options.figure, formats, options.output, look=options.style)
+    for path in written:
         print(path)
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}", file=sys.stderr)
     return 0
 
 

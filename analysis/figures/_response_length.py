@@ -1,56 +1,100 @@
-"""How long responses are while training goes on, and how many rows a step leaves unfinished."""
+"""How long responses are while training goes on: mean, quantiles, the longest, and the share of rows carried over."""
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analysis import style
-from analysis.tables import arm_of, by_arm, provenance
-from profiling.errors import DataError
+from analysis.gather import decimated, gather, left_out_note
+from analysis.lengths import QUANTILES, STATISTICS, lengths_by_step
+from analysis.tables import arm_of, provenance
 from profiling.reader import Run
 
+MOST, POINTS = 400, 4000
+"""Points of an arm's line, and of all lines of one kind."""
+SPREAD = ("mean_tokens", "max_tokens", "truncated_share")
 CAPTION = (
-    "Upper: mean (line) and longest (dots) length of the responses that finished in a step, in tokens of all their "
-    "windows; mean over seeds. Lower: share of a step's rows that carry over. Under truncation the first steps finish "
-    "short responses only, until the mix of fresh and carried rows is steady."
+    "Lengths of the responses that finished in a step, in tokens of all their windows; mean over an arm's runs, as "
+    "far as all of them go. Top: mean and median. Middle: 90th and 99th percentile and the longest. Bottom: share "
+    "of a step's rows that carry over. Under truncation the first steps finish short responses only, until the mix "
+    "of fresh and carried rows is steady. Long runs: means of neighbouring steps (the longest of them all), shaded "
+    "from least to greatest. No quantiles: the run has no rollout records."
 )
 
 
 def data(runs: Sequence[Run]) -> pd.DataFrame:
+    """arm, runs, step, STATISTICS: what each line shows; a row stands for `points` steps."""
+    by_step = gather(runs, lambda run: lengths_by_step(run).assign(run=run.name, arm=arm_of(run)))
+    arms = list(dict.fromkeys(by_step.arm))
+    most = max(10, min(MOST, POINTS // len(arms)))
     parts = []
-    for run in runs:
-        metrics = run.metrics
-        if "response_length/mean" not in metrics:
-            raise DataError(f"{run.path}: metrics.jsonl has no response_length/mean")
-        rows = metrics[metrics.step >= 1]
-        parts.append(
-            pd.DataFrame(
-                {
-                    "run": run.name,
-                    "arm": arm_of(run),
-                    "step": rows.step,
-                    "mean_tokens": rows["response_length/mean"],
-                    "max_tokens": rows["response_length/max"],
-                    "truncated_share": rows["training/truncated_share"],
-                }
-            )
-        )
-    return pd.concat(parts, ignore_index=True)
+    for arm in arms:
+        own = by_step[by_step.arm == arm]
+        last = own.groupby("run").step.max().min()
+        mean = own[own.step <= last].groupby("step")[list(STATISTICS)].mean().reset_index()
+        parts.append(decimated(mean, "step", SPREAD, most).assign(arm=arm, runs=own.run.nunique()))
+    table = pd.concat(parts, ignore_index=True)
+    table.attrs.update(by_step.attrs)
+    return table[
+        ["arm", "runs", "step", *STATISTICS, *(c for c in table if str(c).endswith(("_min", "_max"))), "points"]
+    ]
 
 
 def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
-    figure, (upper, lower) = style.subplots(2, 1, height=5.4)
-    arms = by_arm(runs)
-    colours = style.arm_colours(list(arms))
-    for arm in arms:
-        steps = table[table.arm == arm].groupby("step")[["mean_tokens", "max_tokens", "truncated_share"]].mean()
-        upper.plot(steps.index, steps.mean_tokens, color=colours[arm], linewidth=1.6, label=style.arm_name(arm))
-        upper.plot(steps.index, steps.max_tokens, ".", color=colours[arm], markersize=3, alpha=0.6)
-        lower.plot(steps.index, steps.truncated_share, color=colours[arm], linewidth=1.6)
-    upper.set(ylabel="response length, tokens", yscale="log")
-    upper.set_title(f"Response lengths ({provenance(runs)})")
-    lower.set(xlabel="training step", ylabel="share of rows carried over", ylim=(-0.02, None))
-    handles, labels = upper.get_legend_handles_labels()
-    lower.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False, fontsize=9)
+    figure, (middle, tail, carried) = style.subplots(3, 1, height=7.6, sharex=True, height_ratios=(3, 3, 2))
+    looks = style.arm_looks(list(dict.fromkeys(table.arm)))
+    thick, thin = style.line_width(1.8), style.line_width(0.9)
+    handles = []
+    for arm, look in looks.items():
+        rows = table[table.arm == arm]
+        lone = {"marker": look.marker, "markersize": style.line_width(6)} if len(rows) == 1 else {}
+        shown = {"color": look.colour, "linestyle": look.line, **lone}
+        for axes, name, width in (
+            (middle, "mean_tokens", thick), (middle, "p50_tokens", thin), (tail, "p99_tokens", thick),
+            (tail, "p90_tokens", thin), (carried, "truncated_share", thick),
+        ):  # fmt: skip
+            axes.plot(rows.step, rows[name], linewidth=width, gid=name, **shown)
+        tail.plot(rows.step, rows.max_tokens_max, look.marker, color=look.colour, markersize=style.line_width(2.5),
+                  alpha=0.6, linewidth=0, gid="max_tokens")  # fmt: skip
+        for axes, name in ((middle, "mean_tokens"), (carried, "truncated_share")):
+            if (rows.points > 1).any():
+                axes.fill_between(rows.step, rows[f"{name}_min"], rows[f"{name}_max"], color=look.colour, alpha=0.15,
+                                  linewidth=0)  # fmt: skip
+        handles.append(Line2D([], [], linewidth=thick, label=style.arm_name(arm), **shown))
+    _tell_lines(middle, [(thick, "mean"), (thin, "median")])
+    _tell_lines(tail, [(thick, "99th percentile"), (thin, "90th percentile")], dots="longest")
+    for axes in (middle, tail):
+        _log_tokens(axes)
+    carried.set(xlabel="training step", ylabel="share carried over", ylim=(-0.02, None))
+    drawn = [run for run in runs if arm_of(run) in looks]
+    style.title(middle, f"Response lengths ({provenance(drawn)})")
+    notes = [left_out_note(table)]
+    if without := [
+        style.arm_name(arm) for arm in looks if table[table.arm == arm][list(QUANTILES)].isna().all(axis=None)
+    ]:
+        notes.append(f"No quantiles of {', '.join(without)}: no rollout records, or nothing finished.")
+    if (table[["mean_tokens", "p50_tokens"]] <= 0).any(axis=None):
+        notes.append("Lengths of 0 cannot be shown on a logarithmic axis.")
+    style.below(figure, handles, [str(h.get_label()) for h in handles], 3, " ".join(filter(None, notes)))
     return figure
+
+
+def _log_tokens(axes: Axes) -> None:
+    """Logarithmic where there is something above zero to show."""
+    shown = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [np.array([])])
+    if (shown > 0).any():
+        axes.set_yscale("log", nonpositive="mask")
+    axes.set_ylabel("response length, tokens")
+
+
+def _tell_lines(axes: Axes, lines: Sequence[tuple[float, str]], dots: str | None = None) -> None:
+    handles = [Line2D([], [], color=style.GREY, linewidth=width, label=label) for width, label in lines]
+    if dots:
+        handles.append(
+            Line2D([], [], color=style.GREY, marker="o", markersize=style.line_width(2.5), linewidth=0, label=dots)
+        )
+    axes.legend(handles=handles, fontsize="x-small", loc="best", ncols=len(handles))

@@ -3,15 +3,16 @@ import json
 import pandas as pd
 import pytest
 
-from tests.analysis.made_runs import RISING, SCHEDULES, make_run, simulated_run
+from tests.analysis.made_runs import RISING, SCHEDULES, make_run, simulated_run, with_gpu
 
 
 @pytest.fixture
 def runs(tmp_path):
     found = []
     for seed in range(3):
-        found.append(make_run(tmp_path / f"ppo-s{seed}", accuracies=RISING, seconds_per_step=4.0 + seed))
-        found.append(make_run(tmp_path / f"tppo-s{seed}", accuracies=RISING, seconds_per_step=2.0, batch=4))
+        slow = make_run(tmp_path / f"ppo-s{seed}", accuracies=RISING, seconds_per_step=4.0 + seed)
+        fast = make_run(tmp_path / f"tppo-s{seed}", accuracies=RISING, seconds_per_step=2.0, batch=4)
+        found += [with_gpu(slow, seconds_per_step=4.0 + seed), with_gpu(fast)]
     hardware = {"name": "test CPU", "peak_flops": 1e9, "memory_bytes_per_s": 1e9, "measured": True}
     (tmp_path / "hardware.json").write_text(json.dumps(hardware))
     rows = [

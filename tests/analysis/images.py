@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from skimage.metrics import structural_similarity
@@ -34,6 +33,6 @@ def assert_looks_like(figure: Figure, name: str) -> None:
 
 def picture(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    with rc_context(style.RC):
+    with style.use("screen"):
         figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     return buffer.getvalue()

@@ -8,9 +8,9 @@ import pandas as pd
 from profiling.ledger import Cluster, build_ledger
 from profiling.phases import plain_header
 from profiling.reader import Run
-from profiling.schema import ENGINE, ROLLOUTS
+from profiling.schema import DEVICES, ENGINE, ROLLOUTS, WINDOWS
 from profiling.summary import summarise
-from profiling.writer import RunWriter
+from profiling.writer import RunWriter, write_parquet
 from simulator import load_experiment, simulate
 
 RISING = [0.5, 0.8, 0.84, 0.86, 0.88, 0.9]  # means of three: .713, .833, .86, .88: reached at the fifth
@@ -60,6 +60,24 @@ def make_run(path, *, accuracies, seconds_per_step=2.0, batch=2, finish=True):
         writer.summary(summarise(cluster=Cluster(1, 1), ledger=ledger, wall_s=wall_s, startup_steps=0, **frames))
         writer.close(t=wall_s, status="finished")
     return Run(path)
+
+
+def with_gpu(run, *, rollout_watts=300.0, other_watts=100.0, seconds_per_step=2.0):
+    """The run with samples of a GPU, every 50 ms: busy, and drawing rollout_watts, in the first 1.2 s of each step."""
+    end = run.trailer["t"]
+    t = [0.05 * tick for tick in range(int(end / 0.05) + 1)]
+    on = [now % seconds_per_step < 1.2 for now in t]
+    energy = [0.0]
+    for busy in on[:-1]:
+        energy.append(energy[-1] + 0.05 * (rollout_watts if busy else other_watts))
+    unknown = [None] * len(t)
+    devices = dict.fromkeys(DEVICES.names, unknown) | {"t": t, "device": ["GPU-1"] * len(t), "energy_joules": energy}
+    windows = {"t_begin": t[:-1], "t_end": t[1:], "device": ["GPU-1"] * (len(t) - 1),
+               "metric": ["utilisation"] * (len(t) - 1), "value": [float(busy) for busy in on[:-1]]}  # fmt: skip
+    for name, columns, schema in (("devices", devices, DEVICES), ("windows", windows, WINDOWS)):
+        (run.path / name).mkdir()
+        write_parquet(run.path / name / "part-000000.parquet", columns, schema)
+    return Run(run.path)
 
 
 def simulated_run(path, changes=None):
