@@ -20,7 +20,7 @@ def plot(
 ) -> list[Path]:
     """Write output/NAME.{png,pdf,svg} and NAME.csv in a style. Raises InputError for an unknown name, format or style
     (naming the nearest), DataError for runs that lack what the figure needs."""
-    _check([figure], formats, look)
+    _check(runs, [figure], formats, look)
     return _save(runs, figure, formats, output, look)
 
 
@@ -28,7 +28,7 @@ def plot_all(
     runs: Sequence[Run], formats: Sequence[str], output: Path, *, look: str = "screen"
 ) -> tuple[list[Path], dict[str, str]]:
     """Every figure that the runs allow, and of each other one the reason. Raises DataError when there is none."""
-    _check([], formats, look)
+    _check(runs, [], formats, look)
     written: list[Path] = []
     left_out = {}
     for figure in FIGURES:
@@ -67,7 +67,12 @@ def _save(runs: Sequence[Run], figure: str, formats: Sequence[str], output: Path
     return [*written, output / f"{figure}.csv"]
 
 
-def _check(figures: Sequence[str], formats: Sequence[str], look: str) -> None:
+def _check(runs: Sequence[Run], figures: Sequence[str], formats: Sequence[str], look: str) -> None:
+    paths: dict[str, Path] = {}
+    for run in runs:
+        if run.name in paths:
+            raise InputError(f"{run.path}: has the name of {paths[run.name]}; figures tell runs by name: rename one")
+        paths[run.name] = run.path
     for name in figures:
         _known("figure", name, list(FIGURES))
     for name in formats:

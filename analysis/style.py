@@ -18,6 +18,7 @@ from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
 RC: Any = {
@@ -202,7 +203,10 @@ class Look:
 
 
 def arm_looks(arms: Sequence[str]) -> dict[str, Look]:
-    """Arm -> look. PPO and T-PPO always have the same; no two of up to 28 others share both colour and line."""
+    """Arm -> look; hatches in the paper style only.
+
+    PPO and T-PPO always have the same; no two of up to 28 others share both colour and line.
+    """
     looks, other = {}, 0
     for arm in arms:
         if arm in ARMS:
@@ -210,7 +214,7 @@ def arm_looks(arms: Sequence[str]) -> dict[str, Look]:
         else:
             place, colour = OTHER_PLACES[other % len(OTHER_PLACES)], OTHERS[other % len(OTHERS)]
             other += 1
-        looks[arm] = Look(colour, LINES[place], MARKERS[place], HATCHES[place])
+        looks[arm] = Look(colour, LINES[place], MARKERS[place], HATCHES[place] if is_paper() else "")
     return looks
 
 
@@ -241,6 +245,18 @@ def subplots(
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, list(axes.flat)
+
+
+def log_scale(axes: Axes, which: str) -> None:
+    """Make the axis, `x` or `y`, logarithmic, with plain numbers at 1, 2 and 5, or at powers of ten if they are many.
+    What is not above zero is not shown."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log", nonpositive="mask")
+    low, high = axis.get_view_interval()
+    few = low > 0 and high / low < 10**2.5
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def title(axes: Axes, text: str) -> None:

@@ -100,6 +100,7 @@ def draw_curves(table: pd.DataFrame, runs: Sequence[Run], *, x: str, xlabel: str
     for arm, look in looks.items():
         middle = table[(table.part == "median") & (table.arm == arm)]
         axes.plot(middle[x], middle.accuracy, color=look.colour, linewidth=style.line_width(2.2), linestyle=look.line,
+                  zorder=3 if look.line == "-" else 3.5,
                   label=style.arm_name(arm), marker=look.marker if len(middle) == 1 else "",
                   markersize=style.line_width(6), gid="median")  # fmt: skip
         reached = table[(table.part == "reached") & (table.arm == arm)]

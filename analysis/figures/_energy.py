@@ -111,5 +111,4 @@ def _per_token(axes: Axes, table: pd.DataFrame, looks: dict[str, style.Look]) ->
                       color=style.GREY, transform=axes.get_xaxis_transform())  # fmt: skip
     most = table.joules.max()
     axes.set(xlim=(-0.6, len(looks) - 0.4), ylim=(0, most * 1.2 if most > 0 else 1.0), ylabel="J per trained token")
-    axes.set_xticks(range(len(looks)), [""] * len(looks))
-    axes.grid(axis="x", visible=False)
+    axes.set_xticks([])

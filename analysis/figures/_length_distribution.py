@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from analysis import style
 from analysis.gather import gather, left_out_note
@@ -14,15 +15,17 @@ from analysis.tables import arm_of, by_arm, provenance
 from profiling.reader import Run
 
 BINS = 32
+SPAN = 9
+"""Least ratio of the ends of the axis."""
 POINTS = 200
 """Of an arm's curve."""
 CAPTION = (
-    "Top: lengths of all responses of an arm's runs, in bins of equal width on the logarithmic axis, as shares of "
-    "all responses. Lines: responses that finished; filled: those that the run left unfinished (they carry over at "
-    "its end, or were dropped), at the length that they had. Bottom: share of responses longer than so many tokens, "
-    "by the Kaplan-Meier estimate, which counts an unfinished response as long as it is known to go on; ticks: "
-    "unfinished ones. Dashed verticals: the window; dotted: the longest response allowed, where a response ends, "
-    "finished or not."
+    "Top: lengths of all responses of an arm's runs, in bins of about equal width on the logarithmic axis, as "
+    "shares of all responses. Lines: responses that finished; filled: those that the run left unfinished (they "
+    "carry over at its end, or were dropped), at the length that they had. Bottom: share of responses longer than "
+    "so many tokens, by the Kaplan-Meier estimate, which counts an unfinished response as long as it is known to go "
+    "on; ticks: unfinished ones. Dashed verticals: the window; dotted: the longest response allowed, where a "
+    "response ends, finished or not."
 )
 
 
@@ -44,7 +47,8 @@ def data(runs: Sequence[Run]) -> pd.DataFrame:
         if len(curve) > POINTS:  # at these places the curve itself, not a mean of it
             grid = np.unique(np.geomspace(max(curve.tokens.iloc[0], 1), curve.tokens.iloc[-1], POINTS).astype(int))
             curve = curve.iloc[np.unique(np.clip(np.searchsorted(curve.tokens, grid, "right") - 1, 0, None))]
-        parts.append(curve.assign(arm=arm, part="longer"))
+        start = pd.DataFrame({"tokens": [edges[0]], "share": [1.0]})
+        parts.append(pd.concat([start, curve]).assign(arm=arm, part="longer"))
         found = {(name, value) for run in members for name, value in limits(run).items()}
         parts += [pd.DataFrame({"arm": [arm], "part": [name], "tokens": [value]}) for name, value in sorted(found)]
     table = pd.concat(parts, ignore_index=True)
@@ -53,10 +57,12 @@ def data(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def _edges(tokens: pd.Series) -> np.ndarray:
-    """Of bins that hold every length; a response of no token counts as one of one in the lowest."""
-    least, most = max(1, int(tokens.min())), max(2, int(tokens.max()))
-    edges = np.geomspace(least, most + 1, BINS + 1)
-    edges[0] = min(least, tokens.min())
+    """Of bins of whole tokens that hold every length; a response of no token counts as one of one in the lowest."""
+    least, most = max(1, int(tokens.min())), int(tokens.max()) + 1
+    if most < SPAN * least:
+        least, most = max(1, least // 3), SPAN * least
+    edges = np.unique(np.round(np.geomspace(least, most, BINS + 1)))
+    edges[0] = min(edges[0], tokens.min())
     return edges
 
 
@@ -71,7 +77,7 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
         if "unfinished" in own.index:
             bins = own.loc[["unfinished"]]
             upper.stairs(bins.share, [*bins.tokens, bins.tokens_end.iloc[-1]], fill=True, facecolor=look.colour,
-                         alpha=0.35, label=f"{style.arm_name(arm)}, unfinished")  # fmt: skip
+                         alpha=0.35)  # fmt: skip
         if "longer" in own.index:
             curve = own.loc[["longer"]]
             x, y = curve.tokens.to_numpy(float), curve.share.to_numpy(float)
@@ -80,13 +86,16 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
                 _ticks_of_unfinished(lower, own.loc[["unfinished"]], x, y, look.colour)
     _mark_limits([upper, lower], table)
     if (table.tokens > 0).any():
-        upper.set_xscale("log")
+        style.log_scale(upper, "x")
     upper.set(ylabel="share of responses", ylim=(0, None))
     lower.set(xlabel="response length, tokens", ylabel="share longer", ylim=(0, 1.02))
     drawn = [run for run in runs if arm_of(run) in looks]
     style.title(upper, f"Distribution of response lengths ({provenance(drawn)})")
     handles, labels = upper.get_legend_handles_labels()
-    style.below(figure, handles, labels, 2, left_out_note(table))
+    if (table.part == "unfinished").any():
+        handles.append(Patch(facecolor=style.GREY, alpha=0.35))
+        labels.append("unfinished")
+    style.below(figure, handles, labels, 3, left_out_note(table))
     return figure
 
 
@@ -104,7 +113,7 @@ def _mark_limits(panels: Sequence[Axes], table: pd.DataFrame) -> None:
         for tokens in sorted(set(table[table.part == part].tokens)):
             for axes in panels:
                 axes.axvline(tokens, color=style.GREY, linewidth=style.line_width(1.0), linestyle=line)
-            panels[0].annotate(
-                f"{part} {tokens:,.0f}", (tokens, 1), xycoords=panels[0].get_xaxis_transform(), xytext=(-3, -2),
+            panels[-1].annotate(
+                f"{part} {tokens:,.0f}", (tokens, 1), xycoords=panels[-1].get_xaxis_transform(), xytext=(-3, -2),
                 textcoords="offset points", rotation=90, ha="right", va="top", fontsize="x-small", color=style.GREY,
             )  # fmt: skip

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -20,61 +22,69 @@ CAPTION = (
     "Relative error of every predicted quantity; a marker is one target run. A forecast uses costs and lengths of the "
     "calibration runs only; a replay takes the target's own lengths and tests the cost model alone. Both take the "
     "number of steps as given, so the time to the target is conditional on it. Not corrected for drift of the "
-    "machine; "
-    "the table shows both. Band: 10 %."
+    "machine; the table shows both. Band: 10 %."
 )
 
 
 def read_predictions(path: Path) -> pd.DataFrame:
-    needed = {
-        "target",
-        "calibrated_on",
-        "kind",
-        "drift_corrected",
-        "quantity",
-        "unit",
-        "predicted",
-        "measured",
-        "error",
-    }
     try:
         table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; `tppo demo` writes it beside its runs") from None
+    except ValueError as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    if missing := needed - set(table.columns):
+    if missing := set(COLUMNS) - set(table.columns):
         raise DataError(f"{path}: column '{min(missing)}' is missing")
+    for name in ("predicted", "measured", "error"):
+        if not pd.api.types.is_numeric_dtype(table[name]):
+            raise DataError(f"{path}: column '{name}' has something that is not a number")
     return table
 
 
 def data(runs: Sequence[Run]) -> pd.DataFrame:
-    """predictions.csv beside the runs."""
-    return read_predictions(Path(runs[0].path).parent / "predictions.csv")
+    """predictions.csv beside the runs: its rows with an error, not corrected for drift, and each target's arm."""
+    if not runs:
+        raise DataError("no runs to draw; name at least one run directory")
+    path = Path(runs[0].path).parent / "predictions.csv"
+    table = read_predictions(path)
+    known = table[~table.drift_corrected.astype(bool) & table.quantity.isin(list(QUANTITIES))]
+    known = known[np.isfinite(known.error.astype(float))]
+    if known.empty:
+        raise DataError(f"{path}: holds no error of a known quantity; `tppo demo` writes it anew")
+    return known.assign(arm=known.target.str.replace(r"-s\d+$", "", regex=True)).reset_index(drop=True)
 
 
 def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
-    table = table[~table.drift_corrected.astype(bool)]
     quantities = [name for name in QUANTITIES if name in set(table.quantity)]
-    figure, panels = style.subplots(1, 2, width=8.4, height=0.9 + 0.42 * len(quantities))
+    figure, panels = style.subplots(1, 2, width=8.4, height=1.2 + 0.42 * len(quantities), sharey=True)
+    looks = style.arm_looks(list(dict.fromkeys(table.arm)))
+    reach = max(15.0, float((100 * table.error.abs()).max()) * 1.1)
     for axes, kind in zip(panels, ("forecast", "replay"), strict=True):
-        rows = table[table.kind == kind]
-        axes.axvspan(-100 * WITHIN, 100 * WITHIN, color="#e8f1e4", zorder=0)
-        axes.axvline(0, color="#555555", linewidth=0.9)
-        arms = list(dict.fromkeys(rows.target.str.replace(r"-s\d+$", "", regex=True)))
-        colours = style.arm_colours(arms)
-        for place, arm in enumerate(arms):
-            own = rows[rows.target.str.replace(r"-s\d+$", "", regex=True) == arm]
-            source = own.calibrated_on.iloc[0] if len(own) else ""
-            shift = (place - (len(arms) - 1) / 2) * 0.22
-            y = [quantities.index(name) + shift for name in own.quantity]
-            label = f"{style.arm_name(arm)}, calibrated on {style.arm_name(source)}"
-            axes.plot(100 * own.error, y, "o", color=colours[arm], markersize=5, alpha=0.75, label=label)
-        reach = max(15.0, float((100 * table.error.abs()).max()) * 1.1)
-        axes.set(xlim=(-reach, reach), xlabel="error, %", ylim=(len(quantities) - 0.5, -0.5))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, prune="both"))
-        axes.set_title(kind)
-        axes.grid(axis="y", visible=False)
+        _panel(axes, table[table.kind == kind], quantities, looks)
+        axes.set(xlim=(-reach, reach), xlabel="error, %")
+        style.title(axes, f"{kind.capitalize()} against measured")
     panels[0].set_yticks(range(len(quantities)), [QUANTITIES[name] for name in quantities])
-    panels[1].set_yticks(range(len(quantities)), [""] * len(quantities))
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    panels[0].set_ylim(len(quantities) - 0.5, -0.5)
+    handles: dict = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    style.below(figure, list(handles.values()), list(handles), 2)
     return figure
+
+
+def _panel(axes: Axes, rows: pd.DataFrame, quantities: Sequence[str], looks: dict[str, style.Look]) -> None:
+    axes.axvspan(-100 * WITHIN, 100 * WITHIN, color="#e8f1e4", zorder=0)
+    axes.axvline(0, color=style.GREY, linewidth=style.line_width(0.9))
+    for place, (arm, look) in enumerate(looks.items()):
+        own = rows[rows.arm == arm]
+        if own.empty:
+            continue
+        y = [quantities.index(name) + (place - (len(looks) - 1) / 2) * 0.22 for name in own.quantity]
+        label = f"{style.arm_name(arm)}, calibrated on {style.arm_name(str(own.calibrated_on.iloc[0]))}"
+        axes.plot(100 * own.error, y, look.marker, color=look.colour, markersize=style.line_width(5), alpha=0.75,
+                  label=label, gid=arm)  # fmt: skip
+    if rows.empty:
+        axes.text(0.5, 0.5, "no such prediction", ha="center", transform=axes.transAxes, color=style.GREY)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, prune="both"))
+    axes.grid(axis="y", visible=False)

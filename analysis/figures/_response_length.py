@@ -52,7 +52,7 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     for arm, look in looks.items():
         rows = table[table.arm == arm]
         lone = {"marker": look.marker, "markersize": style.line_width(6)} if len(rows) == 1 else {}
-        shown = {"color": look.colour, "linestyle": look.line, **lone}
+        shown = {"color": look.colour, "linestyle": look.line, "zorder": 3 if look.line == "-" else 3.5, **lone}
         for axes, name, width in (
             (middle, "mean_tokens", thick), (middle, "p50_tokens", thin), (tail, "p99_tokens", thick),
             (tail, "p90_tokens", thin), (carried, "truncated_share", thick),
@@ -69,7 +69,14 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     _tell_lines(tail, [(thick, "99th percentile"), (thin, "90th percentile")], dots="longest")
     for axes in (middle, tail):
         _log_tokens(axes)
-    carried.set(xlabel="training step", ylabel="share carried over", ylim=(-0.02, None))
+    carried.set(
+        xlabel="training step",
+        ylabel="carried over",
+        ylim=(
+            -0.02,
+            max(0.1, 1.08 * float(table.truncated_share_max.max()) if table.truncated_share.notna().any() else 0),
+        ),
+    )
     drawn = [run for run in runs if arm_of(run) in looks]
     style.title(middle, f"Response lengths ({provenance(drawn)})")
     notes = [left_out_note(table)]
@@ -87,8 +94,8 @@ def _log_tokens(axes: Axes) -> None:
     """Logarithmic where there is something above zero to show."""
     shown = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [np.array([])])
     if (shown > 0).any():
-        axes.set_yscale("log", nonpositive="mask")
-    axes.set_ylabel("response length, tokens")
+        style.log_scale(axes, "y")
+    axes.set_ylabel("length, tokens")
 
 
 def _tell_lines(axes: Axes, lines: Sequence[tuple[float, str]], dots: str | None = None) -> None:

@@ -118,5 +118,4 @@ def _bias(axes: Axes, table: pd.DataFrame, looks: dict[str, style.Look]) -> None
     axes.axhline(1.0, color=style.GREY, linewidth=style.line_width(0.9))
     reach = max(0.05, float((table.value - 1).abs().max()) * 1.2) if table.value.notna().any() else 0.5
     axes.set(xlim=(-0.6, len(looks) - 0.4), ylim=(1 - reach, 1 + reach), ylabel="mean length, trained / drawn")
-    axes.set_xticks(range(len(looks)), [""] * len(looks))
-    axes.grid(axis="x", visible=False)
+    axes.set_xticks([])

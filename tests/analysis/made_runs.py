@@ -77,6 +77,9 @@ def with_gpu(run, *, rollout_watts=300.0, other_watts=100.0, seconds_per_step=2.
     for name, columns, schema in (("devices", devices, DEVICES), ("windows", windows, WINDOWS)):
         (run.path / name).mkdir()
         write_parquet(run.path / name / "part-000000.parquet", columns, schema)
+    step_j = 1.2 * rollout_watts + (seconds_per_step - 1.2) * other_watts
+    per_token = step_j * run.summary["steps"] / run.summary["trained_tokens"]
+    (run.path / "summary.json").write_text(json.dumps(run.summary | {"joules_per_trained_token": per_token}))
     return Run(run.path)
 
 
