@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.figures import FIGURES
-from analysis.plot import plot
+from analysis.plot import plot_all
 from analysis.tables import arm_of, comparison_tables, paired_speedup, score_table, speed_table
 from profiling.reader import Run
 
@@ -115,8 +114,9 @@ def main() -> None:
     target = ROOT / "docs" / "results" / options.name
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    for figure in FIGURES:
-        plot(runs, figure, ["png"], target)
+    drawn, left_out = plot_all(runs, ["png"], target)
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}")
     predictions = options.directory / "predictions.csv"
     compared = comparison_tables(pd.read_csv(predictions))
     ratios = speedups(runs)
@@ -141,7 +141,7 @@ def main() -> None:
             f"### {arm}, predicted from {source} alone\n\n{markdown(table)}"
             for (source, arm), table in compared.items()
         ],
-        *[f"![{name}]({name}.png)" for name in FIGURES],
+        *[f"![{path.stem}]({path.name})" for path in drawn if path.suffix == ".png"],
     ]
     (target / "README.md").write_text("\n\n".join(parts) + "\n")
     if options.readme:

@@ -42,19 +42,21 @@ def read_predictions(path: Path) -> pd.DataFrame:
 
 
 def data(runs: Sequence[Run]) -> pd.DataFrame:
-    """predictions.csv beside the runs: its rows with an error, not corrected for drift, and each target's arm."""
+    """predictions.csv beside the runs: its rows with an error, and each target's arm. Those corrected for drift are
+    not drawn."""
     if not runs:
         raise DataError("no runs to draw; name at least one run directory")
     path = Path(runs[0].path).parent / "predictions.csv"
     table = read_predictions(path)
-    known = table[~table.drift_corrected.astype(bool) & table.quantity.isin(list(QUANTITIES))]
+    known = table[table.quantity.isin(list(QUANTITIES))]
     known = known[np.isfinite(known.error.astype(float))]
-    if known.empty:
+    if known[~known.drift_corrected.astype(bool)].empty:
         raise DataError(f"{path}: holds no error of a known quantity; `tppo demo` writes it anew")
     return known.assign(arm=known.target.str.replace(r"-s\d+$", "", regex=True)).reset_index(drop=True)
 
 
 def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
+    table = table[~table.drift_corrected.astype(bool)]
     quantities = [name for name in QUANTITIES if name in set(table.quantity)]
     figure, panels = style.subplots(1, 2, width=8.4, height=1.2 + 0.42 * len(quantities), sharey=True)
     looks = style.arm_looks(list(dict.fromkeys(table.arm)))

@@ -83,6 +83,18 @@ def with_gpu(run, *, rollout_watts=300.0, other_watts=100.0, seconds_per_step=2.
     return Run(run.path)
 
 
+def run_of_rows(path, rows, *, schedule=None, config="", metrics=()):
+    """A run with nothing but rollout records (each a dict of what matters, in one part) and rows of metrics."""
+    writer = RunWriter(path, header=plain_header() | {"schedule": schedule}, config_toml=config)
+    plain = dict.fromkeys(ROLLOUTS.names, 0) | {"prompt_tokens": 5, "context_before": 5, "discarded": False,
+                                                "finished": True, "reward": None}  # fmt: skip
+    whole = [plain | {"trained_tokens": row["tokens"]} | row for row in rows]
+    if whole:
+        writer.table("rollouts", 1, {name: [row[name] for row in whole] for name in ROLLOUTS.names})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    return Run(path)
+
+
 def simulated_run(path, changes=None):
     """EXPERIMENT with whole fields of its sections replaced: {"schedule": {...}, "cluster": {...}}."""
     values = tomllib.loads(EXPERIMENT)
