@@ -265,7 +265,8 @@ def title(axes: Axes, text: str) -> None:
     assert isinstance(figure, Figure)
     across = axes.get_subplotspec()
     panels = across.get_gridspec().ncols if across is not None else 1
-    axes.set_title(_wrapped(text, figure, 0.92 / panels))
+    with settings():
+        axes.set_title(_wrapped(text, figure, 0.92 / panels), loc="left")
 
 
 def legend(axes: Axes, columns: int = 1, note: str = "") -> None:
