@@ -58,7 +58,7 @@ def data(runs: Sequence[Run]) -> pd.DataFrame:
 def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     table = table[~table.drift_corrected.astype(bool)]
     quantities = [name for name in QUANTITIES if name in set(table.quantity)]
-    figure, panels = style.subplots(1, 2, width=8.4, height=1.2 + 0.42 * len(quantities), sharey=True)
+    figure, panels = style.subplots(1, 2, width=8.4, height=max(2.6, 1.2 + 0.42 * len(quantities)), sharey=True)
     looks = style.arm_looks(list(dict.fromkeys(table.arm)))
     reach = max(15.0, float((100 * table.error.abs()).max()) * 1.1)
     for axes, kind in zip(panels, ("forecast", "replay"), strict=True):
