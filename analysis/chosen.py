@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from profiling.errors import DataError
 from profiling.reader import Run
@@ -24,7 +23,7 @@ def usable(runs: Sequence[Run], lacks: Lacks, what: str) -> list[Run]:
 
 
 def left_out(runs: Sequence[Run], lacks: Lacks, most: int = 3) -> list[str]:
-    """A line per reason, naming up to `most` runs that are not drawn because of it."""
+    """For the foot of a figure: a line per reason, naming up to `most` runs that are not drawn because of it."""
     reasons: dict[str, list[str]] = {}
     for run in runs:
         if (reason := lacks(run)) is not None:
@@ -38,10 +37,9 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def say(figure: Figure, lines: Sequence[str]) -> None:
-    """Words at the foot of a figure, small, where they cover nothing."""
-    if lines:
-        figure.supxlabel("\n".join(lines), fontsize="x-small", x=0.01, ha="left", color="#444444")
+def beyond(names: Sequence[str], most: int, what: str) -> list[str]:
+    """For the foot of a figure: a line about those that there is no room for."""
+    return [f"Not drawn: {listed(names[most:])} ({most} {what} at most)."] if len(names) > most else []
 
 
 def lacks_engine_records(run: Run) -> str | None:

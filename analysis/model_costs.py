@@ -55,7 +55,7 @@ def model_of(run: Run) -> dict[str, Any]:
         if not isinstance(model.get(field), int | float):
             raise DataError(f"{path}: {field} = {model.get(field)!r} is not a number; FLOPs need it")
     if model.get("uncounted"):
-        raise DataError(f"{path}: the model has {model['uncounted']}; FLOPs and bytes are counted of dense models only")
+        raise DataError(f"{path}: has {model['uncounted']}; FLOPs and bytes are counted of dense models only")
     return model
 
 

@@ -153,8 +153,8 @@ class Run:
         return _json(path) if path.exists() else None
 
     def steps_of(self, name: str, steps: Iterable[int]) -> pd.DataFrame:
-        """Of a table that has a part per step (rollouts, engine, evaluations, samples), some steps alone: what a figure
-        of a long run reads. A step without a part has no rows."""
+        """Of a table that has a part per step (rollouts, engine, evaluations, samples), some steps alone, as a
+        figure of a long run reads them. A step without a part has no rows."""
         expected = schema.TABLES[name]
         parts = [self.path / name / f"step-{step:06d}.parquet" for step in steps]
         tables = [_read_parquet(part, expected) for part in parts if part.exists()]

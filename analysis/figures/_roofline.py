@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import style
-from analysis.chosen import lacks_engine_records, left_out, listed, say, usable
+from analysis.chosen import lacks_engine_records, left_out, listed, usable
 from analysis.hardware import Ceilings, Hardware, hardware_of
 from analysis.model_costs import MOST_STEPS, all_reduce_ceiling, decode_trajectory, model_of, roofline_points
 from analysis.tables import arm_of, by_arm, provenance
@@ -31,9 +31,9 @@ CAPTION = (
     "values). Left: each run's training steps summed; a marker's area is its share of the points' time; hollow: a "
     "synchronous rollout. Ceilings as labelled: the data sheet's, and what is reached in practice (measured here, or "
     "the simulator's efficiency factors); the all-reduce line is what the link allows if sending took all of the time "
-    "of products with the weights. Right: the decode time of each arm's first run, split by how many rows ran and by how "
-    "long their contexts were; arrows point to many and long. A simulated point follows from the cost model; it is not "
-    "evidence about the GPU. FLOPs count causal attention and every weight once a pass; a training phase's bytes "
+    "of products with the weights. Right: the decode time of each arm's first run, split by how many rows ran and by "
+    "how long their contexts were; arrows point to many and long. A simulated point follows from the cost model; it "
+    "is not evidence about the GPU. FLOPs count causal attention and every weight once a pass; a training phase's bytes "
     f"leave out activations, so that its intensity is an upper bound. Longer runs: {MOST_STEPS} steps of them, evenly "
     "spaced."
 )
@@ -127,18 +127,15 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     low = np.log10(points.flops_per_s.min() / 3)
     left.set(ylim=(10**low, 10 ** (low + (np.log10(top) - low) * 1.35)), xlim=(x[0], x[-1]))
     left.set(xlabel="arithmetic intensity, FLOP/byte", ylabel="achieved FLOP/s")
-    left.set_title(f"Roofline of {hardware.name} ({provenance(found)})")
+    style.title(left, f"Roofline of {hardware.name} ({provenance(found)})")
     _draw_trajectory(upper, hardware, table[table.what == "batch"], colours, "rows that run", "{:.0f}")
     _draw_trajectory(lower, hardware, table[table.what == "context"], colours, "context of a row", "{:.0f} tokens")
     lower.set(xlabel="arithmetic intensity, FLOP/byte")
-    figure.legend(
-        handles=_handles(found, colours, list(points.work)), loc="outside lower center", ncols=5, frameon=False,
-        fontsize="small",
-    )  # fmt: skip
     words = left_out(runs, lacks)
     if others := [run.name for run in usable(runs, lacks, "a roofline") if run not in found]:
         words.append(f"Not drawn: {listed(others)} (on other hardware than {hardware.name}).")
-    say(figure, words)
+    handles = _handles(found, colours, list(points.work))
+    style.below(figure, handles, [str(handle.get_label()) for handle in handles], 5, "\n".join(words))
     return figure
 
 
