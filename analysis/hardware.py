@@ -96,7 +96,7 @@ def hardware_of(run: Run) -> Hardware:
     if values["measured"]:
         theoretical, empirical = ceilings("data_sheet", "data sheet"), Ceilings(flops, size, "measured")
     else:
-        source = str(values.get("empirical_from", "empirical"))
+        source = str(values.get("empirical_from", "in practice"))
         theoretical, empirical = Ceilings(flops, size, "data sheet"), ceilings("empirical", source)
     per_node = rate("gpus_per_node")
     return Hardware(

@@ -11,7 +11,8 @@ import pandas as pd
 
 from profiling.reader import Run
 
-NOT_SETTINGS = ("output",)
+NOT_SETTINGS = ("output", "workload.steps", "train.steps", "train.stop_at_accuracy")
+"""Rates are per step and response, whatever their number."""
 OF_THE_SCHEDULE = (
     "schedule.", "algorithm.", "rollout.window", "rollout.schedule", "rollout.oversample_factor",
     "rollout.max_staleness",

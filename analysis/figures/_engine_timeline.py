@@ -1,8 +1,10 @@
 """What every engine and the trainer do through two typical steps: full, under-filled, waiting, training, syncing."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -13,8 +15,12 @@ from analysis.tables import by_arm, provenance
 from profiling.reader import Run
 
 STEPS = 2
+HEADING = 1.2
+"""Height of a run's name, in lanes."""
 MOST_ENGINES = 6
 MOST_ARMS = 5
+NARROW = 0.02
+"""Of a lane's width."""
 PIECES = 300
 """Of a lane; shorter ones are joined, each cause keeping its seconds."""
 CAPTION = (
@@ -64,13 +70,13 @@ def some_engines(spans: pd.DataFrame, step: int) -> list[int]:
 def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     found = drawn_runs(runs)
     groups = {run.name: list(dict.fromkeys(table[table.run == run.name].lane)) for run in found}
-    rows = sum(len(names) for names in groups.values()) + 0.9 * len(groups)
+    rows = sum(len(names) for names in groups.values()) + HEADING * len(groups)
     figure, (axes,) = style.subplots(height=1.5 + 0.3 * rows)
     ticks, y = {}, 0.0
     for run in found:
         own = table[table.run == run.name]
-        axes.text(0, y + 0.3, _heading(run, own), fontsize="small", va="center")
-        y += 0.9
+        axes.text(0, y + 0.25, _heading(run, own), fontsize="small", va="center")
+        y += HEADING
         for lane in groups[run.name]:
             _draw_lane(axes, own[own.lane == lane], y)
             ticks[y] = lane if lane == TRAINER else f"engine {lane}"
@@ -90,6 +96,15 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     return figure
 
 
+def _look(cause: str, narrow: bool) -> dict[str, Any]:
+    """Of a lane's pieces: neighbours touch, without a hairline of background between them; narrow ones have no room
+    for a hatch."""
+    look = style.cause_bar(cause)
+    if narrow or not look["hatch"]:
+        look |= {"hatch": "", "edgecolor": look["facecolor"], "linewidth": 0.2}
+    return {**look, "antialiased": False}
+
+
 def _heading(run: Run, own: pd.DataFrame) -> str:
     engines = run.header["engines"]
     drawn = own[own.lane != TRAINER].lane.nunique()
@@ -98,15 +113,12 @@ def _heading(run: Run, own: pd.DataFrame) -> str:
     return f"{run.name}{kind}, from step {own.step.iloc[0]}{some}"
 
 
-def _draw_lane(axes: "object", own: pd.DataFrame, y: float) -> None:
+def _draw_lane(axes: Axes, own: pd.DataFrame, y: float) -> None:
     """From y - 0.4 to y + 0.4, downwards; a decode's share of filled slots from the bottom up."""
-    for (cause, rest), pieces in own.assign(rest=own.rest.fillna("")).groupby(["cause", "rest"], sort=False):
-        width = pieces.t_end - pieces.t_start
+    width = own.t_end - own.t_start
+    own = own.assign(rest=own.rest.fillna(""), width=width, narrow=width < NARROW * own.t_end.max())
+    for (cause, rest, narrow), pieces in own.groupby(["cause", "rest", "narrow"], sort=False):
+        left, width, fill = pieces.t_start, pieces.width, 0.8 * pieces.fill
         if rest:
-            axes.bar(  # type: ignore[attr-defined]
-                pieces.t_start, 0.8, width, y - 0.4, align="edge", **style.cause_bar(rest)
-            )
-        axes.bar(  # type: ignore[attr-defined]
-            pieces.t_start, 0.8 * pieces.fill, width, y + 0.4 - 0.8 * pieces.fill, align="edge",
-            **style.cause_bar(cause),
-        )  # fmt: skip
+            axes.bar(left, 0.8, width, y - 0.4, align="edge", **_look(rest, narrow))
+        axes.bar(left, fill, width, y + 0.4 - fill, align="edge", **_look(cause, narrow))

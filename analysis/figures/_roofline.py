@@ -33,9 +33,9 @@ CAPTION = (
     "the simulator's efficiency factors); the all-reduce line is what the link allows if sending took all of the time "
     "of products with the weights. Right: the decode time of each arm's first run, split by how many rows ran and by "
     "how long their contexts were; arrows point to many and long. A simulated point follows from the cost model; it "
-    "is not evidence about the GPU. FLOPs count causal attention and every weight once a pass; a training phase's bytes "
-    f"leave out activations, so that its intensity is an upper bound. Longer runs: {MOST_STEPS} steps of them, evenly "
-    "spaced."
+    "is not evidence about the GPU. FLOPs count causal attention and every weight once a pass; a training phase's "
+    f"bytes leave out activations, so that its intensity is an upper bound. Longer runs: {MOST_STEPS} steps of them, "
+    "evenly spaced."
 )
 COLUMNS = [
     "what", "run", "arm", "schedule", "work", "from", "to", "intensity", "flops_per_s", "roof_flops_per_s", "seconds",
@@ -120,7 +120,8 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     for row in points.itertuples():
         hollow = row.schedule == "synchronous"
         left.scatter(
-            row.intensity, row.flops_per_s, s=25 + 225 * row.time_share, marker=MARKERS[row.work], alpha=0.75,
+            row.intensity, row.flops_per_s, s=style.line_width(30 + 220 * row.time_share), alpha=0.75,
+            marker=MARKERS[row.work],
             facecolor="none" if hollow else colours[row.arm], edgecolor=colours[row.arm] if hollow else "white",
             linewidth=1.6 if hollow else 0.6, zorder=5 if hollow else 4,
         )  # fmt: skip

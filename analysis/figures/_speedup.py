@@ -87,9 +87,9 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     if not facets:
         facets = ["window" if points.window.notna().any() else "gpus"]
         words.append("Neither window nor GPUs nor tail weight vary among these runs: one point a schedule.")
-    figure, panels = style.subplots(1, len(facets), width=max(5.6, 3.2 * len(facets)), height=4.4)
+    figure, panels = style.subplots(1, len(facets), width=6.0 if len(facets) == 1 else 9.0, height=4.6)
     kinds = list(dict.fromkeys(points.schedule))
-    colours = style.arm_colours(kinds)
+    colours = style.arm_colours(list(dict.fromkeys(["synchronous", *kinds])))
     shades: dict[str, str] = {}
     for axes, name in zip(panels, facets, strict=True):
         _draw_facet(axes, points, name, facets, colours, shades)
@@ -102,7 +102,7 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
         axes.set_ylim(0, 1.12 * highest)
     panels[0].set_ylabel("times as fast as synchronous")
     kind = provenance([run for run in runs if lacks_twin(run, runs) is None])
-    title = f"Speed-up over the synchronous twin ({kind}{', published' if len(published) else ''})"
+    title = f"Speed-up over synchronous ({kind}{', published' if len(published) else ''})"
     figure.suptitle(title, x=0.01, ha="left", fontsize="medium", fontweight="bold")
     handles = [
         Line2D([], [], color="#666666", linestyle=line, marker=marker, label=label)
@@ -110,7 +110,7 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     ]
     handles += [Line2D([], [], color=colour, linewidth=3, label=label) for label, colour in shades.items()]
     handles += [
-        Line2D([], [], color="#555555", linestyle=(0, (6, 3)), label=f"published: {row.label}")
+        Line2D([], [], color="#555555", linestyle=(0, (6, 3)), label=f"published {row.per_response:g}: {row.label}")
         for row in published.itertuples()
     ]
     style.below(figure, handles, [str(handle.get_label()) for handle in handles], 2, "\n".join(words))
@@ -140,5 +140,10 @@ def _draw_facet(
     if name in ("window", "gpus") and len(values) > 1 and values[0] > 0:
         axes.set_xscale("log", base=2)
     if len(values) <= 6:
-        axes.set_xticks(values, [f"{value:g}" for value in values], fontsize="small")
+        axes.set_xticks(values, [_short(value) for value in values], fontsize="small")
         axes.minorticks_off()
+
+
+def _short(value: float) -> str:
+    """4096 -> 4K."""
+    return f"{value / 1024:g}K" if value >= 1024 and value % 1024 == 0 else f"{value:g}"
