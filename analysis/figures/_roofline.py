@@ -50,7 +50,7 @@ def lacks(run: Run) -> str | None:
         model_of(run)
         hardware_of(run)
     except DataError as error:
-        return str(error).split(": ", 1)[1]
+        return str(error).removeprefix(f"{run.path}: ").removeprefix(f"{run.path}/")
     return None
 
 

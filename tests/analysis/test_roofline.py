@@ -89,7 +89,7 @@ def test_a_model_with_experts_is_refused_by_name(tmp_path):
     changes = {"cost": {"kind": "analytic", "model": "Qwen3-30B-A3B", "gpu": "H200", "value_model": False},
                "cluster": {"trainer": "none"}, "workload": {"steps": 1}}  # fmt: skip
     run = simulated_run(tmp_path / "moe", changes)
-    with pytest.raises(DataError, match=r"model\.json: has experts; FLOPs and bytes are counted of dense models only"):
+    with pytest.raises(DataError, match=r"moe: model\.json: has experts; FLOPs and bytes are counted of dense models"):
         figures.roofline([run])
 
 

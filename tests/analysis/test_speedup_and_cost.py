@@ -61,13 +61,7 @@ def test_each_thing_that_varies_has_its_panel_and_the_lines_are_the_table_s(vari
 
 
 def test_a_published_number_is_drawn_and_named_as_such(runs, tmp_path):
-    lines = {
-        "figure": ["speedup", "other"],
-        "label": ["theirs", "no"],
-        "value": [2.5, 9.0],
-        "source": ["a paper", "b"],
-    }
-    pd.DataFrame(lines).to_csv(tmp_path / "published.csv", index=False)
+    (tmp_path / "published.csv").write_text("figure,label,value,source\nspeedup,theirs,2.5,a paper\nother,no,9,b\n")
     figure = figures.speedup(runs)
     assert "published 2.5: theirs" in [text.get_text() for text in figure.legends[0].get_texts()]
     assert "measured, published" in figure.get_suptitle()
