@@ -90,6 +90,8 @@ def hardware_of(run: Run) -> Hardware:
         flops, size = rate(f"{prefix}_flops"), rate(f"{prefix}_memory_bytes_per_s")
         return None if flops is None or size is None else Ceilings(flops, size, source)
 
+    theoretical: Ceilings | None
+    empirical: Ceilings | None
     flops, size = rate("peak_flops", needed=True), rate("memory_bytes_per_s", needed=True)
     assert flops is not None
     assert size is not None

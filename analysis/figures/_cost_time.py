@@ -51,7 +51,7 @@ def cost_column(table: pd.DataFrame) -> str:
 def front(hours: np.ndarray, cost: np.ndarray) -> np.ndarray:
     """Which points no other beats: as good in both and better in one."""
     better = (hours[:, None] <= hours) & (cost[:, None] <= cost) & ((hours[:, None] < hours) | (cost[:, None] < cost))
-    return ~better.any(axis=0)
+    return np.logical_not(better.any(axis=0))
 
 
 def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from analysis import style
 from analysis.chosen import beyond, left_out, usable
@@ -71,8 +72,8 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
         style.title(axes, f"Idle ledger by step: {style.short(run.name)} ({run.kind}){many}")
         axes.set(xlim=(0.4, steps + 0.6), ylim=(0, 1.05 * highest), ylabel="s per step")
         axes.grid(axis="x", visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[-1].set_xlabel("training step")
-    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     seen = table[table.seconds > 1e-4 * highest].cause.unique()
     handles = [
         Patch(label=style.CAUSES[cause][1], **style.cause_bar(cause)) for cause in style.CAUSES if cause in seen

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -16,7 +17,10 @@ from profiling.errors import DataError
 from profiling.reader import Run
 
 NAMES = {"window": "window, tokens", "gpus": "GPUs", "sigma": "tail weight (sigma of log length)"}
-RATES = {"per_response": ("per finished response", "-", "o"), "per_step": ("per step", ":", "s")}
+RATES: dict[str, tuple[str, Any, str]] = {
+    "per_response": ("per finished response", "-", "o"),
+    "per_step": ("per step", ":", "s"),
+}
 PUBLISHED = "published.csv"
 CAPTION = (
     "Seconds of the synchronous run over seconds of the run, all other settings equal (the twin is looked for among "

@@ -81,6 +81,7 @@ def experiments_of(settings: PaperSettings) -> dict[str, Experiment]:
     rated = {"workload.steps": settings.rated_steps}
     for own in settings.windows:
         found[f"window-{own}"] = _rated(values, {"schedule": truncated | {"window": own}}, settings.rated_steps)
+    varied: list[tuple[str, dict[str, Any]]]
     varied = [(f"engines-{own}", {"cluster.engines": own}) for own in settings.engines]
     varied += [(f"sigma-{own:g}", {"workload.response_tokens.sigma": own}) for own in settings.sigmas]
     for name, changes in varied:
