@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,14 @@ class Run:
     def calibration(self) -> dict[str, Any] | None:
         path = self.path / "calibration.json"
         return _json(path) if path.exists() else None
+
+    def steps_of(self, name: str, steps: Iterable[int]) -> pd.DataFrame:
+        """Of a table that has a part per step (rollouts, engine, evaluations, samples), some steps alone, as a
+        figure of a long run reads them. A step without a part has no rows."""
+        expected = schema.TABLES[name]
+        parts = [self.path / name / f"step-{step:06d}.parquet" for step in steps]
+        tables = [_read_parquet(part, expected) for part in parts if part.exists()]
+        return pa.concat_tables([expected.empty_table(), *tables]).to_pandas()
 
     def _table(self, name: str) -> pd.DataFrame:
         expected = schema.TABLES[name]

@@ -138,8 +138,8 @@ def _toml_literal(text: str) -> Any:
         return text
 
 
-def to_toml(values: dict[str, Any]) -> str:
-    """Nested tables of plain values as TOML; None is left out."""
+def to_toml(values: Mapping[str, Any], within: str = "") -> str:
+    """Nested tables of plain values as TOML; None is left out. within: the name of the table that these belong to."""
     lines, tables = [], []
     for key, value in values.items():
         if isinstance(value, dict):
@@ -147,7 +147,7 @@ def to_toml(values: dict[str, Any]) -> str:
         elif value is not None:
             lines.append(f"{key} = {_toml_value(value)}")
     for name, table in tables:
-        lines += ["", f"[{name}]", to_toml(table).rstrip()]
+        lines += ["", f"[{within}{name}]", to_toml(table, f"{within}{name}.").rstrip()]
     return "\n".join(lines) + "\n"
 
 
@@ -156,6 +156,9 @@ def _toml_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, Mapping):
+        pairs = (f"{key} = {_toml_value(own)}" for key, own in value.items() if own is not None)
+        return f"{{ {', '.join(pairs)} }}"
     if isinstance(value, (int, float)):
         return repr(value)
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's

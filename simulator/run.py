@@ -16,6 +16,7 @@ from profiling.schema import ENGINE, ROLLOUTS
 from profiling.settings import to_toml
 from profiling.summary import summarise
 from profiling.writer import RunWriter
+from simulator.about import files_about
 from simulator.cluster import TrainingRun
 from simulator.engine import KINDS
 from simulator.experiment import Experiment
@@ -117,6 +118,8 @@ class Result:
         writer = RunWriter(
             directory, header=self._header(), config_toml=to_toml(self.experiment.model_dump(mode="json"))
         )
+        for name, text in files_about(self.run.all_costs.engine).items():
+            writer.write_text(name, text)
         for record in self._trace():
             writer.trace(record)
         for step, rows in self.rollouts.groupby("step"):

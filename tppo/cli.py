@@ -174,6 +174,15 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     )
     export.add_argument("--output", type=Path, help="file (chrome: trace.json) or directory (named as the format)")
 
+    paper = add("paper", _paper, "the figures of the T-PPO paper's manner, from simulations and the demo's runs")
+    paper.add_argument("--output", type=Path, default=Path("runs/paper"), help="directory; goes on with what is there")
+    paper.add_argument(
+        "--demo", type=Path, default=Path("runs/demo"), help="runs of `tppo demo`, for what is measured"
+    )
+    paper.add_argument("--train", action="store_true", help="run the demo first, where it is not finished")
+    paper.add_argument("--settings", type=Path, help="TOML file (default: tppo.paper's figures.toml)")
+    paper.add_argument("--jobs", type=int, help="simulations at a time (default: this machine's cores)")
+
     report = add("report", _report, "write one self-contained report.html about one or more runs")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     report.add_argument("--output", type=Path, default=Path("report.html"))
@@ -328,6 +337,15 @@ def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
         checkpoint=options.checkpoint,
     )  # fmt: skip
     print(target)
+    return 0
+
+
+def _paper(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from tppo.commands.paper import run_paper
+    from tppo.paper import SETTINGS
+
+    settings = options.settings or SETTINGS
+    print(run_paper(options.output, demo=options.demo, settings_file=settings, jobs=options.jobs, train=options.train))
     return 0
 
 

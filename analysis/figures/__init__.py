@@ -10,14 +10,18 @@ from analysis.figures import (
     _accuracy_steps,
     _accuracy_time,
     _accuracy_tokens,
+    _batch_occupancy,
+    _cost_time,
     _energy,
+    _engine_timeline,
     _idle_ledger,
+    _idle_ledger_steps,
     _length_distribution,
     _predicted_measured,
     _response_length,
     _roofline,
+    _speedup,
     _staleness,
-    _step_timeline,
 )
 from profiling.reader import Run
 
@@ -28,10 +32,14 @@ FIGURES: dict[str, ModuleType] = {
     "response_length": _response_length,
     "length_distribution": _length_distribution,
     "staleness": _staleness,
-    "step_timeline": _step_timeline,
+    "engine_timeline": _engine_timeline,
+    "batch_occupancy": _batch_occupancy,
     "idle_ledger": _idle_ledger,
+    "idle_ledger_steps": _idle_ledger_steps,
     "energy": _energy,
     "roofline": _roofline,
+    "speedup": _speedup,
+    "cost_time": _cost_time,
     "predicted_measured": _predicted_measured,
 }
 """Name -> module with data(runs), draw(table, runs) and CAPTION."""
@@ -58,8 +66,12 @@ accuracy_tokens = _figure(_accuracy_tokens)
 response_length = _figure(_response_length)
 length_distribution = _figure(_length_distribution)
 staleness = _figure(_staleness)
-step_timeline = _figure(_step_timeline)
+engine_timeline = _figure(_engine_timeline)
+batch_occupancy = _figure(_batch_occupancy)
 idle_ledger = _figure(_idle_ledger)
+idle_ledger_steps = _figure(_idle_ledger_steps)
 energy = _figure(_energy)
 roofline = _figure(_roofline)
+speedup = _figure(_speedup)
+cost_time = _figure(_cost_time)
 predicted_measured = _figure(_predicted_measured)

@@ -6,21 +6,31 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import style
+from analysis.chosen import beyond, left_out, usable
 from analysis.tables import provenance, training_ledger
+from profiling.errors import DataError
 from profiling.reader import Run
 
+MOST_RUNS = 24
 CAPTION = (
     "GPU time of the training steps (evaluation and checkpoints left out) by ledger cause; the causes are exclusive "
     "and add up to all of it. Empty slots of a decode step are shown apart, but filling them would hardly make "
-    "the step "
-    "shorter. Hatched: not measured."
+    "the step shorter. Hatched: not measured."
 )
+
+
+def lacks(run: Run) -> str | None:
+    try:
+        seconds = training_ledger(run)
+    except DataError as error:
+        return str(error).split(": ", 1)[1]
+    return None if seconds.sum() > 0 else "has no finished training step"
 
 
 def data(runs: Sequence[Run]) -> pd.DataFrame:
     """run, simulated, cause, seconds, share (null where the run cannot tell)."""
     rows = []
-    for run in runs:
+    for run in usable(runs, lacks, "an idle ledger")[:MOST_RUNS]:
         seconds = training_ledger(run)
         total = float(seconds.sum())
         for cause in style.CAUSES:
@@ -31,25 +41,26 @@ def data(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
-    names = [run.name for run in runs]
-    figure, (axes,) = style.subplots(height=1.6 + 0.36 * len(names))
-    left = dict.fromkeys(names, 0.0)
-    for cause, (colour, label) in style.CAUSES.items():
-        rows = table[(table.cause == cause) & table.share.notna()]
-        if rows.empty or rows.share.max() < 1e-4:
+    found = usable(runs, lacks, "an idle ledger")
+    shown = found[:MOST_RUNS]
+    figure, (axes,) = style.subplots(height=2.0 + 0.36 * len(shown))
+    left = [0.0] * len(shown)
+    for cause, (_, label) in style.CAUSES.items():
+        rows = table[(table.cause == cause) & table.share.notna()].set_index("run").share
+        if rows.empty or rows.max() < 1e-4:
             continue
-        axes.barh(rows.run, rows.share, left=[left[n] for n in rows.run], color=colour, label=label, height=0.74)
-        for row in rows.itertuples():
-            left[row.run] += row.share
-    for name in names:
-        if left[name] < 0.999:
-            axes.barh(name, 1 - left[name], left=left[name], fill=False, hatch="//", linewidth=0.5)
-    labels = [f"{run.name} ({run.kind})" if run.simulated else run.name for run in runs]
-    axes.set_yticks(range(len(names)), labels)
+        shares = [float(rows.get(run.name, 0.0)) for run in shown]
+        axes.barh(range(len(shown)), shares, left=left, label=label, height=0.74, **style.cause_bar(cause))
+        left = [before + share for before, share in zip(left, shares, strict=True)]
+    for place, known in enumerate(left):
+        if known < 0.999:
+            axes.barh(place, 1 - known, left=known, fill=False, hatch="//", linewidth=0.5)
+    labels = [f"{style.short(run.name)} ({run.kind})" if run.simulated else style.short(run.name) for run in shown]
+    axes.set_yticks(range(len(shown)), labels, fontsize="small")
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set(xlabel="share of GPU time", xlim=(0, 1))
-    axes.set_title(f"Idle ledger ({provenance(runs)})")
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    style.title(axes, f"Idle ledger ({provenance(shown)})")
+    words = left_out(runs, lacks) + beyond([run.name for run in found], MOST_RUNS, "runs")
+    style.below(figure, *axes.get_legend_handles_labels(), 3, "\n".join(words))
     return figure

@@ -1,17 +1,18 @@
-"""Achieved FLOP/s of decode, prefill and training phases under this machine's ceilings."""
+"""Achieved FLOP/s of decode, prefill and training phases under the machine's ceilings, and how decode moves there."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analysis import style
-from analysis.model_costs import roofline_points
-from analysis.tables import by_arm, provenance
+from analysis.chosen import lacks_engine_records, left_out, listed, usable
+from analysis.hardware import Ceilings, Hardware, hardware_of
+from analysis.model_costs import MOST_STEPS, all_reduce_ceiling, decode_trajectory, model_of, roofline_points
+from analysis.tables import arm_of, by_arm, provenance
 from profiling.errors import DataError
 from profiling.reader import Run
 
@@ -19,68 +20,187 @@ MARKERS = {
     "decode": "o", "prefill": "s", "logprob_forward": "<", "reference_forward": ">", "value_forward": "v",
     "update_value": "D", "update_policy": "^",
 }  # fmt: skip
+ALLOWED = 1.01
+"""Of the roof: the convention of FLOPs and bytes and a cost model's own count differ by so much."""
+TRAJECTORIES = ("batch", "context")
+"""What the decode spans are binned by."""
+LINES = ("-", (0, (5, 2)))
+"""Of the data sheet's ceilings and those in practice; of the first alone where one is known."""
 CAPTION = (
-    "Achieved FLOP/s against arithmetic intensity (FLOP per byte of weights, keys and values), summed over each run's "
-    "training steps; a marker's area is its share of the points' time. Ceilings as labelled. The convention counts "
-    "causal attention and every weight once a pass; a training phase's bytes leave out activations, so that its "
-    "intensity is an upper bound. A small model on a CPU is far below its roof because each decode "
-    "step is dominated by launching its operators."
+    "Achieved FLOP/s of one GPU (or of the host) against arithmetic intensity (FLOP per byte of weights, keys and "
+    "values). Left: each run's training steps summed; a marker's area is its share of the points' time; hollow: a "
+    "synchronous rollout. Ceilings as labelled: the data sheet's, and what is reached in practice (measured here, or "
+    "the simulator's efficiency factors); the all-reduce line is what the link allows if sending took all of the time "
+    "of products with the weights. Right: the decode time of each arm's first run, split by how many rows ran and by "
+    "how long their contexts were; arrows point to many and long. A simulated point follows from the cost model; it "
+    "is not evidence about the GPU. FLOPs count causal attention and every weight once a pass; a training phase's "
+    f"bytes leave out activations, so that its intensity is an upper bound. Longer runs: {MOST_STEPS} steps of them, "
+    "evenly spaced."
 )
+COLUMNS = [
+    "what", "run", "arm", "schedule", "work", "from", "to", "intensity", "flops_per_s", "roof_flops_per_s", "seconds",
+    "time_share", "flops", "bytes", "tensor_activity", "dram_activity", "label",
+]  # fmt: skip
 
 
-def hardware_of(runs: Sequence[Run]) -> dict[str, Any]:
-    """hardware.json beside the runs: peak_flops, memory_bytes_per_s, measured or not."""
-    path = Path(runs[0].path).parent / "hardware.json"
+def lacks(run: Run) -> str | None:
+    if (fault := lacks_engine_records(run)) is not None:
+        return fault
     try:
-        values = json.loads(path.read_bytes())
-        return {"name": str(values["name"]), "peak_flops": float(values["peak_flops"]),
-                "memory_bytes_per_s": float(values["memory_bytes_per_s"]),
-                "measured": bool(values["measured"])}  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; a roofline needs the machine's ceilings") from None
+        model_of(run)
+        hardware_of(run)
+    except DataError as error:
+        return str(error).removeprefix(f"{run.path}: ").removeprefix(f"{run.path}/")
+    return None
+
+
+def drawn_runs(runs: Sequence[Run]) -> list[Run]:
+    """Those on the first one's hardware: a roofline is of one machine."""
+    found = usable(runs, lacks, "a roofline")
+    first = hardware_of(found[0])
+    return [run for run in found if hardware_of(run).highest == first.highest]
 
 
 def data(runs: Sequence[Run]) -> pd.DataFrame:
-    """Points, with the roof above each. Raises DataError for a point above its roof: a formula or a clock is wrong."""
-    hardware = hardware_of(runs)
-    points = roofline_points(runs)
-    roof = np.minimum(hardware["peak_flops"], points.intensity * hardware["memory_bytes_per_s"])
-    points = points.assign(roof_flops_per_s=roof)
-    for point in points[points.flops_per_s > roof].itertuples():
+    """what: point (with the roof above), batch or context (a trajectory's bins), ceiling or all_reduce (their labels).
+
+    Raises DataError for a point above its roof: a formula or a clock is wrong."""
+    found = drawn_runs(runs)
+    hardware = hardware_of(found[0])
+    schedules = {run.name: schedule_of(run) for run in found}
+    points = roofline_points(found)
+    roof = roof_of(hardware.highest, points.intensity)
+    points = points.assign(what="point", roof_flops_per_s=roof)
+    for point in points[points.flops_per_s > ALLOWED * roof].itertuples():
         raise DataError(
             f"{point.run}: {point.work} reaches {point.flops_per_s:.4g} FLOP/s, above the roof of "
-            f"{point.roof_flops_per_s:.4g}; the ceilings in hardware.json are not this machine's"
+            f"{point.roof_flops_per_s:.4g}; the ceilings in {hardware.path} are not this machine's"
         )
-    return points
+    parts = [points]
+    for members in by_arm(found).values():
+        run = members[0]
+        for over in TRAJECTORIES:
+            line = decode_trajectory(run, over)
+            parts.append(line.assign(what=over, run=run.name, arm=arm_of(run), work="decode"))
+    for ceilings in hardware.ceilings:
+        parts.append(
+            pd.DataFrame(
+                {"what": "ceiling", "intensity": [ceilings.ridge], "flops_per_s": [ceilings.flops],
+                 "label": [ceilings.source]}
+            )
+        )  # fmt: skip
+    for run in {run.header["gpus_per_engine"]: run for run in reversed(found)}.values():
+        gpus = run.header["gpus_per_engine"]
+        if (between := all_reduce_ceiling(model_of(run), hardware, gpus)) is not None:
+            label = f"all-reduce over the {between[0]}, {gpus} GPUs"
+            parts.append(pd.DataFrame({"what": "all_reduce", "flops_per_s": [between[1]], "label": [label]}))
+    table = pd.concat(parts, ignore_index=True)
+    return table.assign(schedule=table.run.map(schedules)).reindex(columns=COLUMNS)
+
+
+def schedule_of(run: Run) -> str | None:
+    return (run.header["schedule"] or {}).get("kind")
+
+
+def roof_of(ceilings: Ceilings, intensity: "pd.Series | np.ndarray") -> np.ndarray:
+    return np.minimum(ceilings.flops, np.asarray(intensity) * ceilings.bytes_per_s)
 
 
 def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
-    hardware = hardware_of(runs)
-    figure, (axes,) = style.subplots(height=4.8)
-    peak, bandwidth = hardware["peak_flops"], hardware["memory_bytes_per_s"]
-    ridge = peak / bandwidth
-    x = np.geomspace(min(table.intensity.min(), ridge) / 4, max(table.intensity.max(), ridge) * 4, 200)
-    axes.loglog(x, np.minimum(peak, x * bandwidth), color="#333333", linewidth=1.6)
-    kind = "measured" if hardware["measured"] else "data sheet"
-    axes.text(x[-1], peak * 1.15, f"{peak / 1e9:.0f} GFLOP/s ({kind})", ha="right", fontsize=9)
-    slope = f"{bandwidth / 1e9:.1f} GB/s ({kind})"
-    axes.annotate(slope, (x[0], x[0] * bandwidth), xytext=(16, -4), textcoords="offset points", fontsize=9)
-    axes.axvline(ridge, color="#999999", linewidth=0.8, linestyle=":")
-    axes.annotate(
-        f"ridge {ridge:.1f} FLOP/byte", (ridge, peak), xytext=(4, 14), textcoords="offset points", fontsize=8
-    )
-    colours = style.arm_colours(list(by_arm(runs)))
-    for (arm, work), rows in table.groupby(["arm", "work"], sort=False):
-        axes.scatter(
-            rows.intensity, rows.flops_per_s, s=30 + 220 * rows.time_share, marker=MARKERS[work], alpha=0.65,
-            color=colours[arm], edgecolor="white", linewidth=0.6,
-            label=f"{style.arm_name(arm)}, {work.replace('_', ' ')}",
+    found = drawn_runs(runs)
+    hardware = hardware_of(found[0])
+    points = table[table.what == "point"]
+    figure, (left, upper, spare, lower) = style.subplots(2, 2, width=9.0, height=5.4)
+    spare.remove()
+    left.set_subplotspec(left.get_subplotspec().get_gridspec()[:, 0])  # type: ignore[union-attr]
+    colours = style.arm_colours(list(by_arm(found)))
+    ridges = [ceilings.ridge for ceilings in hardware.ceilings]
+    x = np.geomspace(min(points.intensity.min(), *ridges) / 3, max(points.intensity.max(), *ridges) * 3, 200)
+    top = _draw_ceilings(left, hardware, table, x)
+    for row in points.itertuples():
+        hollow = row.schedule == "synchronous"
+        left.scatter(
+            row.intensity, row.flops_per_s, s=style.line_width(30 + 220 * row.time_share), alpha=0.75,
+            marker=MARKERS[row.work],
+            facecolor="none" if hollow else colours[row.arm], edgecolor=colours[row.arm] if hollow else "white",
+            linewidth=1.6 if hollow else 0.6, zorder=5 if hollow else 4,
         )  # fmt: skip
-    axes.set(
-        xlabel="arithmetic intensity, FLOP/byte",
-        ylabel="achieved FLOP/s",
-        ylim=(table.flops_per_s.min() / 3, peak * 3),
-    )
-    axes.set_title(f"Roofline of {hardware['name']} ({provenance(runs)})")
-    style.legend(axes, columns=3)
+    low = np.log10(points.flops_per_s.min() / 3)
+    left.set(ylim=(10**low, 10 ** (low + (np.log10(top) - low) * 1.35)), xlim=(x[0], x[-1]))
+    left.set(xlabel="arithmetic intensity, FLOP/byte", ylabel="achieved FLOP/s")
+    style.title(left, f"Roofline of {hardware.name} ({provenance(found)})")
+    _draw_trajectory(upper, hardware, table[table.what == "batch"], colours, "rows that run", "{:.0f}")
+    _draw_trajectory(lower, hardware, table[table.what == "context"], colours, "context of a row", "{:.0f} tokens")
+    lower.set(xlabel="arithmetic intensity, FLOP/byte")
+    words = left_out(runs, lacks)
+    if others := [run.name for run in usable(runs, lacks, "a roofline") if run not in found]:
+        words.append(f"Not drawn: {listed(others)} (on other hardware than {hardware.name}).")
+    handles = _handles(found, colours, list(points.work))
+    style.below(figure, handles, [str(handle.get_label()) for handle in handles], 5, "\n".join(words))
     return figure
+
+
+def _handles(found: Sequence[Run], colours: dict[str, str], work: Sequence[str]) -> list[Line2D]:
+    arms = [
+        Line2D([], [], linestyle="none", marker="o", label=style.arm_name(arm), color=colours[arm],
+               markerfacecolor="none" if schedule_of(members[0]) == "synchronous" else colours[arm])
+        for arm, members in by_arm(found).items()
+    ]  # fmt: skip
+    kinds = [kind for kind in MARKERS if kind in set(work)]
+    return arms + [
+        Line2D([], [], linestyle="none", marker=MARKERS[kind], color="#666666", label=kind.replace("_", " "))
+        for kind in kinds
+    ]
+
+
+def _draw_ceilings(axes: Axes, hardware: Hardware, table: pd.DataFrame, x: np.ndarray) -> float:
+    """Lines, named in a legend above the roof, where nothing can lie. Returns the highest."""
+    for ceilings, line in zip(hardware.ceilings, LINES, strict=False):
+        label = (
+            f"{ceilings.source}: {si(ceilings.flops)}FLOP/s, {si(ceilings.bytes_per_s)}B/s,\n"
+            f"ridge {ceilings.ridge:.3g} FLOP/byte"
+        )
+        axes.loglog(x, roof_of(ceilings, x), color="#333333", linewidth=1.4, linestyle=line, label=label)
+        axes.axvline(ceilings.ridge, color="#999999", linewidth=0.8, linestyle=":")
+    reduced = table[table.what == "all_reduce"]
+    for row in reduced.itertuples():
+        axes.axhline(
+            row.flops_per_s, color=style.PURPLE, linewidth=1.4, linestyle="-.",
+            label=f"{row.label}: {si(row.flops_per_s)}FLOP/s",
+        )  # fmt: skip
+    axes.legend(loc="upper left", frameon=False, fontsize="x-small")
+    return max(hardware.highest.flops, *reduced.flops_per_s, 0.0)
+
+
+def _draw_trajectory(
+    axes: Axes, hardware: Hardware, lines: pd.DataFrame, colours: dict[str, str], over: str, unit: str
+) -> None:
+    """Bins of decode time, joined from few to many; the arrow points to many."""
+    if lines.empty:
+        axes.text(0.5, 0.5, "no decode spans", ha="center", transform=axes.transAxes)
+        axes.set_axis_off()
+        return
+    x = np.geomspace(lines.intensity.min() / 1.6, lines.intensity.max() * 1.6, 100)
+    for ceilings, line in zip(hardware.ceilings, LINES, strict=False):
+        axes.loglog(x, roof_of(ceilings, x), color="#333333", linewidth=1.2, linestyle=line)
+    for arm, own in lines.groupby("arm", sort=False):
+        colour = colours[str(arm)]
+        fill = "white" if (own.schedule == "synchronous").iloc[0] else colour
+        axes.plot(own.intensity, own.flops_per_s, "o-", color=colour, linewidth=1, markersize=4, markerfacecolor=fill)
+        if len(own) > 1:
+            tail, head = own.iloc[-2], own.iloc[-1]
+            axes.annotate(
+                "", (head.intensity, head.flops_per_s), (tail.intensity, tail.flops_per_s), zorder=5,
+                arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 0.8, "mutation_scale": 12},
+            )  # fmt: skip
+    axes.set(xlim=(x[0], x[-1]), ylim=(lines.flops_per_s.min() / 2, roof_of(hardware.highest, x).max() * 1.5))
+    few, many = (unit.format(value) for value in (lines["from"].min(), lines["to"].max()))
+    axes.set_title(f"Decode by {over}, {few.split()[0]} to {many}", fontsize="small")
+
+
+def si(value: float) -> str:
+    """Three figures with a prefix: 3.35e12 -> "3.35 T"."""
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:.3g} "

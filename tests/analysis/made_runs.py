@@ -23,8 +23,13 @@ MODEL = {
 
 
 def make_run(path, *, accuracies, seconds_per_step=2.0, batch=2, finish=True):
-    """Two rows a step: prefill 0.2 s, decode 1 s of 10 steps, policy update 0.6 s, rest nothing."""
-    writer = RunWriter(path, header=plain_header(), config_toml="[train]\nsteps = 3\n")
+    """Two rows a step: prefill 0.2 s, decode 1 s of 10 steps, policy update 0.6 s, rest nothing. Runs named ppo are
+    synchronous, others truncated; a name ends in the seed (ppo-s0)."""
+    synchronous = path.name.startswith("ppo")
+    schedule = {"kind": "synchronous"} if synchronous else {"kind": "truncated", "window": 10}
+    seed = int(path.name.rpartition("-s")[2]) if path.name[-1].isdigit() and "-s" in path.name else 0
+    config = f"[train]\nsteps = 3\nseed = {seed}\n"
+    writer = RunWriter(path, header={**plain_header(), "schedule": schedule}, config_toml=config)
     writer.write_text("model.json", json.dumps(MODEL))
     steps = len(accuracies)
     phases, spans, rows = [], [], []

@@ -1,0 +1,153 @@
+"""How many times as fast as its synchronous twin a run is: against window, GPUs and tail weight."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis import style
+from analysis.chosen import left_out
+from analysis.tables import provenance
+from analysis.twins import FIELDS_OF, schedule_kind, speedups, twin_of
+from profiling.errors import DataError
+from profiling.reader import Run
+
+NAMES = {"window": "window, tokens", "gpus": "GPUs", "sigma": "tail weight (sigma of log length)"}
+RATES: dict[str, tuple[str, Any, str]] = {
+    "per_response": ("per finished response", "-", "o"),
+    "per_step": ("per step", ":", "s"),
+}
+PUBLISHED = "published.csv"
+CAPTION = (
+    "Seconds of the synchronous run over seconds of the run, all other settings equal (the twin is looked for among "
+    "the given runs; seed by seed, median over seeds), per finished response and per step, start-up steps left out. A "
+    "truncated step finishes fewer responses than a synchronous one, so that it is faster per step than per response; "
+    "what a step or a response teaches is in neither. Below 1: slower. Dashed, where published.csv lies beside the "
+    "runs: a number from the literature, for reference; it is of another quantity if its label says so."
+)
+COLUMNS = [
+    "what", "schedule", "window", "gpus", "sigma", "setting", "per_response", "per_step", "runs", "simulated", "label",
+    "source",
+]  # fmt: skip
+
+
+def data(runs: Sequence[Run]) -> pd.DataFrame:
+    """what: speedup (a row per schedule and setting) or published (value in per_response, with label and source)."""
+    if not any(schedule_kind(run) == "synchronous" for run in runs):
+        raise DataError(
+            f"{_place(runs)}: none of {len(runs)} runs is synchronous; a speed-up needs one to compare with"
+        )
+    pairs = speedups(runs)
+    pairs = pairs[pairs.per_response.notna() | pairs.per_step.notna()]
+    if pairs.empty:
+        other = next((run for run in runs if schedule_kind(run) != "synchronous"), runs[0])
+        raise DataError(f"{other.path}: {lacks_twin(other, runs) or 'all runs are synchronous'}; nothing to compare")
+    keys = ["schedule", *FIELDS_OF, "setting", "simulated"]
+    grouped = pairs.groupby(keys, dropna=False, sort=False)
+    table = grouped[list(RATES)].median().assign(runs=grouped.size()).reset_index().assign(what="speedup")
+    table = table.sort_values(["schedule", *FIELDS_OF], kind="stable")
+    published = read_published(Path(runs[0].path).parent / PUBLISHED)
+    return pd.concat([table, published] if len(published) else [table], ignore_index=True).reindex(columns=COLUMNS)
+
+
+def _place(runs: Sequence[Run]) -> str:
+    return str(Path(runs[0].path).parent) if runs else "no runs"
+
+
+def lacks_twin(run: Run, runs: Sequence[Run]) -> str | None:
+    """Why a run that is not synchronous has no speed-up."""
+    if schedule_kind(run) == "synchronous":
+        return None
+    twin = twin_of(run, runs)
+    if twin is None:
+        return "has no synchronous partner with all else equal"
+    return None if run.summary and twin.summary else "it or its synchronous partner has not ended"
+
+
+def read_published(path: Path) -> pd.DataFrame:
+    """figure, label, value, source of the lines about this figure; none without the file."""
+    if not path.exists():
+        return pd.DataFrame()
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    if missing := {"figure", "label", "value", "source"} - set(table.columns):
+        raise DataError(f"{path}: column '{min(missing)}' is missing")
+    own = table[table.figure == "speedup"]
+    return pd.DataFrame(
+        {"what": "published", "per_response": own.value.astype(float), "label": own.label, "source": own.source}
+    )
+
+
+def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
+    points, published = table[table.what == "speedup"], table[table.what == "published"]
+    facets = [name for name in FIELDS_OF if points[name].nunique() > 1]
+    words = left_out(runs, lambda run: lacks_twin(run, runs))
+    if not facets:
+        facets = ["window" if points.window.notna().any() else "gpus"]
+        words.append("Neither window nor GPUs nor tail weight vary among these runs: one point a schedule.")
+    figure, panels = style.subplots(1, len(facets), width=6.0 if len(facets) == 1 else 9.0, height=4.6)
+    kinds = list(dict.fromkeys(points.schedule))
+    colours = style.arm_colours(list(dict.fromkeys(["synchronous", *kinds])))
+    shades: dict[str, str] = {}
+    for axes, name in zip(panels, facets, strict=True):
+        _draw_facet(axes, points, name, facets, colours, shades)
+        axes.axhline(1, color="#555555", linewidth=0.9)
+        for row in published.itertuples():
+            axes.axhline(row.per_response, color="#555555", linewidth=1.1, linestyle=(0, (6, 3)))
+        axes.set(xlabel=NAMES[name])
+    highest = max(points[list(RATES)].max().max(), published.per_response.max() if len(published) else 0.0, 1.0)
+    for axes in panels:
+        axes.set_ylim(0, 1.12 * highest)
+    panels[0].set_ylabel("times as fast as synchronous")
+    kind = provenance([run for run in runs if lacks_twin(run, runs) is None])
+    title = f"Speed-up over synchronous ({kind}{', published' if len(published) else ''})"
+    figure.suptitle(title, x=0.01, ha="left", fontsize="medium", fontweight="bold")
+    handles = [
+        Line2D([], [], color="#666666", linestyle=line, marker=marker, label=label)
+        for label, line, marker in RATES.values()
+    ]
+    handles += [Line2D([], [], color=colour, linewidth=3, label=label) for label, colour in shades.items()]
+    handles += [
+        Line2D([], [], color="#555555", linestyle=(0, (6, 3)), label=f"published {row.per_response:g}: {row.label}")
+        for row in published.itertuples()
+    ]
+    style.below(figure, handles, [str(handle.get_label()) for handle in handles], 2, "\n".join(words))
+    return figure
+
+
+def _draw_facet(
+    axes: Axes, points: pd.DataFrame, name: str, facets: Sequence[str], colours: dict[str, str], shades: dict[str, str]
+) -> None:
+    """Lines along `name` with all else equal; where several of the others vary, lines of more than one point only."""
+    others = [other for other in FIELDS_OF if other != name and other != "window"] + ["setting", "schedule"]
+    others += ["window"] if name != "window" else []
+    lines = list(points[points[name].notna()].groupby(others, dropna=False, sort=False))
+    longer = [(key, own) for key, own in lines if own[name].nunique() > 1]
+    for number, (_, own) in enumerate(longer or lines):
+        own = own.sort_values(name)
+        label = own.schedule.iloc[0]
+        colour = colours[label]
+        if len(longer) > 1:
+            varied = [other for other in FIELDS_OF if other != name and points[other].nunique() > 1]
+            label += "".join(f", {other} {own[other].iloc[0]:g}" for other in varied)
+            colour = (style.BLUE, style.ORANGE, style.GREEN, style.PURPLE, style.SKY, style.BLACK)[number % 6]
+        for rate, (_, line, marker) in RATES.items():
+            axes.plot(own[name], own[rate], linestyle=line, marker=marker, color=colour, markersize=5, linewidth=1.6)
+        shades.setdefault(label, colour)
+    values = sorted(set(points[name].dropna()))
+    if name in ("window", "gpus") and len(values) > 1 and values[0] > 0:
+        axes.set_xscale("log", base=2)
+    if len(values) <= 6:
+        axes.set_xticks(values, [_short(value) for value in values], fontsize="small")
+        axes.minorticks_off()
+
+
+def _short(value: float) -> str:
+    """4096 -> 4K."""
+    return f"{value / 1024:g}K" if value >= 1024 and value % 1024 == 0 else f"{value:g}"
