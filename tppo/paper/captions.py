@@ -1,5 +1,6 @@
 """CAPTIONS.md: what each figure of the set shows and does not, what it was made from, how to make it again."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class Drawn:
 
 
 def captions(drawn: Sequence[Drawn], settings: PaperSettings, command: str, output: Path) -> str:
-    """The whole file. Paths are written relative to `output`, from where its commands are meant to be run."""
+    """The whole file. Paths of runs are relative to `output`."""
     parts = [
         "# Figures",
         "Every figure is there as PDF (column width, fonts embedded), PNG and, with the numbers that it draws, CSV. "
@@ -58,9 +59,8 @@ def _caption(one: Drawn, settings: PaperSettings, output: Path) -> str:
     for number in settings.published:
         if number.figure == one.figure and one.source != DEMO:
             lines.append(f"**Published, not ours.** {number.label}: {number.value:g} ({number.source}).")
-    paths = " ".join(_path(run.path, output) for run in one.runs[:2])
-    more = " ..." if len(one.runs) > 2 else ""
-    lines.append(f"**Again.** `tppo plot {paths}{more} --figure {one.figure} --style paper --format pdf`")
+    paths = " ".join(os.path.relpath(run.path, output) for run in one.runs)
+    lines.append(f"**Again, from this folder.** `tppo plot {paths} --figure {one.figure} --style paper --format pdf`")
     return "\n\n".join(lines)
 
 
@@ -90,7 +90,3 @@ def _seed(run: Run) -> str:
         return str(run.config.get("workload", {}).get("seed", 0))
     own = seed_of(run)
     return "not named" if own is None else str(own)
-
-
-def _path(path: Path, output: Path) -> str:
-    return str(path.relative_to(output)) if path.is_relative_to(output) else str(path)
