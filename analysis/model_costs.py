@@ -84,7 +84,7 @@ def _seconds(spans: pd.DataFrame, by: pd.Series) -> pd.Series:
 
 def counted_work(run: Run) -> pd.DataFrame:
     """By training phase (steps 1 and later): sums of passes, tokens, pairs, updates. Empty where none is recorded."""
-    records = [record for record in run.trace if record["type"] == "work" and record["step"] >= 1]
+    records = [record for record in run.outline if record["type"] == "work" and record["step"] >= 1]
     if not records:
         return pd.DataFrame()
     return pd.DataFrame(records).drop(columns=["type", "step"]).groupby("name", sort=False).sum()
