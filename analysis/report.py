@@ -136,7 +136,7 @@ def _advice_table(advice: Advice) -> dict[str, Any]:
     ]
     error = ""
     if advice.replay_error is not None:
-        error = f"; a replay of the run itself misses its measured time per finished response by {advice.replay_error:+.1%}"
+        error = f"; a replay of the run itself misses its measured seconds by {advice.replay_error:+.1%}"
     note = (
         f"First row: the run's own schedule. Replays of {advice.steps} steps with {advice.basis}; the interval from "
         f"{advice.resamples} replays of resampled prompts{error}."
@@ -210,7 +210,7 @@ def _prediction_tables(path: Path) -> list[dict[str, Any]]:
         _table(
             f"{style.arm_name(arm)}, predicted from {style.arm_name(source)} alone",
             _PREDICTION_NOTE,
-            lambda table=table: table,
+            table.copy,
         )
         for (source, arm), table in found.items()
     ]

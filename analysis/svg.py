@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.artist import Artist
@@ -62,11 +63,11 @@ def _picture(figure: Figure) -> str:
 
 def _points(artist: Artist) -> int:
     if isinstance(artist, Line2D):
-        return len(artist.get_xydata())
+        return int(np.shape(artist.get_xydata())[0])
     if isinstance(artist, Collection):
-        outlines = sum(len(path.vertices) for path in artist.get_paths())
-        return max(outlines, len(artist.get_offsets()))
-    return len(artist.get_path().vertices) if isinstance(artist, Patch) else 0
+        outlines = sum(int(np.shape(path.vertices)[0]) for path in artist.get_paths())
+        return max(outlines, int(np.shape(artist.get_offsets())[0]))
+    return int(np.shape(artist.get_path().vertices)[0]) if isinstance(artist, Patch) else 0
 
 
 def _with_ids(text: str, prefix: str) -> str:

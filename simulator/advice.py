@@ -261,9 +261,9 @@ class SomeSteps(Run):
 
     def __init__(self, run: Run, steps: Sequence[int] | np.ndarray) -> None:
         super().__init__(run.path)
-        self.outline = run.outline  # type: ignore[misc]
-        self.engine = run.engine[run.engine.step.isin(steps)]  # type: ignore[misc]
-        self.rollouts = run.rollouts[run.rollouts.step.isin(steps)]  # type: ignore[misc]
+        self.outline = run.outline
+        self.engine = run.engine[run.engine.step.isin(steps)]
+        self.rollouts = run.rollouts[run.rollouts.step.isin(steps)]
 
 
 def _round(tokens: float) -> int:

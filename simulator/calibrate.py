@@ -266,15 +266,10 @@ def constant_observations(run: Run, name: str) -> Observations:
             seconds = lengths.get("", pd.Series(dtype=float))
         else:
             spans = run.engine[run.engine.step >= 1]
-            in_spans = (spans.t_end - spans.t_start).groupby(spans.step).sum()
-            seconds = (
-                (lengths.get("rollout", pd.Series(dtype=float)) - in_spans / _engines(run)).dropna().clip(lower=0)
-            )
+            in_spans = (spans.t_end - spans.t_start).groupby([spans.step, spans.engine]).sum()
+            busiest = in_spans.groupby("step").max()  # the others wait for it, which the replay adds by itself
+            seconds = (lengths.get("rollout", pd.Series(dtype=float)) - busiest).dropna().clip(lower=0)
     return _observations((f"{name}_s",), np.ones((len(seconds), 1)), seconds, seconds.index)
-
-
-def _engines(run: Run) -> int:
-    return int(run.header["engines"])
 
 
 def _phase_seconds(run: Run, phase: str) -> pd.Series:

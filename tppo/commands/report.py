@@ -1,4 +1,4 @@
-"""`tppo report`: what a simulation says of each arm's first run goes into its run directory, then the page is written."""
+"""`tppo report`: what a simulation says of each arm's first run goes into its directory, then the page is written."""
 
 import shlex
 import sys
@@ -20,8 +20,8 @@ def run_report(paths: Sequence[Path], output: Path) -> Path:
 
 
 def advice_of(runs: Sequence[Run]) -> dict[Path, Advice]:
-    """By path, of the first run of each arm that has ended (or the first): what its advice.json says, written now where
-    it is missing, damaged or older than the run. A directory that cannot be written is warned of, nothing else."""
+    """By path, of the first run of each arm that has ended (or the first): what its advice.json says, written now
+    where it is missing, damaged or older than the run. One that cannot be written is warned of, nothing else."""
     found = {}
     for members in by_arm(runs).values():
         run = next((run for run in members if run.summary is not None), members[0])
