@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from analysis.tables import NOT_TRAINING, by_arm
@@ -24,7 +25,7 @@ def causes_per_step(run: Run, after: int = 0) -> pd.Series:
     seconds = own.groupby("cause").seconds.sum() / own.step.nunique()
     found = pd.Series({cause: float(seconds.get(cause, 0.0)) for cause in CAUSES if cause not in NOT_TRAINING})
     if found[UNRESOLVED] > 0:
-        found[[UNRESOLVED, *NEEDS_RECORDS]] = None, *([None] * len(NEEDS_RECORDS))
+        found[[UNRESOLVED, *NEEDS_RECORDS]] = np.nan
         found.attrs["unresolved_s"] = float(seconds[UNRESOLVED])
     return found
 

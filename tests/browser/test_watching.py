@@ -1,3 +1,4 @@
+from tests.browser.accessibility import contrast, contrast_faults, unnamed
 from tests.browser.conftest import leaves_the_machine, watch
 
 
@@ -23,3 +24,17 @@ def test_a_page_that_calls_out_or_fails_is_told_on(browser):
     assert any("request to https://example.org/a.png" in fault for fault in faults)
     assert any("console: broken" in fault for fault in faults)
     assert any("undefined_name is not defined" in fault for fault in faults)
+
+
+def test_contrast_is_as_wcag_has_it():
+    assert contrast([0, 0, 0], [255, 255, 255]) == 21
+    assert round(contrast([119, 119, 119], [255, 255, 255]), 2) == 4.48  # the well-known #777: just too faint
+
+
+def test_faint_text_and_unnamed_pictures_are_found(page):
+    page.set_content(
+        "<html lang=en><body style='background:#fff'><p style='color:#777'>faint</p><p style='color:#595959'>fine</p>"
+        "<button></button><button>named</button><svg></svg></body></html>"
+    )
+    assert contrast_faults(page) == ["'faint': 4.48"]
+    assert [fault.split(">")[0] for fault in unnamed(page)] == ["<button", "<svg"]

@@ -32,7 +32,7 @@ def sides_of(paths: Sequence[Path], against: Sequence[Path] | None) -> tuple[Seq
         return paths, against
     if len(paths) != 2:
         raise ConfigError(
-            f"tppo compare: {len(paths)} RUNs given, needs two; seeds of two arms: "
+            f"tppo compare: {len(paths)} RUN{'' if len(paths) == 1 else 's'} given, needs two; seeds of two arms: "
             "tppo compare A-s0 A-s1 --against B-s0 B-s1"
         )
     return paths[:1], paths[1:]
