@@ -164,7 +164,7 @@ def _seconds(spans: pd.DataFrame, by: pd.Series) -> pd.Series:
 def counted_work(run: Run, steps: Sequence[int]) -> pd.DataFrame:
     """By training phase, of these steps: sums of passes, tokens, pairs, updates. Empty where none is recorded."""
     wanted = set(steps)
-    records = [record for record in run.trace if record["type"] == "work" and record["step"] in wanted]
+    records = [record for record in run.outline if record["type"] == "work" and record["step"] in wanted]
     if not records:
         return pd.DataFrame()
     return pd.DataFrame(records).drop(columns=["type", "step"]).groupby("name", sort=False).sum()

@@ -1,8 +1,8 @@
-"""One self-contained report.html: headline, tables, figures with what they show and do not, and provenance."""
+"""One self-contained report.html: headline, warnings, tables, figures with what they show and do not, provenance."""
 
 import base64
-import io
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -10,10 +10,13 @@ from typing import Any
 
 import jinja2
 import pandas as pd
+from markupsafe import Markup
 
 from analysis import style
 from analysis.figures import FIGURES
 from analysis.figures._predicted_measured import read_predictions
+from analysis.ledgers import ledger_table
+from analysis.svg import alt_text, to_svg
 from analysis.tables import (
     alarm_table,
     arm_of,
@@ -25,9 +28,17 @@ from analysis.tables import (
     score_table,
     speed_table,
 )
+from profiling.advice import CAVEAT, Advice, read_advice
 from profiling.errors import DataError, ToolkitError
 from profiling.reader import Run
 from profiling.writer import write_atomically
+
+MOST_CONFIG_CHARACTERS = 20_000
+"""Of a run's configuration in the page."""
+MOST_NUMBERS = 40
+"""Rows of a figure's table in the page."""
+MOST_RUNS = 60
+"""Whose configurations are in the page: 3 MB are soon full."""
 
 
 def write_report(
@@ -37,43 +48,106 @@ def write_report(
     predictions: Path | None = None,
     hardware: Path | None = None,
     target: float = 0.85,
+    advice: Mapping[Path, Advice] | None = None,
+    command: str | None = None,
 ) -> Path:
     """Write `output`, a page that needs no network and no script. What a run lacks is left out, with the reason.
 
     predictions, hardware: files beside the runs by default (predictions.csv, hardware.json).
+    advice: by path of the run; default: advice.json of each, where it is there. command: what was typed.
     """
     if not runs:
-        raise DataError("no runs to report on")
+        raise DataError("no runs to report on; name at least one run directory")
     beside = runs[0].path.parent
     predictions = predictions or beside / "predictions.csv"
-    sections = [section for name in FIGURES for section in [_figure_section(name, runs)]]
-    tables = [
-        _table(
-            "Speed", "Medians over the arm's runs; start-up steps left out of the rates.", lambda: speed_table(runs)
-        ),
-        _table(f"Time to {target:.0%}", "Mean of three consecutive evaluations.", lambda: score_table(runs, target)),
-    ]
-    if not all(run.simulated for run in runs):
-        tables.append(_table("Devices by phase", _DEVICE_NOTE, lambda: device_table(runs)))
-    if not (found := alarm_table(runs)).empty:
-        tables.append(_table("Alarms", "What a run should be told about, worst first.", lambda: found))
-    if predictions.exists():
-        tables += _prediction_tables(predictions)
+    script = (files("analysis") / "report.js").read_text()
     page = (
-        jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+        jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         .from_string((files("analysis") / "report.html.jinja").read_text())
         .render(
+            title=_title(runs),
             headline=_headline(runs, target, predictions),
             provenance=provenance(runs),
             simulated=[f"{run.name} ({run.kind})" for run in runs if run.simulated],
-            tables=tables,
-            figures=sections,
-            runs=[_run_facts(run) for run in runs],
+            warnings=_warnings(runs, advice),
+            caveat=CAVEAT,
+            command=command,
+            tables=_tables(runs, target, predictions),
+            figures=[_figure_section(name, place, runs) for place, name in enumerate(FIGURES)],
+            runs=[_run_facts(run) for run in runs[:MOST_RUNS]],
+            runs_left_out=max(0, len(runs) - MOST_RUNS),
+            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            style=Markup((files("analysis") / "report.css").read_text()),
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         )
     )
     write_atomically(output, page.encode())
     return output
 
+
+def _title(runs: Sequence[Run]) -> str:
+    arms = list(by_arm(runs))
+    return f"Run report: {', '.join(arms[:3])}{f' and {len(arms) - 3} more' if len(arms) > 3 else ''}"
+
+
+def _tables(runs: Sequence[Run], target: float, predictions: Path) -> list[dict[str, Any]]:
+    tables = [
+        _table(
+            "Speed", "Medians over the arm's runs; start-up steps left out of the rates.", lambda: speed_table(runs)
+        ),
+        _table("Ledger by cause", _LEDGER_NOTE, lambda: ledger_table(runs, style.CAUSES)),
+        _table(f"Time to {target:.0%}", "Mean of three consecutive evaluations.", lambda: score_table(runs, target)),
+    ]
+    if not all(run.simulated for run in runs):
+        tables.append(_table("Devices by phase", _DEVICE_NOTE, lambda: device_table(runs)))
+    return [*tables, *(_prediction_tables(predictions) if predictions.exists() else [])]
+
+
+def _warnings(runs: Sequence[Run], given: Mapping[Path, Advice] | None) -> list[dict[str, Any]]:
+    """By run that has something to say: its alarms, and what a simulation says of its window."""
+    alarms = alarm_table(runs)
+    found = []
+    for run in runs:
+        lines = [{"kind": "Alarm", "text": text, "table": None} for text in alarms[alarms.run == run.name].alarm]
+        try:
+            advice = read_advice(run.path) if given is None else given.get(run.path)
+            if advice is not None:
+                found_table = None if advice.withheld else _advice_table(advice)
+                lines.append({"kind": "Window", "text": advice.sentence(), "table": found_table})
+        except DataError as error:
+            lines.append({"kind": "Window", "text": f"Left out: {error}", "table": None})
+        if lines:
+            found.append({"run": run.name, "lines": lines})
+    return found
+
+
+def _advice_table(advice: Advice) -> dict[str, Any]:
+    assert advice.own is not None
+    rows = [
+        {
+            "schedule": f"{option.kind}, {option.name}",
+            "s per finished response": option.seconds_per_finished_row,
+            "saving, %": 100 * option.saving,
+            "± (95 %)": None if option.margin is None else 100 * option.margin,
+        }
+        for option in (advice.own, *advice.others)
+    ]
+    error = ""
+    if advice.replay_error is not None:
+        error = f"; a replay of the run itself misses its measured seconds by {advice.replay_error:+.1%}"
+    note = (
+        f"First row: the run's own schedule. Replays of {advice.steps} steps with {advice.basis}; the interval from "
+        f"{advice.resamples} replays of resampled prompts{error}."
+    )
+    return _table("What other windows would cost (simulated)", note, lambda: pd.DataFrame(rows))
+
+
+_LEDGER_NOTE = (
+    "GPU-seconds of a training step by what the GPU did or waited for: causes exclude each other and add up to all of "
+    "it. Start-up steps, evaluation and checkpoints left out; means over the arm's runs. –: the run cannot tell. "
+    "Empty slots of a decode step are no time that could be won back: a step half full takes nearly as long."
+)
 
 _DEVICE_NOTE = (
     "The first measured run of each arm. Busy: share of a phase's time with a kernel running on the GPU, or of all of "
@@ -135,13 +209,13 @@ def _prediction_tables(path: Path) -> list[dict[str, Any]]:
         _table(
             f"{style.arm_name(arm)}, predicted from {style.arm_name(source)} alone",
             _PREDICTION_NOTE,
-            lambda table=table: table,
+            table.copy,
         )
         for (source, arm), table in found.items()
     ]
 
 
-def _table(title: str, note: str, make: Any) -> dict[str, Any]:
+def _table(title: str, note: str, make: Callable[[], pd.DataFrame]) -> dict[str, Any]:
     try:
         frame = make()
     except ToolkitError as error:
@@ -151,38 +225,59 @@ def _table(title: str, note: str, make: Any) -> dict[str, Any]:
     return {"title": title, "note": note, "missing": None, "columns": list(frame.columns), "rows": rows}
 
 
-def _cell(column: str, value: Any) -> str:
+def _cell(column: object, value: Any) -> dict[str, str]:
+    """What is shown, and what sorts it: a number where it is one, nothing where it is not known."""
     if value is None or (isinstance(value, float) and pd.isna(value)):
-        return "–"
+        return {"text": "–", "sort": "", "kind": "number"}
     if isinstance(value, float):
-        return f"{value:+.1%}" if "error" in column else f"{value:.4g}"
-    return str(value)
+        name = str(column)
+        shown = f"{value:+.1%}" if "error" in name else f"{value:.1%}" if name.endswith("share") else f"{value:.4g}"
+        return {"text": shown, "sort": f"{value:.9g}", "kind": "number"}
+    kind = "number" if isinstance(value, int) else "text"
+    return {"text": str(value), "sort": str(value), "kind": kind}
 
 
-def _figure_section(name: str, runs: Sequence[Run]) -> dict[str, Any]:
+def _figure_section(name: str, place: int, runs: Sequence[Run]) -> dict[str, Any]:
     module = FIGURES[name]
-    section = {"title": name.replace("_", " "), "caption": module.CAPTION, "image": None, "missing": None}
+    section = {"id": f"figure-{name}", "title": name.replace("_", " "), "caption": module.CAPTION, "svg": None,
+               "alt": "", "numbers": None, "missing": None}  # fmt: skip
     try:
-        buffer = io.BytesIO()
+        table = module.data(runs)
         with style.use("screen"):
-            module.draw(module.data(runs), runs).savefig(buffer, format="png")
-        section["image"] = base64.b64encode(buffer.getvalue()).decode()
+            figure = module.draw(table, runs)
+            section["svg"] = Markup(to_svg(figure, f"f{place}-"))
+        section["alt"] = alt_text((module.__doc__ or name).strip().splitlines()[0], table, provenance(runs))
+        note = "" if len(table) <= MOST_NUMBERS else f"The first {MOST_NUMBERS} of {len(table):,} rows."
+        section["numbers"] = _table(f"Numbers of {section['title']}", note, lambda: table.head(MOST_NUMBERS))
     except ToolkitError as error:
         section["missing"] = str(error)
+    except Exception as error:  # one figure's fault is no reason for no report
+        section["missing"] = f"it cannot be drawn of these runs ({type(error).__name__}: {error})"
     return section
 
 
 def _run_facts(run: Run) -> dict[str, Any]:
     header = run.header
-    started = header["unix_time_s"]
+    path = run.path / "config.toml"
+    config = path.read_text(errors="replace") if path.exists() else ""
+    cut = len(config) > MOST_CONFIG_CHARACTERS
     return {
         "name": run.name,
         "arm": style.arm_name(arm_of(run)),
         "kind": run.kind,
         "host": header["host"] or "–",
-        "started": datetime.fromtimestamp(started, UTC).strftime("%Y-%m-%d %H:%M UTC") if started else "–",
+        "started": _started(header["unix_time_s"]),
         "status": run.trailer["status"] if run.trailer else "live or killed",
         "versions": ", ".join(f"{name} {version}" for name, version in header.get("versions", {}).items()) or "–",
-        "notes": [record["text"] for record in run.trace if record["type"] == "note"],
-        "config": (run.path / "config.toml").read_text() if (run.path / "config.toml").exists() else "",
+        "gpus": f"{header['gpus']} GPUs, {header['engines']} engines of {header['gpus_per_engine']}",
+        "devices": ", ".join(dict.fromkeys(str(device.get("name", "?")) for device in header["devices"])) or "–",
+        "notes": [record["text"] for record in run.outline if record["type"] == "note"],
+        "config": config[:MOST_CONFIG_CHARACTERS] + ("\n# ... the rest is in config.toml" if cut else ""),
     }
+
+
+def _started(unix_s: float | None) -> str:
+    try:
+        return "–" if unix_s is None else datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (OverflowError, OSError, ValueError):
+        return "–"

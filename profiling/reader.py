@@ -15,6 +15,9 @@ from profiling import schema
 from profiling.errors import DataError
 from profiling.writer import append_only_prefix
 
+_SCHEDULE_RECORD = (b'{"type":"plan_step"', b'{"type":"row_end"')
+"""How profiling.writer begins these lines; written otherwise, they are read like the others."""
+
 
 class Run:
     """A run directory. Tables are pandas DataFrames with the columns of profiling.schema, read when first used.
@@ -44,18 +47,33 @@ class Run:
 
     @cached_property
     def trace(self) -> list[dict[str, Any]]:
-        records = _json_lines(self.path / "trace.jsonl")
-        for line, record in enumerate(records, start=1):
-            fault = schema.fault_in(record)
-            if fault:
-                raise DataError(f"{self.path / 'trace.jsonl'}: line {line}: {fault}")
+        """All records, in order."""
+        return self._read_trace()
+
+    @cached_property
+    def outline(self) -> list[dict[str, Any]]:
+        """The trace without the schedule's records, which are nearly all of a long run's (half a million for a
+        thousand steps) and of which figures and reports need none."""
+        return self._read_trace(leave_out=_SCHEDULE_RECORD)
+
+    def _read_trace(self, leave_out: tuple[bytes, ...] = ()) -> list[dict[str, Any]]:
+        path = self.path / "trace.jsonl"
+        lines = append_only_prefix(path).splitlines()
+        records = []
+        for number, line in enumerate(lines, start=1):
+            if leave_out and line.startswith(leave_out) and number < len(lines):
+                continue
+            record = _json_line(path, number, line)
+            if fault := schema.fault_in(record):
+                raise DataError(f"{path}: line {number}: {fault}")
+            records.append(record)
         if not records or records[0]["type"] != "header":
-            raise DataError(f"{self.path / 'trace.jsonl'}: line 1: no header; the file is not a trace")
+            raise DataError(f"{path}: line 1: no header; the file is not a trace")
         return records
 
     @property
     def header(self) -> dict[str, Any]:
-        return self.trace[0]
+        return self.outline[0]
 
     @property
     def simulated(self) -> bool:
@@ -71,7 +89,7 @@ class Run:
     @property
     def trailer(self) -> dict[str, Any] | None:
         """How the run ended, or None for one that is live or was killed."""
-        return self.trace[-1] if self.trace[-1]["type"] == "trailer" else None
+        return self.outline[-1] if self.outline[-1]["type"] == "trailer" else None
 
     @cached_property
     def phases(self) -> pd.DataFrame:
@@ -91,7 +109,7 @@ class Run:
 
     def _records(self, kind: str, *optional: str) -> pd.DataFrame:
         columns = [*schema.TRACE_FIELDS[kind], *optional]
-        rows = [[record.get(c, "") for c in columns] for record in self.trace if record["type"] == kind]
+        rows = [[record.get(c, "") for c in columns] for record in self.outline if record["type"] == kind]
         return pd.DataFrame(rows, columns=columns)
 
     @cached_property
@@ -191,10 +209,12 @@ def _json(path: Path) -> Any:
 
 
 def _json_lines(path: Path) -> list[Any]:
-    records = []
-    for number, line in enumerate(append_only_prefix(path).splitlines(), start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise DataError(f"{path}: line {number}: not JSON: {error}") from None
-    return records
+    lines = append_only_prefix(path).splitlines()
+    return [_json_line(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _json_line(path: Path, number: int, line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}: line {number}: not JSON: {error}") from None

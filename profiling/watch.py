@@ -52,7 +52,7 @@ def snapshot(path: Path) -> Snapshot:
     """Raises DataError. The step that is going on is left out: its records, or its phases, are not all written yet."""
     run = Run(path)
     if run.trailer is None and "zero_s" in run.header:
-        run.trace += markers_so_far(run)
+        run.outline += markers_so_far(run)
     phases, engine = run.phases, run.engine
     known_s = run.trailer["t"] if run.trailer else float(phases.t_end.max()) if len(phases) else 0.0
     steps = phases.step

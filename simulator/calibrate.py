@@ -104,18 +104,11 @@ def calibrate(runs: Sequence[Run]) -> Calibration:
     """One cost model for all `runs`, from their training steps (1 and later). Raises DataError, naming the run,
     when one has no engine records."""
     for run in runs:
-        _ = run.trace  # a broken trace is reported as such
+        _ = run.outline  # a broken trace is reported as such
         if run.engine[run.engine.step >= 1].empty:
             raise DataError(f"{run.path}: has no engine records of training steps; it cannot be calibrated on")
-    fits: dict[str, Fit | None] = {
-        "decode": fit(_together([decode_observations(run) for run in runs])),
-        "prefill": fit_prefill(_together([prefill_observations(run) for run in runs])),
-    }
-    for phase in PHASE_COSTS:
-        fits[phase] = fit(_together([phase_observations(run, phase) for run in runs]))
-    fits["reward"] = fit(_together([reward_observations(run) for run in runs]))
-    for name in ("weight_sync", "switch", "rollout_other", "step_other"):
-        fits[name] = fit(_together([constant_observations(run, name) for run in runs]))
+    observed = observations(runs)
+    fits = {name: fit_prefill(own) if name == "prefill" else fit(own) for name, own in observed.items()}
     costs = {key: value for f in fits.values() if f for key, value in f.coefficients.items()}
     probes = pd.concat([run.probes for run in runs]).seconds
     evaluations = pd.concat([run.phases[run.phases.name == "evaluation"] for run in runs])
@@ -126,6 +119,35 @@ def calibrate(runs: Sequence[Run]) -> Calibration:
         float(probes.median()) if len(probes) else None,
         float((evaluations.t_end - evaluations.t_start).mean()) if len(evaluations) else None,
     )
+
+
+def observations(runs: Sequence[Run]) -> dict[str, Observations]:
+    """By name of the fit: what the runs' training steps did, and how long it took."""
+    parts: dict[str, list[Observations]] = {
+        "decode": [decode_observations(run) for run in runs],
+        "prefill": [prefill_observations(run) for run in runs],
+    }
+    for phase in PHASE_COSTS:
+        parts[phase] = [phase_observations(run, phase) for run in runs]
+    parts["reward"] = [reward_observations(run) for run in runs]
+    for name in ("weight_sync", "switch", "rollout_other", "step_other"):
+        parts[name] = [constant_observations(run, name) for run in runs]
+    return {name: _together(own) for name, own in parts.items()}
+
+
+def resampled_costs(run: Run, calibration: Calibration, count: int) -> list[dict[str, float]]:
+    """Costs of the fits of `calibration` to `count` (at most RESAMPLES) resamples of the run's steps: what its costs
+    might as well have been. The coefficients of a fit are drawn together."""
+    drawn: list[dict[str, float]] = [{} for _ in range(count)]
+    for name, observed in observations([run]).items():
+        found = calibration.fits[name]
+        if found is None:
+            continue
+        names = tuple(found.coefficients)
+        own = replace(observed, names=names, work=observed.work[:, : len(names)])
+        for costs, values in zip(drawn, _bootstrap(own, count), strict=True):
+            costs |= dict(zip(names, values.tolist(), strict=True))
+    return drawn
 
 
 def fit(observed: Observations) -> Fit | None:
@@ -172,12 +194,12 @@ def _solve(observed: Observations) -> np.ndarray:
     return solution / norms
 
 
-def _bootstrap(observed: Observations) -> np.ndarray:
-    """Coefficients of RESAMPLES fits to steps drawn with replacement (seeded)."""
+def _bootstrap(observed: Observations, count: int = RESAMPLES) -> np.ndarray:
+    """Coefficients of `count` fits to steps drawn with replacement (seeded)."""
     rng = np.random.default_rng(0)
     steps, place = np.unique(observed.step, return_inverse=True)
     results = []
-    for _ in range(RESAMPLES):
+    for _ in range(count):
         drawn = np.bincount(rng.integers(0, len(steps), len(steps)), minlength=len(steps))
         times = drawn[place]
         keep = times > 0
@@ -244,15 +266,10 @@ def constant_observations(run: Run, name: str) -> Observations:
             seconds = lengths.get("", pd.Series(dtype=float))
         else:
             spans = run.engine[run.engine.step >= 1]
-            in_spans = (spans.t_end - spans.t_start).groupby(spans.step).sum()
-            seconds = (
-                (lengths.get("rollout", pd.Series(dtype=float)) - in_spans / _engines(run)).dropna().clip(lower=0)
-            )
+            in_spans = (spans.t_end - spans.t_start).groupby([spans.step, spans.engine]).sum()
+            busiest = in_spans.groupby("step").max()  # the others wait for it, which the replay adds by itself
+            seconds = (lengths.get("rollout", pd.Series(dtype=float)) - busiest).dropna().clip(lower=0)
     return _observations((f"{name}_s",), np.ones((len(seconds), 1)), seconds, seconds.index)
-
-
-def _engines(run: Run) -> int:
-    return int(run.header["engines"])
 
 
 def _phase_seconds(run: Run, phase: str) -> pd.Series:

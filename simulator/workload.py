@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from scipy.special import ndtr, ndtri
 
 from profiling.errors import DataError
@@ -100,9 +101,15 @@ def lengths_of_run(path: Path) -> tuple[np.ndarray, np.ndarray]:
     longer than what it had, or one token more than it had where there are none: an assumption, for few rows.
     """
     rollouts = Run(path).rollouts
-    rollouts = rollouts[rollouts.step >= 1]
-    if rollouts.empty:
+    if rollouts[rollouts.step >= 1].empty:
         raise DataError(f"{path}: has no rollout records; lengths cannot be taken from it")
+    rows = whole_rows(rollouts)
+    return rows.length.to_numpy(float), rows.prompt_tokens.to_numpy()
+
+
+def whole_rows(rollouts: pd.DataFrame) -> pd.DataFrame:
+    """By row id, of steps 1 and later: prompt_tokens, group and length, as in `lengths_of_run`."""
+    rollouts = rollouts[rollouts.step >= 1]
     rollouts = rollouts.assign(length=rollouts.context_before + rollouts.tokens - rollouts.prompt_tokens)
     rows = rollouts.sort_values(["row", "step"]).groupby("row").last()
     lengths = rows.length.to_numpy(float)
@@ -110,4 +117,4 @@ def lengths_of_run(path: Path) -> tuple[np.ndarray, np.ndarray]:
     for place in np.flatnonzero(~done):
         longer = lengths[done & (lengths > lengths[place])]
         lengths[place] = longer.mean() if len(longer) else lengths[place] + 1
-    return lengths, rows.prompt_tokens.to_numpy()
+    return rows.assign(length=lengths)[["group", "prompt_tokens", "length"]]

@@ -186,6 +186,14 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     report = add("report", _report, "write one self-contained report.html about one or more runs")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     report.add_argument("--output", type=Path, default=Path("report.html"))
+
+    compare = add("compare", _compare, "what differs between two runs, and whether it exceeds the noise")
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN",
+                         help="RUN_A RUN_B; with --against, the seeds of the first arm")  # fmt: skip
+    compare.add_argument("--against", type=Path, nargs="+", metavar="RUN", help="the seeds of the second arm")
+    compare.add_argument("--target", type=float, default=0.85, help="score whose time is compared")
+    compare.add_argument("--block", type=int, help="steps that are resampled together (default: by autocorrelation)")
+    compare.add_argument("--json", action="store_true", help="print the comparison as JSON")
     return parser
 
 
@@ -350,8 +358,14 @@ def _paper(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _report(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from analysis.report import write_report
-    from profiling.reader import Run
+    from tppo.commands.report import run_report
 
-    print(write_report([Run(path) for path in options.runs], options.output))
+    print(run_report(options.runs, options.output))
+    return 0
+
+
+def _compare(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from tppo.commands.compare import run_compare
+
+    run_compare(options.runs, options.against, as_json=options.json, block=options.block, target=options.target)
     return 0

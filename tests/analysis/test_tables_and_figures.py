@@ -7,7 +7,6 @@ from analysis import figures
 from analysis.figures import FIGURES
 from analysis.model_costs import roofline_points
 from analysis.plot import plot
-from analysis.report import write_report
 from analysis.tables import (
     accuracy_curve,
     arm_of,
@@ -24,7 +23,7 @@ from profiling.errors import DataError, InputError
 from profiling.model_flops import decode_bytes, decode_flops
 from profiling.phases import plain_header
 from profiling.reader import Run
-from profiling.writer import RunWriter, write_parquet
+from profiling.writer import RunWriter
 from tests.analysis.made_runs import MODEL, RISING, make_run
 
 
@@ -110,15 +109,6 @@ def test_counters_of_the_gpu_stand_beside_the_counted_flops(tmp_path):
     assert pd.isna(roofline_points([make_run(tmp_path / "tppo-s0", accuracies=RISING)]).iloc[0].tensor_activity)
 
 
-def test_alarms_stand_in_the_report(tmp_path):
-    run = make_run(tmp_path / "ppo-s0", accuracies=RISING)
-    assert "Alarms" not in write_report([run], tmp_path / "quiet.html").read_text()
-    waiting = run.ledger.assign(cause="wait_tail")
-    write_parquet(run.path / "ledger.parquet", {name: waiting[name] for name in waiting}, schema.LEDGER)
-    text = write_report([Run(run.path)], tmp_path / "report.html").read_text()
-    assert "GPU 0 waits 100% of each rollout for the tail" in text
-
-
 def test_a_point_above_the_roof_is_an_error(runs, tmp_path):
     hardware = {"name": "x", "peak_flops": 10.0, "memory_bytes_per_s": 1e9, "measured": True}
     (tmp_path / "hardware.json").write_text(json.dumps(hardware))
@@ -157,30 +147,11 @@ def test_unknown_figures_and_formats_name_the_nearest(runs, tmp_path):
         plot(runs, "roofline", ["jpeg"], tmp_path)
 
 
-def test_a_report_stands_alone_and_escapes_what_it_is_given(runs, tmp_path):
-    hostile = make_run(tmp_path / "<script>alert(1)<-s0", accuracies=RISING)
-    text = write_report([*runs, hostile], tmp_path / "report.html").read_text()
-    assert "<script" not in text
-    assert "&lt;script&gt;" in text
-    assert "http://" not in text
-    assert "https://" not in text
-    assert "T-PPO reaches 85% 2.50 times as fast as PPO on the median of 3 seeds" in text
-    assert text.count("data:image/png;base64,") == len(FIGURES)
-
-
-def test_a_report_of_a_live_run_says_what_it_leaves_out(tmp_path):
-    live = make_run(tmp_path / "ppo-s0", accuracies=RISING, finish=False)
-    text = write_report([live], tmp_path / "report.html").read_text()
-    assert "has no ledger yet; the run has not ended" in text
-    assert "live or killed" in text
-    assert text.count("data:image/png;base64,") >= 2
-
-
 def test_an_arm_is_a_name_without_its_seed(tmp_path):
     assert arm_of(make_run(tmp_path / "tppo-full-s12", accuracies=[0.1])) == "tppo-full"
 
 
-def test_devices_by_phase_stand_in_the_report_with_their_intervals(tmp_path):
+def test_devices_by_phase_have_intervals(tmp_path):
     """A GPU that draws 300 W in every rollout and 100 W else, sampled every 50 ms; busy in rollouts only."""
     run = make_run(tmp_path / "ppo-s0", accuracies=RISING)
     t = [0.05 * tick for tick in range(int(2.0 * len(RISING) / 0.05))]
@@ -201,8 +172,5 @@ def test_devices_by_phase_stand_in_the_report_with_their_intervals(tmp_path):
     assert table.loc["update_policy", "busy"].startswith("0 %")
     joules = float(table.loc["rollout", "energy, J"].split()[0].replace(",", ""))
     assert joules == pytest.approx(300 * 1.2 * len(RISING), rel=0.05)
-    text = write_report([Run(run.path)], tmp_path / "report.html").read_text()
-    assert "Devices by phase" in text
-    assert "GPU-1" in text
     with pytest.raises(DataError, match="no device samples"):
         device_table([make_run(tmp_path / "tppo-s0", accuracies=RISING)])

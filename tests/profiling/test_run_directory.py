@@ -185,3 +185,17 @@ def test_a_resolved_configuration_reads_back_as_itself():
 
 def test_the_limit_of_this_process_is_untouched():
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_the_outline_leaves_the_schedules_records_out_and_names_lines_as_they_are(tmp_path):
+    writer = RunWriter(tmp_path / "run", header=plain_header(), config_toml="")
+    writer.trace({"type": "plan_step", "step": 1, "t": 0.0, "carried": [], "demand": {}, "admissions": [],
+                  "rows_wanted": 1})  # fmt: skip
+    writer.trace({"type": "note", "text": "x"})
+    run = Run(writer.path)
+    assert [record["type"] for record in run.outline] == ["header", "note"]
+    assert [record["type"] for record in run.trace] == ["header", "plan_step", "note"]
+    with (writer.path / "trace.jsonl").open("a") as file:
+        file.write('{"type":"note"}\n')
+    with pytest.raises(DataError, match=r"trace.jsonl: line 4: note.text is missing"):
+        _ = Run(writer.path).header

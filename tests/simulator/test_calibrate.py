@@ -7,9 +7,10 @@ import pytest
 from profiling.errors import ConfigError, DataError
 from profiling.phases import plain_header
 from profiling.reader import Run
+from profiling.schema import ENGINE
 from profiling.writer import RunWriter
 from simulator import load_experiment, simulate
-from simulator.calibrate import Calibration, Observations, calibrate, fit, fit_prefill
+from simulator.calibrate import Calibration, Observations, calibrate, constant_observations, fit, fit_prefill
 from simulator.costs import resolve
 
 COSTS = {
@@ -147,3 +148,15 @@ def test_an_unknown_cost_in_a_calibration_names_the_nearest(tmp_path):
                 }
             )
         )  # fmt: skip
+
+
+def test_waiting_for_the_busiest_engine_is_no_overhead_of_a_rollout(tmp_path):
+    # A rollout of 3 s: engine 0 decodes 2.5 s of it, engine 1 one second and waits. Its own overhead is 0.5 s.
+    header = {**plain_header(), "engines": 2, "gpus": 2}
+    writer = RunWriter(tmp_path / "run", header=header, config_toml="")
+    writer.trace({"type": "phase", "name": "rollout", "step": 1, "t_start": 0.0, "t_end": 3.0, "depth": 0})
+    spans = [dict.fromkeys(ENGINE.names, 0) | {"step": 1, "engine": engine, "kind": "decode", "t_start": 0.0,
+             "t_end": end, "steps": 1, "batch": 1} for engine, end in ((0, 2.5), (1, 1.0))]  # fmt: skip
+    writer.table("engine", 1, {name: [span[name] for span in spans] for name in ENGINE.names})
+    writer.close(t=3.0, status="finished")
+    assert constant_observations(Run(writer.path), "rollout_other").seconds.tolist() == [0.5]

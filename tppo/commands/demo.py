@@ -20,6 +20,7 @@ from profiling.writer import write_atomically
 from simulator.calibrate import calibrate
 from tppo.checkpoints.store import checkpoints_of
 from tppo.commands.predict import predict_all
+from tppo.commands.report import advice_of
 from tppo.config import RunConfig
 from tppo.hardware import measure_ceilings
 from tppo.quiet import quieten_libraries
@@ -56,6 +57,7 @@ def run_demo(output: Path, *, regime: str, seeds: Sequence[int], arms: Sequence[
         output / "report.html",
         predictions=output / "predictions.csv",
         hardware=output / "hardware.json",
+        advice=advice_of(everything),
     )
     print_frame(console, "Speed, medians over seeds", speed_table(everything))
     print_frame(console, f"Time to {settings.target_accuracy:.0%}", score_table(everything, settings.target_accuracy))
