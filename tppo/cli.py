@@ -147,6 +147,12 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print the answer as JSON")
     plan.add_argument("--output", type=Path, help="write the answer as JSON")
 
+    explore = add("explore", _explore, "the planner as a page in your browser, on this machine only")
+    explore.add_argument("--port", type=int, default=0, help="0: a free one (0)")
+    explore.add_argument("--bind", default="127.0.0.1", metavar="ADDRESS", help="another than this machine's own "
+                         "needs a token, which is in the address that is printed")  # fmt: skip
+    explore.add_argument("--open", action="store_true", help="open it in a browser")
+
     sweep = add("sweep", _sweep, "simulate every combination of some fields' values, in parallel", overrides=True)
     sweep.add_argument("experiment", type=Path, help="TOML file")
     sweep.add_argument(
@@ -298,6 +304,13 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from tppo.commands.plan import run_plan
 
     run_plan(options)
+    return 0
+
+
+def _explore(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from tppo.commands.explore import run_explore
+
+    run_explore(port=options.port, bind=options.bind, open_browser=options.open)
     return 0
 
 

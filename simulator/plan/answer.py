@@ -22,6 +22,8 @@ from simulator.plan.options import Option, options_of
 from simulator.plan.question import Question
 from simulator.workload import lengths_of_run
 
+Each = Callable[[int, int], None]
+
 NINETY = 1.6449
 """Standard deviations on either side that hold 90 % of a normal distribution."""
 
@@ -83,28 +85,33 @@ class Draws:
         return (np.maximum(rollout, training) if own.beside else rollout + training) + own.other_s
 
 
-def answer(question: Question, each: Callable[[int, int], None] = lambda done, of: None) -> Answer:
-    """each(done, of): called after every option. Raises ConfigError when nothing can be run."""
+def answer(
+    question: Question,
+    each: Each = lambda done, of: None,
+    estimates: Callable[[Sequence[Option], Each], list[Estimate | str]] | None = None,
+) -> Answer:
+    """each(done, of): called after every option. estimates: of the options, or a fault in its place; left out: all are
+    simulated here. Raises ConfigError when nothing can be run."""
     gpu = load_gpu(question.gpu)
     options = options_of(question)
-    known = _estimates(options, each)
-    estimates = [_never_ends(question, option, own) for option, own in zip(options, known, strict=True)]
+    known = (estimates or _estimates)(options, each)
+    found = [_never_ends(question, option, own) for option, own in zip(options, known, strict=True)]
     draws = Draws.of(question, gpu)
-    rows = [_row(question, gpu, option, own, draws) for option, own in zip(options, estimates, strict=True)]
-    possible = [place for place, own in enumerate(estimates) if isinstance(own, Estimate)]
+    rows = [_row(question, gpu, option, own, draws) for option, own in zip(options, found, strict=True)]
+    possible = [place for place, own in enumerate(found) if isinstance(own, Estimate)]
     if not possible:
         raise ConfigError(f"no option can be run; the first: {rows[0]['fault']}")
-    _compare(question, gpu, options, estimates, draws, rows, possible)
+    _compare(question, gpu, options, found, draws, rows, possible)
     return Answer(
         rows,
         assumptions=_assumptions(question, gpu),
-        decides=_what_decides(question, gpu, options, estimates, draws, rows, possible),
-        best_window=_best_window(options, estimates, possible),
-        tail=_where_the_tail_dominates(options, estimates, possible),
+        decides=_what_decides(question, gpu, options, found, draws, rows, possible),
+        best_window=_best_window(options, found, possible),
+        tail=_where_the_tail_dominates(options, found, possible),
     )
 
 
-def _estimates(options: Sequence[Option], each: Callable[[int, int], None]) -> list[Estimate | str]:
+def _estimates(options: Sequence[Option], each: Each) -> list[Estimate | str]:
     """On all cores; a fault in its place."""
     todo = [option for option in options if option.experiment is not None]
     workers = min(os.cpu_count() or 1, len(todo))

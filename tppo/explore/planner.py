@@ -1,0 +1,120 @@
+"""Questions answered with as few simulations as possible: what an option costs is kept, and only what is new runs."""
+
+import asyncio
+import tempfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from profiling.errors import ConfigError, RunError
+from simulator.plan import Question
+from simulator.plan.options import Option
+from tppo.explore import work
+from tppo.explore.workers import Workers
+
+MOST_OPTIONS = 48
+"""Of one question."""
+MOST_AT_ONCE = 8
+"""Questions that are worked on or wait; more are refused."""
+MOST_KEPT = 300
+"""Options whose simulations are remembered."""
+MOST_SHOWN = 4
+"""Options that are drawn, or reported on, together."""
+LIMIT_S = 60.0
+"""Of one simulation or report."""
+
+
+class Busy(RunError):
+    pass
+
+
+class Planner:
+    def __init__(self, folder: Path, *, limit_s: float = LIMIT_S) -> None:
+        self._folder = folder
+        self._workers = Workers("tppo.explore.work", limit_s=limit_s)
+        self._known: OrderedDict[str, work.Known] = OrderedDict()
+        self._at_once = 0
+
+    def close(self) -> None:
+        self._workers.close()
+
+    async def answer(self, question: Question) -> dict[str, Any]:
+        """Raises what `simulator.plan.answer` raises, RunError after LIMIT_S, and Busy."""
+        with _Turn(self):
+            known = await self._all(await self._options(question))
+            return await self._workers.run(work.answered, question, [own.estimate for own in known])
+
+    async def pictures(self, question: Question, places: Sequence[int]) -> list[dict[str, Any]]:
+        """Of the options at these places of the answer; empty for one that cannot be run."""
+        with _Turn(self):
+            options = await self._chosen(question, places)
+            known = await self._all(options)
+        return [
+            {"place": place, "gpus": option.gpus, "schedule": option.label,
+             "gpu_seconds": None if isinstance(own.estimate, str) else own.estimate.gpu_seconds, **own.pictures}
+            for place, option, own in zip(places, options, known, strict=True)
+        ]  # fmt: skip
+
+    async def option(self, question: Question, place: int) -> Option:
+        """Raises ConfigError for one that has no experiment."""
+        with _Turn(self):
+            (found,) = await self._chosen(question, [place])
+        if found.experiment is None:
+            raise ConfigError(f"{found.label} on {found.gpus} GPUs: {found.fault}")
+        return found
+
+    async def report(self, question: Question, places: Sequence[int]) -> bytes:
+        with _Turn(self), tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as own:
+            chosen = [option for option in await self._chosen(question, places) if option.experiment is not None]
+            if not chosen:
+                raise ConfigError("none of the chosen options can be run; choose others")
+            return await self._workers.run(work.report, chosen, Path(own))
+
+    async def size_of_model(self, path: Path) -> int:
+        with _Turn(self):
+            return await self._workers.run(work.size_of_model, path)
+
+    async def _options(self, question: Question) -> list[Option]:
+        return await self._workers.run(work.options, question, MOST_OPTIONS)
+
+    async def _chosen(self, question: Question, places: Sequence[int]) -> list[Option]:
+        options = await self._options(question)
+        if not places or len(places) > MOST_SHOWN or not all(0 <= place < len(options) for place in places):
+            raise ConfigError(f"shown: choose 1 to {MOST_SHOWN} of the {len(options)} options by their place from 0")
+        return [options[place] for place in places]
+
+    async def _all(self, options: Sequence[Option]) -> list[work.Known]:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._one(option)) for option in options]
+        return [task.result() for task in tasks]
+
+    async def _one(self, option: Option) -> work.Known:
+        if option.experiment is None:
+            return work.Known(str(option.fault), {})
+        key = f"{option.label} {option.experiment.model_dump_json()}"
+        if key not in self._known:
+            try:
+                self._known[key] = await self._workers.run(work.simulated, option)
+            except RunError as error:  # the other options are answered all the same
+                return work.Known(str(error), {})
+        self._known.move_to_end(key)
+        found = self._known[key]
+        while len(self._known) > MOST_KEPT:
+            self._known.popitem(last=False)
+        return found
+
+
+class _Turn:
+    """One of the questions that are worked on at once."""
+
+    def __init__(self, planner: Planner) -> None:
+        self._planner = planner
+
+    def __enter__(self) -> None:
+        if self._planner._at_once >= MOST_AT_ONCE:
+            raise Busy(f"{MOST_AT_ONCE} questions are being worked on; ask again in a few seconds")
+        self._planner._at_once += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._planner._at_once -= 1
