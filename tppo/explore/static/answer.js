@@ -66,7 +66,7 @@ function line(row, place, isBest, shown, most, choose) {
     }});
   const cell = (text, range = "") => element("td", {}, text, range ? element("small", {}, range) : null);
   const spread = (values, scale) => { const {middle, range} = interval(values, scale); return cell(middle, range.replace(" to ", "–")); };
-  const first = [element("td", {}, box), cell(row.gpus), element("td", {class: "left"}, row.schedule,
+  const first = [element("td", {}, box), cell(row.gpus), element("td", {class: "left"}, row.schedule, " ",
     row.on_the_front ? tag("front") : null, row.simulated_only ? tag("simulated only") : null)];
   if (row.fault) return element("tr", {}, ...first, element("td", {class: "cannot", colspan: "10"}, `cannot run: ${row.fault}`));
   return element("tr", {class: isBest ? "best" : null, "data-place": place}, ...first, 

@@ -51,7 +51,7 @@ export class Form {
       ...GROUPS.map(([title, open, names]) => this.plainGroup(title, open, names)),
     );
     root.addEventListener("submit", (event) => event.preventDefault());
-    root.addEventListener("input", (event) => { if (event.target.type !== "file" && event.target.id !== "paste") changed(); });
+    root.addEventListener("input", (event) => { if (event.target.type !== "file" && event.target.id !== "paste" && event.target.name !== "source") changed(); });
   }
 
   input(name) { return this.root.querySelector(`[name="${name}"]`); }
@@ -191,7 +191,7 @@ export class Form {
   query() {
     const query = new URLSearchParams();
     const say = (name, value) => { if (value !== "" && value !== null) query.set(name, value); };
-    const law = this.source === "law";
+    const law = this.source === "law" || !this.input("lengths").value;
     for (const name of ["model", "gpu", "gpus"]) say(name, this.input(name).value.trim());
     say(document.getElementById("horizon").value, document.getElementById("amount").value.trim());
     const checked = [...this.root.querySelectorAll("[data-schedule]:checked")].map((box) => box.value);
