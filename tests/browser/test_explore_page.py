@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -15,7 +14,7 @@ from tests.browser.conftest import watch
 from tppo.cli import main
 
 SMALL = (
-    "?model=Qwen2.5-0.5B&gpu=H100-SXM&gpus=8&steps=50&windows=1000&prompts_per_step=32&samples_per_prompt=4"
+    "?model=Qwen2.5-0.5B&gpu=H100-SXM&gpus=8&steps=5000&windows=1000&prompts_per_step=32&samples_per_prompt=4"
     "&max_response_tokens=3000&mean_tokens=900&draws=300"
 )
 WAIT_MS = 30_000
@@ -90,11 +89,11 @@ def test_choose_see_the_commands_numbers_and_download_them(page, address, capsys
     expected = planned(capsys, *words_of(page))
     assert len(expected["rows"]) == 6
     for place, row in enumerate(expected["rows"]):
+        front = " front" if row["on_the_front"] else ""
         assert cells(page, place)[1:10] == [
-            str(row["gpus"]), row["schedule"] + ("" if not row["on_the_front"] else " front"), short(row["hours"]["p50"]),
-            short(row["dollars"]["p50"]), short(row["kwh"]["p50"] / 1000), f"{100 * row['idle_share']:.0f} %",
-            short(row["speedup_per_step"]), short(row["speedup_per_finished_row"]),
-            "1" if row["schedule"] == "synchronous" else "not known",
+            str(row["gpus"]), row["schedule"] + front, short(row["hours"]["p50"]), short(row["dollars"]["p50"]),
+            short(row["kwh"]["p50"] / 1000), f"{100 * row['idle_share']:.0f} %", short(row["speedup_per_step"]),
+            short(row["speedup_per_finished_row"]), "1" if row["schedule"] == "synchronous" else "not known",
         ]  # fmt: skip
     text = page.inner_text("#words")
     assert expected["decides"] in text
@@ -114,7 +113,9 @@ def test_choose_see_the_commands_numbers_and_download_them(page, address, capsys
 
 
 def test_a_shared_link_opens_the_same_form_and_answer(page, address):
-    page.goto(address + SMALL + "&price_per_hour=2.5&whole_nodes=false&schedules=synchronous,truncated,oversample&shown=0,2")
+    page.goto(
+        address + SMALL + "&price_per_hour=2.5&whole_nodes=false&schedules=synchronous,truncated,oversample&shown=0,2"
+    )
     drawn(page)
     shown, query = page.inner_text("#table"), parse_qs(urlsplit(page.url).query)
     assert (query["whole_nodes"], query["price_per_hour"], query["shown"]) == (["false"], ["2.5"], ["0,2"])
@@ -179,7 +180,7 @@ def test_bad_uploads_are_told_beside_the_field(faulty_page, address, tmp_path, c
         assert page.input_value("[name=lengths_column]") == "length"
         return
     page.set_input_files("#lengths-file", bad)
-    page.wait_for_selector(f".error:has-text(\"{message.split(': ')[0]}\")", timeout=WAIT_MS)
+    page.wait_for_selector(f'.error:has-text("{message.split(": ")[0]}")', timeout=WAIT_MS)
     assert message in page.inner_text("#error-lengths") + page.inner_text("#error-lengths_column")
 
 
@@ -212,7 +213,9 @@ def test_the_page_is_no_wider_than_its_window_and_every_control_has_a_name(page,
     drawn(page)
     assert page.evaluate_handle("document.documentElement.scrollWidth").json_value() <= width
     for control in page.query_selector_all("input:not([type=hidden]), select, textarea, button"):
-        named = control.evaluate_handle("own => own.labels?.length > 0 || own.getAttribute('aria-label') || own.innerText.trim()")
+        named = control.evaluate_handle(
+            "own => own.labels?.length > 0 || own.getAttribute('aria-label') || own.innerText.trim()"
+        )
         assert named.json_value(), control.get_attribute("id")
 
 

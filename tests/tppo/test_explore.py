@@ -7,10 +7,8 @@ import subprocess
 import sys
 import time
 import zipfile
-from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 from fastapi.testclient import TestClient
 
@@ -18,7 +16,6 @@ from profiling.errors import ConfigError
 from simulator import load_experiment, simulate
 from simulator.models.shape import CONFIGS
 from simulator.plan.options import options_of
-from simulator.plan.question import Question
 from tppo.cli import main
 from tppo.commands.explore import is_loopback, listen
 from tppo.explore import planner as planner_module
@@ -141,7 +138,11 @@ def test_an_experiment_brings_its_uploads(page, tmp_path):
     zipfile.ZipFile(io.BytesIO(given.content)).extractall(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["experiment.toml", "mine.json", "pasted.csv"]
     result = simulate(load_experiment(tmp_path / "experiment.toml"))
-    assert set(result.rollouts[result.rollouts.finished].eval("context_before + tokens - prompt_tokens")) <= {400, 800, 1600}
+    assert set(result.rollouts[result.rollouts.finished].eval("context_before + tokens - prompt_tokens")) <= {
+        400,
+        800,
+        1600,
+    }
 
 
 def test_a_report_is_one_page_of_the_chosen_options(page, folder):
@@ -186,12 +187,16 @@ def test_a_timeline_holds_the_seconds_of_the_tables():
             spans = result.engine[(result.engine.engine == lane["engine"])]
             for kind in ("decode", "prefill"):
                 own = spans[spans.kind == kind]
-                inside = own.t_end.clip(start, start + drawn["seconds"]) - own.t_start.clip(start, start + drawn["seconds"])
+                inside = own.t_end.clip(start, start + drawn["seconds"]) - own.t_start.clip(
+                    start, start + drawn["seconds"]
+                )
                 piece_s = drawn["seconds"] / len(lane[kind])
                 assert sum(lane[kind]) * piece_s == pytest.approx(inside.sum(), rel=1e-3, abs=piece_s * 0.02)
         names = [phase["name"] for phase in drawn["phases"]]
         assert "update_policy" in names
-        assert all(phase["everywhere"] != drawn["beside"] for phase in drawn["phases"] if phase["name"] == "update_policy")
+        assert all(
+            phase["everywhere"] != drawn["beside"] for phase in drawn["phases"] if phase["name"] == "update_policy"
+        )
 
 
 def test_a_mixture_of_experts_has_no_roofline():
@@ -396,7 +401,12 @@ def test_an_address_that_cannot_be_had_is_one_line(capsys):
         listen("127.0.0.1", 70000)
     with pytest.raises(ConfigError, match="--bind 'no such host': is no address of this machine"):
         listen("no such host", 0)
-    assert [is_loopback(address) for address in ("127.0.0.1", "::1", "0.0.0.0", "192.168.0.1")] == [True, True, False, False]
+    assert [is_loopback(address) for address in ("127.0.0.1", "::1", "0.0.0.0", "192.168.0.1")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_missing_extra_is_named(capsys, monkeypatch):
@@ -408,8 +418,10 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_server_and_removes_what_is_temporary(tmp_path, number, code):
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    server = subprocess.Popen([sys.executable, "-m", "tppo", "explore"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              env=environment, text=True)  # fmt: skip
+    command = [sys.executable, "-m", "tppo", "explore"]
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+    )  # fmt: skip
     assert server.stdout.readline().startswith("http://127.0.0.1:")
     assert list(tmp_path.glob("tppo-explore-*"))
     time.sleep(0.5)

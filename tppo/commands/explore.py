@@ -36,8 +36,9 @@ def run_explore(*, port: int, bind: str, open_browser: bool) -> None:
     signal.signal(signal.SIGTERM, _terminated)
     with tempfile.TemporaryDirectory(prefix="tppo-explore-", ignore_cleanup_errors=True) as folder:
         app = make_app(Path(folder), port=own_port, token=token)
-        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, server_header=False, ws="none",
-                                proxy_headers=False)
+        config = uvicorn.Config(
+            app, log_level="critical", timeout_graceful_shutdown=1, server_header=False, ws="none", proxy_headers=False
+        )
         if token:
             print(f"tppo explore: --bind {bind}: everyone on this network who has the address below can use this "
                   "page; without --bind only this machine can", file=sys.stderr)  # fmt: skip
@@ -63,7 +64,9 @@ def listen(bind: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise ConfigError(f"--port {port}: cannot listen on {bind}: {reason}; choose another, or 0 for a free one") from None
+        raise ConfigError(
+            f"--port {port}: cannot listen on {bind}: {reason}; choose another, or 0 for a free one"
+        ) from None
     return listener
 
 

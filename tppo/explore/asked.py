@@ -67,7 +67,7 @@ def _value(name: str, text: str, uploads: Uploads) -> Any:
     if name in REFUSED:
         raise ConfigError(f"{name}: {REFUSED[name]}")
     if name in ("model", "lengths") and text.startswith(PREFIX):
-        found = uploads.get(text, name)
+        found = uploads.get(text, "model" if name == "model" else "lengths")
         if found is None:
             raise ConfigError(f"{name}: this upload is no longer here; upload the file again")
         return str(found.path)

@@ -45,8 +45,7 @@ def timeline(option: Option, result: Result) -> dict[str, Any]:
     spans = with_slots(result.engine)
     spans = spans[(spans.t_end > start) & (spans.t_start < end)].sort_values("t_start", kind="stable")
     done = spans[spans.step == steps[place]].groupby("engine").t_end.max().sort_values(kind="stable")
-    last = max(len(done) - 1, 0)
-    shown = sorted({round(at * last / max(min(MOST_LANES, len(done)) - 1, 1)) for at in range(min(MOST_LANES, len(done)))})
+    shown = np.linspace(0, len(done) - 1, min(MOST_LANES, len(done))).round().astype(int)
     edges = np.linspace(start, end, PIECES + 1)
     near = phases[(phases.t_end > start) & (phases.t_start < end) & (phases.name != "rollout")]
     beside = result.cluster.trainer_gpus > 0
@@ -69,8 +68,8 @@ def _lane(spans: pd.DataFrame, engine: int, edges: np.ndarray) -> dict[str, Any]
     fill = np.where(decodes, np.minimum(1.0, spans.batch / spans.slots), 0.0)
     begins, ends = spans.t_start.to_numpy(float), spans.t_end.to_numpy(float)
     shares = {"prefill": np.where(decodes, 0.0, 1.0), "decode": decodes.astype(float), "filled": fill}
-    found = {name: np.round(shares_of_pieces(begins, ends, value, edges), 4).tolist() for name, value in shares.items()}
-    return {"engine": engine, **found}
+    found = {name: shares_of_pieces(begins, ends, value, edges).round(4) for name, value in shares.items()}
+    return {"engine": engine, **{name: value.tolist() for name, value in found.items()}}
 
 
 def shares_of_pieces(begins: np.ndarray, ends: np.ndarray, value: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -89,7 +88,9 @@ def roofline(result: Result) -> dict[str, Any]:
     files = files_about(result.run.all_costs.engine)
     model, hardware = (json.loads(files[name]) for name in ("model.json", "hardware.json"))
     if model["uncounted"]:
-        return {"missing": f"{model['name']} has {model['uncounted']}; FLOPs and bytes are counted of dense models only"}
+        return {
+            "missing": f"{model['name']} has {model['uncounted']}; FLOPs and bytes are counted of dense models only"
+        }
     header = {"gpus_per_engine": result.cluster.gpus_per_engine}
     work = spans_work(cast(Run, SimpleNamespace(header=header)), model, result.engine)
     sums = work.groupby("kind")[["flops", "bytes", "seconds"]].sum()

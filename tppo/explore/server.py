@@ -1,4 +1,4 @@
-"""The routes. Everything that computes is in other processes (planner.py); a request that its page gives up is dropped."""
+"""The routes. What computes is in other processes (planner.py); a request that its page gives up is dropped."""
 
 import asyncio
 import io
@@ -157,7 +157,7 @@ async def _body(request: Request, kind: Kind, name: str) -> bytes:
 def _add_answers(app: FastAPI, uploads: Uploads) -> None:
     def asked(request: Request) -> tuple[Question, dict[str, str]]:
         query = dict(request.query_params)
-        others = {name: query.pop(name) for name in ("shown", "place") if name in query}
+        others: dict[str, str] = {name: query.pop(name) for name in ("shown", "place") if name in query}
         return question_from(query, uploads), others
 
     @app.get("/api/answer")

@@ -67,7 +67,9 @@ class Uploads:
 
     def of(self, question: Question) -> list[Upload]:
         """That a question stands on."""
-        return [upload for upload in self._kept.values() if str(upload.path) in (question.model, str(question.lengths))]
+        return [
+            upload for upload in self._kept.values() if str(upload.path) in (question.model, str(question.lengths))
+        ]
 
     def with_names(self, text: str) -> str:
         """`text` with every upload's path as its name: a user has not seen our folder."""
@@ -98,7 +100,9 @@ def columns_of(name: str, content: bytes) -> tuple[str, ...]:
             raise DataError(f"{name}: line {number} has {len(line)} characters; write one response a line")
     columns = tuple(column.strip().strip('"') for column in lines[0].split(","))
     if all(_is_number(column) for column in columns):
-        raise DataError(f"{name}: line 1 holds numbers, not column names; put a line such as 'tokens' in front of them")
+        raise DataError(
+            f"{name}: line 1 holds numbers, not column names; put a line such as 'tokens' in front of them"
+        )
     if not any(line.strip() for line in lines[1:]):
         raise DataError(f"{name}: has column names but no rows; write a line for each response")
     return columns

@@ -33,7 +33,7 @@ function headline(best) {
   const list = element("dl", {class: "numbers"});
   const entries = [
     number("hours", interval(best.hours)), number("US dollars", interval(best.dollars, 1, "$")),
-    number("energy, MWh", interval(best.kwh, 1e-3)),
+    best.kwh && best.kwh.p50 < 1000 ? number("energy, kWh", interval(best.kwh)) : number("energy, MWh", interval(best.kwh, 1e-3)),
     number("GPUs idle", {middle: percent(best.idle_share), range: best.first_idle_cause?.replaceAll("_", " ") ?? ""}),
     number("speed-up per response", {middle: best.speedup_per_finished_row === null ? "not known" : `${short(best.speedup_per_finished_row)}×`,
       range: best.schedule === "synchronous" ? "it is the synchronous run" : "over the synchronous run"}),

@@ -1,0 +1,108 @@
+"""How soon the page of `tppo explore` answers, in Chromium: from a change of a field to numbers and to pictures.
+
+python -m benchmarks.explore [--repeats 10] [--record]
+
+The default workload (512 x 16 responses), one number of GPUs, the synchronous schedule and one window. Three kinds of
+change take turns: of the price (nothing is simulated), of the window (one option) and of the mean length (both).
+Times are the browser's own, the page's pause for typing included. --record writes docs/results/explore.
+"""
+
+import argparse
+import os
+import platform
+import signal
+import subprocess
+import sys
+
+import pandas as pd
+from playwright.sync_api import Page, sync_playwright
+
+from benchmarks.record_results import ROOT, markdown
+
+RESULTS = ROOT / "docs" / "results" / "explore"
+QUESTION = "?model=Qwen2.5-7B&gpu=H100-SXM&gpus=64&finished_rows=3000000&windows=8192"
+CHANGES = {"price": "price_per_hour", "window": "windows", "mean length": "mean_tokens"}
+SIMULATED = {"price": 0, "window": 1, "mean length": 2}
+
+CHANGE = """([name, value]) => new Promise((done) => {
+  const body = document.body, began = performance.now(), took = {};
+  delete body.dataset.numbers;
+  delete body.dataset.pictures;
+  new MutationObserver((_, observer) => {
+    for (const what of ["numbers", "pictures"]) {
+      if (body.dataset[what] !== undefined) took[what] ??= (performance.now() - began) / 1000;
+    }
+    if (took.pictures !== undefined) { observer.disconnect(); done(took); }
+  }).observe(body, {attributes: true});
+  const field = document.querySelector(`[name="${name}"]`);
+  field.value = value;
+  field.dispatchEvent(new Event("input", {bubbles: true}));
+})"""
+
+
+def measure(page: Page, repeats: int) -> pd.DataFrame:
+    """change, repeat, numbers, pictures (seconds)."""
+    values = {"price": 2.0, "window": 4000, "mean length": 6000.0}
+    rows = []
+    for repeat in range(repeats + 1):
+        for change, field in CHANGES.items():
+            value = values[change] + repeat + 1
+            took = page.evaluate(CHANGE, [field, f"{value:g}"])
+            if repeat:  # the first warms caches of the processes
+                rows.append({"change": change, "repeat": repeat, **took})
+    return pd.DataFrame(rows)
+
+
+def table(times: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for change, own in times.groupby("change", sort=False):
+        row = {"change of": change, "options simulated": SIMULATED[str(change)]}
+        for what in ("numbers", "pictures"):
+            low, middle, high = own[what].quantile([0.1, 0.5, 0.9])
+            row[f"{what}, s"] = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--record", action="store_true", help="write docs/results/explore")
+    options = parser.parse_args()
+    before = os.getloadavg()[0]
+    server = subprocess.Popen([sys.executable, "-m", "tppo", "explore"], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    try:
+        address = server.stdout.readline().strip()
+        with sync_playwright() as playwright:
+            chromium = playwright.chromium.launch(
+                executable_path=os.environ.get("CHROMIUM", "/usr/bin/chromium"), args=["--no-sandbox", "--disable-gpu"]
+            )
+            page = chromium.new_page()
+            page.goto(address + QUESTION)
+            page.wait_for_selector("body[data-pictures]")
+            found = table(measure(page, options.repeats))
+            version = chromium.version
+            chromium.close()
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait()
+    text = "\n\n".join(
+        [
+            "# How soon the page answers",
+            f"Written by `python -m benchmarks.explore --repeats {options.repeats} --record`. {platform.system()} "
+            f"{platform.machine()}, {os.cpu_count()} cores, Chromium {version}. Load average {before:.2f} before, "
+            f"{os.getloadavg()[0]:.2f} after.",
+            "Seconds in the browser from the change of a field, median of the repeats (P10 to P90); 512 x 16 "
+            "responses a step, one number of GPUs, two options. The changes took turns; each value is new to the server.",
+            markdown(found),
+        ]
+    )
+    print(text)
+    if options.record:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / "README.md").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
