@@ -94,7 +94,8 @@ def main() -> None:
             f"{platform.machine()}, {os.cpu_count()} cores, Chromium {version}. Load average {before:.2f} before, "
             f"{os.getloadavg()[0]:.2f} after.",
             "Seconds in the browser from the change of a field, median of the repeats (P10 to P90); 512 x 16 "
-            "responses a step, one number of GPUs, two options. The changes took turns; each value is new to the server.",
+            "responses a step, one number of GPUs, two options. The changes took turns; each value is new to the "
+            "server.",
             markdown(found),
         ]
     )

@@ -35,8 +35,8 @@ function headline(best) {
     number("hours", interval(best.hours)), number("US dollars", interval(best.dollars, 1, "$")),
     best.kwh && best.kwh.p50 < 1000 ? number("energy, kWh", interval(best.kwh)) : number("energy, MWh", interval(best.kwh, 1e-3)),
     number("GPUs idle", {middle: percent(best.idle_share), range: best.first_idle_cause?.replaceAll("_", " ") ?? ""}),
-    number("speed-up per response", {middle: best.speedup_per_finished_row === null ? "not known" : `${short(best.speedup_per_finished_row)}×`,
-      range: best.schedule === "synchronous" ? "it is the synchronous run" : "over the synchronous run"}),
+    number("speed-up", {middle: best.speedup_per_finished_row === null ? "not known" : `${short(best.speedup_per_finished_row)}×`,
+      range: best.schedule === "synchronous" ? "it is the synchronous run" : "per response, over the synchronous run"}),
   ];
   for (const entry of entries) list.append(element("div", {}, ...entry));
   return element("div", {class: "card"}, title, list);
@@ -46,18 +46,28 @@ const tag = (text) => element("span", {class: "tag"}, text);
 
 function table(rows, best, shown, most, choose) {
   const head = ["draw", "GPUs", "schedule", "hours", "dollars", "MWh", "idle", "x step", "x response", "x score", "cheapest", "TP", "headroom"];
-  const body = rows.map((row, place) => line(row, place, row === best, shown, most, choose));
+  const body = rows.map((row, place) => row.fault ? null : line(row, place, row === best, shown, most, choose)).filter(Boolean);
   const note = element("p", {class: "note", id: "note"}, "P50, and P10–P90 below it. x: times as fast as the synchronous run on the "
     + "same GPUs, per step and per finished response. Front: no other option is both faster and cheaper.");
   const all = element("div", {class: "scroll", tabindex: "0", role: "region", "aria-label": "All options"},
     element("table", {"aria-describedby": "note"}, element("thead", {}, element("tr", {}, ...head.map((name) => element("th", {scope: "col", class: name === "schedule" ? "left" : null}, name)))),
     element("tbody", {}, ...body)));
-  return element("div", {class: "card"}, all, note);
+  return element("div", {class: "card"}, all, note, ...cannotRun(rows));
+}
+
+// One line a reason: often the same for every schedule on so many GPUs.
+function cannotRun(rows) {
+  const reasons = new Map();
+  for (const row of rows.filter((own) => own.fault)) {
+    const key = `${row.gpus} GPUs cannot run: ${row.fault}`;
+    reasons.set(key, [...(reasons.get(key) ?? []), row.schedule]);
+  }
+  return [...reasons].map(([reason, schedules]) => element("p", {class: "fault"}, `${schedules.join(", ")} on ${reason}.`));
 }
 
 function line(row, place, isBest, shown, most, choose) {
   const name = `${row.schedule} on ${row.gpus} GPUs`;
-  const box = element("input", {type: "checkbox", "aria-label": `draw ${name}`, checked: shown.includes(place), disabled: Boolean(row.fault),
+  const box = element("input", {type: "checkbox", "aria-label": `draw ${name}`, checked: shown.includes(place),
     onchange: () => {
       const left = shown.filter((own) => own !== place);
       const wanted = box.checked ? [...left, place].slice(-most) : left;
@@ -68,7 +78,6 @@ function line(row, place, isBest, shown, most, choose) {
   const spread = (values, scale) => { const {middle, range} = interval(values, scale); return cell(middle, range.replace(" to ", "–")); };
   const first = [element("td", {}, box), cell(row.gpus), element("td", {class: "left"}, row.schedule, " ",
     row.on_the_front ? tag("front") : null, row.simulated_only ? tag("simulated only") : null)];
-  if (row.fault) return element("tr", {}, ...first, element("td", {class: "cannot", colspan: "10"}, `cannot run: ${row.fault}`));
   return element("tr", {class: isBest ? "best" : null, "data-place": place}, ...first, 
     spread(row.hours), spread(row.dollars), spread(row.kwh, 1e-3), cell(percent(row.idle_share)), cell(short(row.speedup_per_step)),
     cell(short(row.speedup_per_finished_row)), spread(row.speedup_at_equal_score), cell(percent(row.probability_cheapest)),

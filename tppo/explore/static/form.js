@@ -6,7 +6,7 @@ export const FIRST = {
 const LABELS = {
   model: "Model", gpu: "GPU", gpus: "GPUs, several with commas", prompts_per_step: "Prompts a step",
   samples_per_prompt: "Responses a prompt", prompt_tokens: "Tokens of a prompt", max_response_tokens: "Longest response",
-  mean_tokens: "Mean response", sigma: "Sigma of its log", mean_uncertainty: "Mean uncertain by", length_growth_per_step: "Growth a step",
+  mean_tokens: "Mean response", sigma: "Sigma of its log", mean_uncertainty: "Mean, ± share", length_growth_per_step: "Growth a step",
   lengths_column: "Column", windows: "Windows, new tokens a step", factors: "Oversampling factors",
   price_per_hour: "Dollars a GPU-hour", deadline_hours: "Deadline, hours", steps_ratio: "Steps to the same score: low,high",
 };

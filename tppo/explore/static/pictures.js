@@ -90,7 +90,7 @@ function timeline(options, causes, width) {
   let y = 0;
   for (const option of options) {
     const {timeline: own} = option, trainer = own.beside ? 1 : 0;
-    const some = own.lanes.length < own.engines ? `, ${own.lanes.length} of ${own.engines} engines` : "";
+    const some = width > 420 && own.lanes.length < own.engines ? `, ${own.lanes.length} of ${own.engines} engines` : "";
     picture.append(text(0, y + 13, `${named(option)}: ${short(own.seconds)} s${some}`));
     y += 20;
     for (const row of own.lanes) {
