@@ -101,7 +101,8 @@ def test_choose_see_the_commands_numbers_and_download_them(page, address, capsys
     answer = json.loads(saved(page, "#save-answer", tmp_path).read_text())
     assert answer["rows"] == expected["rows"]
 
-    place = int(parse_qs(urlsplit(page.url).query)["shown"][0].split(",")[-1])
+    drawn_last = page.query_selector_all("tr[data-place]:has(input:checked)")[-1]
+    place = int(drawn_last.get_attribute("data-place"))
     experiment = saved(page, "#save-experiment", tmp_path)
     assert main(["simulate", str(experiment), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
