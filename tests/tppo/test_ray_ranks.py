@@ -129,12 +129,11 @@ def kill_engine(number):
     os.kill(ray.get(ray.get_actor(f"engine-{number}").about.remote()).pid, signal.SIGKILL)
 
 
-def test_an_engine_that_is_killed_changes_nothing(make_config, cluster, capfd):
+def test_an_engine_that_is_killed_changes_nothing(make_config, cluster):
     here, there = pair(make_config, steps=12, evaluation={"every": 0})
     start.train(here, show_progress=False)
     when(there.output / "rollouts" / "step-000003.parquet", lambda: kill_engine(1))
     assert_equal_runs(Run(here.output), train_on_ranks(cluster, there))
-    assert capfd.readouterr().err.count("tppo: engine 1 failed: ") == 1
     assert [
         r["engine"] for r in Run(there.output).trace if r["type"] == "note" and "engine 1 failed" in r["text"]
     ] == [1]

@@ -117,8 +117,8 @@ def parts_of(config: RunConfig, card: Gpu, gpu: str, gpus: int) -> list[Part]:
     plan = AnalyticCosts(
         AnalyticCostSettings(
             kind="analytic", model=str(source), gpu=gpu, tensor_parallel=of_an_engine,
-            value_model=built.value_model is not None, reference_model=bool(config.algorithm.kl_coef), micro_batch_tokens=tokens,
-            recompute="full" if checkpointed else "none",
+            value_model=built.value_model is not None, reference_model=bool(config.algorithm.kl_coef),
+            micro_batch_tokens=tokens, recompute="full" if checkpointed else "none",
         ),
         engine_gpus=of_an_engine, trainer_gpus=shards, engines=engines,
     )  # fmt: skip
