@@ -26,6 +26,7 @@ from tppo.cluster import places, sync
 from tppo.cluster.hosts import Home, hosts_of
 from tppo.cluster.packing import layouts_of
 from tppo.cluster.places import Places, as_seen_here, bundles_of, check_it_is_there, gpus_of_ranks
+from tppo.cluster.pool import EnginePool
 from tppo.parallel.ranks import SINGLE
 
 RANKS = 2
@@ -129,14 +130,28 @@ def kill_engine(number):
     os.kill(ray.get(ray.get_actor(f"engine-{number}").about.remote()).pid, signal.SIGKILL)
 
 
-def test_an_engine_that_is_killed_changes_nothing(make_config, cluster):
-    here, there = pair(make_config, steps=12, evaluation={"every": 0})
+@pytest.mark.parametrize("engines", [1, 2])
+def test_an_engine_that_dies_with_rows_changes_nothing(make_config, cluster, engines):
+    """Another takes them; where it was the only one, its replacement gets the last weights from the object store."""
+    here, there = pair(make_config, steps=4, evaluation={"every": 0}, ray={"engines": engines})
     start.train(here, show_progress=False)
-    when(there.output / "rollouts" / "step-000003.parquet", lambda: kill_engine(1))
-    assert_equal_runs(Run(here.output), train_on_ranks(cluster, there))
-    assert [
-        r["engine"] for r in Run(there.output).trace if r["type"] == "note" and "engine 1 failed" in r["text"]
-    ] == [1]
+
+    def before(rank):
+        submit = EnginePool.submit
+        calls = []
+
+        def deadly(engines, requests, sampling):
+            submit(engines, requests, sampling)
+            calls.append(0)
+            if len(calls) == 3:  # the value model's, steps 1 and 2
+                ray.kill(ray.get_actor("engine-0"))
+
+        EnginePool.submit = deadly
+
+    many = train_on_ranks(cluster, there, before=before)
+    assert_equal_runs(Run(here.output), many)
+    (note,) = (record for record in many.trace if "engine 0 failed" in record.get("text", ""))
+    assert note["rows"] == len(many.rollouts.query("step == 2")) / engines
 
 
 @pytest.mark.parametrize("path", ["object_store", "gloo"])
