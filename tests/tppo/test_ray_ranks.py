@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ import ray
 from profiling.errors import ConfigError, RunError
 from profiling.reader import Run
 from profiling.settings import to_toml
-from tests.tppo.ranks import on_ranks
+from tests.tppo.ranks import on_ranks, when
 from tests.tppo.test_ranks import assert_equal_runs
 from tppo import start
 from tppo.cluster import places, sync
@@ -113,17 +112,6 @@ def test_ranks_with_a_clusters_engines_give_the_rows_and_losses_of_one_process(m
     header = many.header
     assert (header["ranks"], header["trainer_gpus"], header["gpus"]) == (RANKS, trainers, engines + trainers)
     assert many.summary["gpu_seconds"] == pytest.approx((engines + trainers) * many.summary["wall_seconds"])
-
-
-def when(path, act):
-    """In a thread, as soon as `path` is there."""
-
-    def watch():
-        while not path.exists():
-            time.sleep(0.01)
-        act()
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def kill_engine(number):
