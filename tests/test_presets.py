@@ -45,7 +45,8 @@ def test_a_preset_fits_the_gpus_that_it_names_and_the_plan_counts_the_same(path,
     assert main(["train", str(path), "--check", "--gpu", gpu, "--gpus", gpus]) == 0
     shown = capsys.readouterr().out
     assert "weights, gradients, moments" in shown
-    assert shown.count("+0.00%") + shown.count("-0.00%") == 3  # states, engine's weights, KV cache
+    counted = 1 if config_at(path).rollout.engine == "vllm" else 3  # states; engine's weights and KV cache
+    assert shown.count("+0.00%") + shown.count("-0.00%") == counted
 
 
 @pytest.mark.parametrize("path", [p for p in PRESETS if p.stem != "demo"], ids=lambda path: path.stem)
@@ -108,6 +109,46 @@ def test_what_does_not_fit_is_one_line_and_exit_code_2(words, expected, capsys):
     code = main(["train", str(ROOT / "configs" / "qwen2.5-7b-8gpu.toml"), "--check", *shlex.split(words)])
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert code == 2
+    assert expected in line
+
+
+def test_gpus_of_a_cluster_hold_shards_and_parts_of_engines_or_one_of_both():
+    # 16 engines of 4. A share of 0.65 is 0.65 x 85.52 GB = 55.59; 151 936 x 5120 float32 numbers are 3.11 GB
+    config = config_at(ROOT / "configs" / "paper-32b.toml")
+    card = load_gpu("H100-SXM")
+
+    def gb(gpus, layout):
+        ray = config.ray.model_copy(update={"layout": layout})
+        parts = parts_of(config.model_copy(update={"ray": ray}), card, "H100-SXM", gpus)
+        return {part.name: (round(part.built / 1e9, 2), part.phases) for part in parts[:3]}
+
+    states, engine, weight = ("weights, gradients, moments", "vLLM: vllm.gpu_memory_utilization",
+                              "a weight on its way to engines")  # fmt: skip
+    both = gb(64, "colocated")
+    assert both[engine] == (55.59, ("rollout",))
+    assert both[states][1] == ("rollout", "training")
+    assert both[weight] == (3.11, ("rollout",))
+    apart = gb(64 + 32, "separate")  # 32 train
+    assert apart[engine] == (55.59, ("rollout",))
+    assert apart[states] == (pytest.approx(2 * both[states][0], abs=0.02), ("training",))
+    assert apart[weight] == (3.11, ("training",))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            "--gpus 128",
+            "--gpus 128: colocated, 16 engines of 4 must be on the GPUs that train; set ray.engines = 32, or",
+        ),
+        ("--gpus 64 --ray.layout separate", "16 separate engines of 4 leave none to train on; take more GPUs"),
+        ("--gpus 64 --ray.engines 64 --vllm.tensor_parallel 1", "do not hold an engine's part of the weights and the"),
+    ],
+)
+def test_engines_that_the_gpus_of_a_cluster_cannot_have_are_one_line(words, expected, capsys):
+    path = str(ROOT / "configs" / "paper-32b.toml")
+    assert main(["train", path, "--check", "--gpu", "H100-SXM", *shlex.split(words)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert expected in line
 
 

@@ -1,12 +1,9 @@
 """The rollout side of a step: plan, generate, grade. What comes back is ready to train on."""
 
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 
@@ -15,11 +12,11 @@ from tppo.algorithms.recipes import Recipe
 from tppo.algorithms.rewards import informative_groups
 from tppo.config import RunConfig
 from tppo.data.problem import Task, prompt_ids
+from tppo.generation import Records, generation_of
 from tppo.learner.work import Work
 from tppo.parallel.ranks import SINGLE, Ranks
-from tppo.parallel.rollout import run_rollout_on_ranks
 from tppo.rewards.protocol import Grade, Reward
-from tppo.rollout.drive import plan_step, run_rollout
+from tppo.rollout.drive import plan_step
 from tppo.rollout.protocol import RolloutEngine, Sampling
 from tppo.rollout.rows import Row
 from tppo.schedule import Demand, Schedule, StepPlan, Synchronous
@@ -70,8 +67,7 @@ class Collected:
     """Those that train or carry over."""
     discarded: list[Row] = field(default_factory=list)
     """Those that are dropped for good: only dynamic sampling drops any, whole prompts at a time."""
-    records: list[dict[str, Any]] = field(default_factory=list)
-    """The engine's, of their rollout."""
+    records: Records = field(default_factory=list)
     grades: list[Grade] = field(default_factory=list)
     """Of every row that finished."""
 
@@ -88,8 +84,8 @@ class _Before:
 
 
 class Collector:
-    """Rolls out with `engine` as `schedule` says. All of its state is in `state`, for checkpoints, but for a rollout
-    that runs ahead in a thread: `wait` for it first."""
+    """Rolls out with `engine` as `schedule` says; tppo.generation has the three ways. All of its state is in `state`,
+    for checkpoints, but for a rollout that runs ahead in a thread: `wait` for it first."""
 
     def __init__(
         self,
@@ -106,8 +102,10 @@ class Collector:
     ) -> None:
         self.ranks = ranks
         self.config, self.recipe, self.state, self.task, self.reward = config, recipe, state, task, reward
-        self.schedule, self.engine, self.sampling, self.profiler = schedule, engine, sampling, profiler
-        self._under_way: Future[Ahead] | None = None
+        self.schedule, self.profiler = schedule, profiler
+        self.generation = generation_of(config, engine, sampling, profiler, ranks)
+        self._under_way: tuple[list[Row], Callable[[], Records]] | None = None
+        """Rows that are rolled out ahead, and how to wait for them."""
         self._before: _Before | None = None
 
     def collect(self, times: StepTimes) -> Collected:
@@ -127,7 +125,7 @@ class Collector:
             else:
                 plan, fresh = self.admit(self.schedule, times.step, wanted - len(got.rows))
                 with times.phase("rollout"):
-                    got.records += self.generate(self.schedule, plan, fresh)
+                    got.records += self.generation.run(self.schedule, plan, by_number(fresh))
             with times.phase("reward"):
                 got.grades += self.grade(fresh)
                 keep = [True] * len(fresh)
@@ -149,7 +147,7 @@ class Collector:
         self._remember()
         plan, fresh = self.admit(schedule, times.step, rows)
         with times.phase("rollout"):
-            records = self.generate(schedule, plan, fresh)
+            records = self.generation.run(schedule, plan, by_number(fresh))
         with times.phase("reward"):
             grades = self.grade(fresh)
         return Collected(fresh, [], records, grades)
@@ -162,15 +160,15 @@ class Collector:
         self.state.carried = [row.copy() for row in self.state.carried]
         self._remember()
         plan, fresh = self.admit(self.schedule, step, self.config.rows_per_step)
-        self._under_way = _in_a_thread(lambda: Ahead(fresh, self.generate(self.schedule, plan, fresh)))
+        self._under_way = fresh, self.generation.start(self.schedule, plan, by_number(fresh))
 
     def wait(self, times: StepTimes) -> None:
         """For the rollout that runs ahead, if one does; the time is the step's exposed rollout time."""
         if self._under_way is None:
             return
-        under_way, self._under_way = self._under_way, None
+        (rows, records), self._under_way = self._under_way, None
         with times.phase("rollout"):
-            self.state.ahead = under_way.result()
+            self.state.ahead = Ahead(rows, records())
 
     def undo(self) -> None:
         """The last rollout, or its grading, failed: rows, numbering and random state as they were before it."""
@@ -208,23 +206,10 @@ class Collector:
         problem = self.task.problem(group)
         return Row(number, group, problem, prompt_ids(self.state.tokenizer, problem))
 
-    def generate(self, schedule: Schedule, plan: StepPlan, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """Run the plan. Returns the engine's records."""
-        if self.ranks.world > 1:
-            return run_rollout_on_ranks(
-                schedule, self.engine, plan, {row.row: row for row in rows}, self.config.rollout.max_response_tokens,
-                self.sampling, self.profiler.trace, self.ranks,
-            )  # fmt: skip
-        run_rollout(
-            schedule, self.engine, plan, {row.row: row for row in rows}, self.config.rollout.max_response_tokens,
-            self.sampling, self.profiler.trace, self.profiler.now,
-        )  # fmt: skip
-        return self.engine.take_records()
-
     def grade(self, rows: Sequence[Row]) -> list[Grade]:
-        """Finished rows only; the others have no reward yet. Each rank grades what it has generated."""
+        """Finished rows only; the others have no reward yet. Each rank grades its share."""
         done = [row for row in rows if row.finished]
-        own = [row for row in done if row.engine == self.ranks.rank] if self.ranks.world > 1 else done
+        own = done[self.ranks.rank :: self.ranks.world]
 
         def grades() -> dict[int, Grade]:
             texts = [str(self.state.tokenizer.decode(row.response_ids)) for row in own]
@@ -237,15 +222,5 @@ class Collector:
         return [known[row.row] for row in done]
 
 
-def _in_a_thread(work: Callable[[], Ahead]) -> Future[Ahead]:
-    """A daemon's, unlike an executor's: a run that is stopped at once does not wait for its rollout."""
-    future: Future[Ahead] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # it is raised where the result is taken
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="rollout", daemon=True).start()
-    return future
+def by_number(rows: Sequence[Row]) -> dict[int, Row]:
+    return {row.row: row for row in rows}

@@ -17,9 +17,10 @@ from profiling.writer import RunWriter
 from tppo.checkpoints.content import POLICY, restore
 from tppo.checkpoints.random_state import set_global_random_state
 from tppo.checkpoints.store import Found, make_ready_to_resume
+from tppo.cluster.led import LedEngines
 from tppo.cluster.places import Places
 from tppo.cluster.pool import EnginePool
-from tppo.cluster.start import make_pool, places_of
+from tppo.cluster.start import led_engines, make_pool, places_of, trainer_gpu_of
 from tppo.config import RunConfig
 from tppo.data.tasks import problems_of
 from tppo.evaluation.evaluate import longest_prompt_of
@@ -27,8 +28,7 @@ from tppo.learner.recipe import recipe_of
 from tppo.models.policy import architecture_of, describe_model, load_policy
 from tppo.models.value_source import check_value_rows_fit
 from tppo.parallel.clocks import notes_of, offsets_to_main
-from tppo.parallel.ranks import Ranks, joined_ranks
-from tppo.parallel.rollout import check_schedule_fits
+from tppo.parallel.ranks import Ranks, joined_processes, on_devices
 from tppo.parallel.silent import SilentWriter
 from tppo.resume import DATA_JSON, check_problems_are_the_same, checkpoint_of, same_directory
 from tppo.rewards.make import reward_of
@@ -41,6 +41,9 @@ from tppo.torch_traces import steps_of
 from tppo.tracking.protocol import About
 from tppo.tracking.tracker import Tracker, check_trackers
 from tppo.trainer import Outcome, Trainer
+
+LIVE_SCHEDULES = ("oversample", "asynchronous")
+"""They stop some rows because of others, or roll out while a step trains: one process has to see all engines."""
 
 
 def train(config: RunConfig, *, resume: bool | Path = False, show_progress: bool = True) -> Outcome:
@@ -63,14 +66,11 @@ def trainer_for(config: RunConfig, *, resume: bool | Path = False) -> Iterator[T
     torch.set_num_threads(config.train.threads)
     model, parallel = config.model, config.parallel
     with (
-        places_of(config) as places,
-        joined_ranks(
-            device=model.device,
-            dtype=model.dtype,
-            replicas=parallel.replicas,
-            gpu=places.trainer_gpu if places else None,
-        ) as ranks,
+        joined_processes(device=model.device, dtype=model.dtype, replicas=parallel.replicas) as processes,
+        places_of(config, processes) as places,
     ):
+        gpu = trainer_gpu_of(places, processes)
+        ranks = on_devices(processes, device=model.device, replicas=parallel.replicas, gpu=gpu)
         if config.profile.cuda_events and not torch.cuda.is_available():
             raise ConfigError("profile.cuda_events: torch sees no GPU; leave it out")
         check_it_fits_the_ranks(config, ranks)
@@ -83,7 +83,7 @@ def trainer_for(config: RunConfig, *, resume: bool | Path = False) -> Iterator[T
 
 @contextmanager
 def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks, places: Places | None) -> Iterator[Trainer]:
-    """found: the checkpoint to go on from. places: of rollout engines on a cluster."""
+    """found: the checkpoint to go on from. places: of rollout engines on a cluster, on the first rank."""
     assert config.output is not None
     model_path = str(found.path / POLICY) if found else config.model.path
     start = config.model.path if config.model.lora_rank else model_path  # adapters are restored beside their base
@@ -105,8 +105,8 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks, place
     time_s = restored.time_s if restored and goes_on_here else 0.0
     schedule = schedule_of(config)
     engine = engine_of(
-        config, state, places, model_path=model_path, slots=slots_of(config, schedule, ranks), max_tokens=row_tokens,
-        clock=lambda: profiler.now(),
+        config, state, places, ranks, model_path=model_path, slots=slots_of(config, schedule, ranks),
+        max_tokens=row_tokens, clock=lambda: profiler.now(),
     )  # fmt: skip
     engine.update_weights(state.policy_version)
     header = header_of(schedule, config, ranks.world)
@@ -128,7 +128,7 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks, place
         with profiler, ExitStack() as stack:
             for record in notes_of(offsets):
                 profiler.trace(record)
-            if isinstance(engine, EnginePool):
+            if isinstance(engine, EnginePool | LedEngines):
                 engine.attach(profiler.zero_s, profiler.trace)
             sampling = sampling_of(config, tokenizer, ranks)
             tracker = stack.enter_context(tracked(config, found, ranks, profiler))
@@ -163,10 +163,14 @@ def tracked(config: RunConfig, found: Found | None, ranks: Ranks, profiler: Prof
 
 
 def engine_of(
-    config: RunConfig, state: TrainingState, places: Places | None, *, model_path: str, slots: int, max_tokens: int,
-    clock: Clock,
+    config: RunConfig, state: TrainingState, places: Places | None, ranks: Ranks, *, model_path: str, slots: int,
+    max_tokens: int, clock: Clock,
 ) -> RolloutEngine:  # fmt: skip
     """One in this process, or all of a cluster's. slots: rows of each."""
+    if config.ray.address and ranks.world > 1:
+        return led_engines(
+            places, config, state.policy, ranks, slots=slots, max_tokens=max_tokens, generator=state.rollout_generator
+        )
     if places is not None:
         return make_pool(
             places, config, state.policy, slots=slots, max_tokens=max_tokens, generator=state.rollout_generator
@@ -208,11 +212,16 @@ def open_run(
 
 def check_it_fits_the_ranks(config: RunConfig, ranks: Ranks) -> None:
     """Raises ConfigError."""
-    check_schedule_fits(config.rollout.schedule, ranks)
-    if ranks.world > 1 and config.rollout.engine == "vllm":
+    engines_of_their_own = ranks.world > 1 and not config.ray.address
+    if engines_of_their_own and config.rollout.schedule in LIVE_SCHEDULES:
         raise ConfigError(
-            f'rollout.engine = "vllm": cannot run inside {ranks.world} ranks that torchrun started; set "torch", or '
-            "use one process"
+            f'rollout.schedule = "{config.rollout.schedule}": decides by what all engines do at the time, and '
+            f"{ranks.world} ranks roll out each for itself; give them engines in common with --ray, or use one process"
+        )
+    if engines_of_their_own and config.rollout.engine == "vllm":
+        raise ConfigError(
+            f'rollout.engine = "vllm": cannot run inside {ranks.world} ranks that torchrun started; give it processes '
+            'of its own with --ray, set "torch", or use one process'
         )
     if ranks.world > config.rollout.prompts_per_step * config.rollout.samples_per_prompt:
         raise ConfigError(

@@ -158,10 +158,12 @@ class Trainer:
         return Outcome(status, state.step, accuracy.mean if accuracy else None, stop.signal, self.ranks.rank)
 
     def asked_to_stop(self, stop: Stop) -> bool:
-        """Any rank may have got the signal: all end after the same step."""
-        if self.ranks.world > 1:
-            stop.signal = next((number for number in self.ranks.gather(stop.signal) if number is not None), None)
-        return stop.asked
+        """Any rank may have got the signal: all end after the same step. One that comes while they ask each other
+        stands until they ask again."""
+        told = next((number for number in self.ranks.gather(stop.signal) if number is not None), None)
+        if told is not None:
+            stop.signal = told
+        return told is not None
 
     def train_step_or_save(self, step: int) -> dict[str, Any]:
         """A step; when engine or reward fail in it, everything as it was before it goes into a checkpoint first."""

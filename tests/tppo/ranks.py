@@ -7,6 +7,8 @@ could inherit a lock that some thread of it holds.
 import multiprocessing
 import os
 import socket
+import threading
+import time
 
 import cloudpickle
 
@@ -36,3 +38,14 @@ def run_rank(rank, world, port, code):
         "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     cloudpickle.loads(code)(rank)
+
+
+def when(path, act):
+    """In a thread, as soon as `path` is there."""
+
+    def watch():
+        while not path.exists():
+            time.sleep(0.01)
+        act()
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from profiling.errors import ConfigError, RunError
 from profiling.reader import Run
 from profiling.settings import to_toml
-from tests.tppo.ranks import on_ranks
+from tests.tppo.ranks import on_ranks, when
 from tppo.parallel.clocks import Offset, notes_of, offsets_to_main
 from tppo.parallel.ranks import SINGLE, Ranks, joined_ranks
 from tppo.rollout.torch_engine import TorchEngine
@@ -159,8 +159,7 @@ def test_sigterm_to_one_rank_ends_all_after_the_same_step_and_saves(make_config,
 
     def work(rank):
         if rank == 1:
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-            signal.setitimer(signal.ITIMER_REAL, 4)
+            when(config.output / "rollouts" / "step-000002.parquet", lambda: os.kill(os.getpid(), signal.SIGTERM))
         outcome = train(config, show_progress=False)
         assert (outcome.status, outcome.signal) == ("interrupted", signal.SIGTERM)
         (tmp_path / f"{rank}").write_text(str(outcome.steps))
@@ -209,8 +208,7 @@ def test_a_rank_that_is_killed_takes_the_others_with_it_and_the_last_checkpoint_
 
     def work(rank):
         if rank == 1:
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-            signal.setitimer(signal.ITIMER_REAL, 4)
+            when(config.output / "checkpoints" / "step-000002", lambda: os.kill(os.getpid(), signal.SIGKILL))
         with pytest.raises(RunError, match=r"rank 0 of 2 lost another: .* go on from the last checkpoint"):
             train(config, show_progress=False)
 

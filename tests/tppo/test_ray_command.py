@@ -14,7 +14,7 @@ from profiling.reader import Run
 from tppo.checkpoints.store import checkpoints_of
 from tppo.cli import main
 from tppo.cluster.places import bundles_of, check_it_is_there
-from tppo.cluster.start import backend_of, places_of
+from tppo.cluster.start import backend_of
 from tppo.config import RunConfig
 
 
@@ -83,36 +83,29 @@ def test_settings_that_do_not_fit_are_refused(make_config, own, message):
     assert message in str(refused.value)
 
 
-def test_torchrun_and_ray_exclude_each_other(make_config, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="--ray: the trainer is one process, and torchrun has started several"), \
-         places_of(config_of(make_config)):  # fmt: skip
-        pass
-
-
 def test_a_colocated_engine_asks_for_the_trainers_host_and_whole_gpus(make_config):
     config = config_of(make_config, engines=2, cpus_per_engine=3, gpus_per_engine=4, vllm={"tensor_parallel": 4})
-    assert bundles_of(config, on_gpus=True, host="node:a") == 2 * [{"CPU": 3, "GPU": 4, "node:a": 0.001}]
-    assert bundles_of(config, on_gpus=False, host="node:a") == 2 * [{"CPU": 3, "node:a": 0.001}]
+    assert bundles_of(config, on_gpus=True, hosts=["node:a"]) == 2 * [{"CPU": 3, "GPU": 4, "node:a": 0.001}]
+    assert bundles_of(config, on_gpus=False, hosts=["node:a"]) == 2 * [{"CPU": 3, "node:a": 0.001}]
     with pytest.raises(ConfigError, match=r'ray.layout = "colocated": the trainer is outside the cluster'):
-        bundles_of(config, on_gpus=True, host=None)
+        bundles_of(config, on_gpus=True, hosts=[])
 
 
 def test_separate_engines_leave_a_gpu_of_the_trainers_host_to_it(make_config):
     config = config_of(make_config, engines=2, layout="separate")
     trainer = {"CPU": 0, "GPU": 1, "node:a": 0.001}
-    assert bundles_of(config, on_gpus=True, host="node:a") == [*2 * [{"CPU": 1, "GPU": 1}], trainer]
-    assert bundles_of(config, on_gpus=True, host=None) == 2 * [{"CPU": 1, "GPU": 1}]
-    assert bundles_of(config, on_gpus=False, host="node:a") == 2 * [{"CPU": 1}]
+    assert bundles_of(config, on_gpus=True, hosts=["node:a"]) == [*2 * [{"CPU": 1, "GPU": 1}], trainer]
+    assert bundles_of(config, on_gpus=True, hosts=[]) == 2 * [{"CPU": 1, "GPU": 1}]
+    assert bundles_of(config, on_gpus=False, hosts=["node:a"]) == 2 * [{"CPU": 1}]
 
 
 def test_too_few_gpus_or_cpus_are_one_line_with_both_numbers(make_config):
     config = config_of(make_config, engines=4, layout="separate")
-    bundles = bundles_of(config, on_gpus=True, host="node:a")
+    bundles = bundles_of(config, on_gpus=True, hosts=["node:a"])
     with pytest.raises(ConfigError) as refused:
         check_it_is_there(config, bundles, {"CPU": 64, "GPU": 4})
     assert str(refused.value) == (
-        "ray.engines = 4: with 1 GPUs each and one for the trainer they need 5, and the cluster has 4; lower it, or "
+        "ray.engines = 4: with 1 GPUs each and 1 for the trainer they need 5, and the cluster has 4; lower it, or "
         "ray.gpus_per_engine"
     )
     with pytest.raises(ConfigError, match="with 1 CPUs each they need 4, and the cluster has 2; lower it"):

@@ -25,6 +25,7 @@ from tppo.cluster import places
 from tppo.cluster.places import Places, reserved_places
 from tppo.cluster.start import make_pool, places_of
 from tppo.models.policy import load_policy
+from tppo.parallel.ranks import SINGLE
 from tppo.rollout.protocol import Request, Sampling
 from tppo.rollout.torch_engine import TorchEngine
 
@@ -72,7 +73,7 @@ def cluster():
 @pytest.fixture(autouse=True)
 def warm(monkeypatch):
     @contextmanager
-    def warm_places_of(config):
+    def warm_places_of(config, ranks=SINGLE):
         if not config.ray.address:
             yield None
             return

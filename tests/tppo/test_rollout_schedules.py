@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-import tppo.collect as collect
+import tppo.generation as generation
 from profiling.errors import ConfigError, RunError
 from profiling.reader import Run
 from tppo.rollout.protocol import Completion
@@ -208,13 +208,13 @@ def test_an_engine_that_loses_a_row_is_found_out(make_config, monkeypatch):
 
 def test_a_rollout_ahead_really_runs_in_another_thread(make_config, monkeypatch):
     seen = []
-    original = collect.run_rollout
+    original = generation.run_rollout
 
     def spy(schedule, engine, plan, *rest):
         seen.append((plan.step, threading.current_thread() is threading.main_thread()))
         return original(schedule, engine, plan, *rest)
 
-    monkeypatch.setattr(collect, "run_rollout", spy)
+    monkeypatch.setattr(generation, "run_rollout", spy)
     run(make_config("run", value={"pretrain_rows": 0}, **settings("asynchronous")))
     assert seen == [(1, True), (2, False), (3, False), (4, False)]
 

@@ -1,6 +1,7 @@
 """A model's weights as flat chunks, so that a sync never holds a second copy of the whole model."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
@@ -9,6 +10,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from tppo.models.lora import is_adapter, plain_name, plain_weights
+from tppo.parallel.ranks import Ranks
 
 CHUNK_BYTES = 256 * 2**20
 
@@ -66,6 +68,26 @@ def chunks_of(
             flat[start : start + piece.numbers] = tensor.detach().flatten()
             start += piece.numbers
         yield layout, flat
+    for _ in weights:  # tied ones at the end: to gather is everybody's work
+        pass
+
+
+@contextmanager
+def gathered_chunks(
+    model: nn.Module, layouts: list[Layout], device: torch.device | str, ranks: Ranks
+) -> Iterator[Iterator[tuple[Layout, Shaped[Tensor, " numbers"]]]]:
+    """`chunks_of` for the first rank, while the others are in `LedEngines.update_weights`. Whatever it does with
+    them, all are gathered: the others do not know better."""
+    chunks = chunks_of(model, layouts, device)
+    if ranks.world == 1:
+        yield chunks
+        return
+    ranks.from_main(True)
+    try:
+        yield chunks
+    finally:
+        for _ in chunks:
+            pass
 
 
 def unpack(model: nn.Module, layout: Layout, flat: Shaped[Tensor, " numbers"], *, keep: bool) -> None:

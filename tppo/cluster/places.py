@@ -1,18 +1,20 @@
 """Where engines run: a bundle of resources for each, reserved together, so that a run gets all of them or none.
 
-colocated: on the trainer's host; the trainer uses the first engine's GPU, and Ray gives those GPUs to nobody else.
-separate: anywhere, packed on as few hosts as can be, and a GPU of the trainer's host is kept free of engines. An
-engine with several GPUs (tensor parallel) is one bundle, and a bundle is never split over hosts.
+colocated: on the trainer's hosts, on the GPUs that its ranks compute on; Ray gives those to nobody else. A trainer
+alone uses the first engine's; of several ranks each shares its GPU with a part of one engine. separate: anywhere,
+packed on as few hosts as can be, and a GPU a rank of the trainer's hosts is kept free of engines. An engine with
+several GPUs (tensor parallel) is one bundle, and a bundle is never split over hosts.
 """
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from profiling.errors import ConfigError
+from tppo.cluster.hosts import Home, home_of_this_process, hosts_of
 from tppo.config import RunConfig
 
 RESERVE_TIMEOUT_S = 60.0
@@ -22,7 +24,8 @@ HOST_SHARE = 0.001
 
 @dataclass(frozen=True)
 class Places:
-    """Reserved resources. bundles: one an engine, and a last one for the trainer in the separate layout on GPUs."""
+    """Reserved resources. bundles: one an engine; in the separate layout on GPUs then one for each of the trainer's
+    hosts."""
 
     ray: Any
     group: Any
@@ -30,12 +33,8 @@ class Places:
     engines: int
     gpus_per_engine: int
     """0 on CPUs."""
-    trainer_gpu: int | None = None
-    """Of those that this process sees; None where nothing says which."""
-
-    @property
-    def trainer_bundle(self) -> int:
-        return self.engines if len(self.bundles) > self.engines else 0
+    trainer_gpus: tuple[int, ...] = ()
+    """By rank, as its host numbers them; empty where nothing says which."""
 
     def actor(self, cls: Any, bundle: int, **options: Any) -> Any:
         """A new actor with everything that the bundle has. It has a thread for its work and one to be asked by."""
@@ -51,17 +50,18 @@ class Places:
 
 
 @contextmanager
-def reserved_places(ray: Any, config: RunConfig) -> Iterator[Places]:
-    """Raises ConfigError when the cluster is too small, or stays too busy for RESERVE_TIMEOUT_S."""
+def reserved_places(ray: Any, config: RunConfig, homes: Sequence[Home] | None = None) -> Iterator[Places]:
+    """homes: of the trainer's ranks; left out: it is this process. Raises ConfigError when the cluster is too small,
+    or stays too busy for RESERVE_TIMEOUT_S."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
     there = ray.cluster_resources()
-    host = None if ray.util.client.ray.is_connected() else f"node:{ray.util.get_node_ip_address()}"
+    hosts = hosts_of(homes or [home_of_this_process()], ray, config.ray.address)
     on_gpus = config.model.device == "cuda" or (config.model.device == "auto" and there.get("GPU", 0) > 0)
-    bundles = bundles_of(config, on_gpus=on_gpus, host=host)
+    bundles = bundles_of(config, on_gpus=on_gpus, hosts=hosts)
     check_it_is_there(config, bundles, there)
-    strategy = "STRICT_PACK" if config.ray.layout == "colocated" else "PACK"
-    group = placement_group(bundles, strategy=strategy)
+    together = config.ray.layout == "colocated" and len(set(hosts)) == 1
+    group = placement_group(bundles, strategy="STRICT_PACK" if together else "PACK")
     try:
         if not group.wait(RESERVE_TIMEOUT_S):
             free = ray.available_resources()
@@ -71,8 +71,8 @@ def reserved_places(ray: Any, config: RunConfig) -> Iterator[Places]:
                 "or lower ray.engines"
             )
         places = Places(ray, group, bundles, config.ray.engines, config.gpus_per_engine if on_gpus else 0)
-        if on_gpus and host is not None:
-            places = replace(places, trainer_gpu=trainer_gpu_of(places))
+        if on_gpus and hosts:
+            places = replace(places, trainer_gpus=gpus_of_ranks(places, hosts))
         yield places
     finally:
         remove_placement_group(group)
@@ -85,34 +85,67 @@ class _Probe:
         return [int(number) for number in ray.get_gpu_ids()]
 
 
-def trainer_gpu_of(places: Places) -> int:
-    """The GPU that is reserved for this process, or the first engine's, as this process counts them. It goes on seeing
-    all of them: its sampler watches the engines' too."""
-    probe = places.actor(_Probe, places.trainer_bundle)
-    numbers = places.ray.get(probe.gpus.remote(), timeout=RESERVE_TIMEOUT_S)
+def gpus_of_ranks(places: Places, hosts: Sequence[str]) -> tuple[int, ...]:
+    """Those that are reserved for the trainer, or else for engines, on each rank's host, in their order."""
+    own = range(places.engines, len(places.bundles)) or range(places.engines)
+    found: dict[str, list[int]] = {host: [] for host in hosts}
+    for bundle in own:
+        host = next(name for name in places.bundles[bundle] if name in found)
+        if len(found[host]) < hosts.count(host):
+            found[host] += reserved_gpus(places, bundle)
+    return tuple(found[host].pop(0) for host in hosts)
+
+
+def reserved_gpus(places: Places, bundle: int) -> list[int]:
+    probe = places.actor(_Probe, bundle)
+    numbers: list[int] = places.ray.get(probe.gpus.remote(), timeout=RESERVE_TIMEOUT_S)
     places.ray.kill(probe)
+    return numbers
+
+
+def as_seen_here(gpu: int) -> int:
+    """Number of a host's GPU among those that this process sees. It goes on seeing all of them: its sampler watches
+    the engines' too."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return visible.index(str(numbers[0])) if str(numbers[0]) in visible else numbers[0]
+    return visible.index(str(gpu)) if str(gpu) in visible else gpu
 
 
-def bundles_of(config: RunConfig, *, on_gpus: bool, host: str | None) -> list[dict[str, float]]:
-    """Resources of every engine. host: Ray's name for the trainer's; None where the trainer is outside the cluster.
-    Raises ConfigError."""
-    own, colocated = config.ray, config.ray.layout == "colocated"
-    if colocated and host is None:
+def bundles_of(config: RunConfig, *, on_gpus: bool, hosts: Sequence[str]) -> list[dict[str, float]]:
+    """Resources of every engine, and of the trainer's hosts. hosts: Ray's name for each rank's; empty where the
+    trainer is outside the cluster. Raises ConfigError."""
+    own = config.ray
+    if own.layout == "colocated":
+        return [
+            {"CPU": own.cpus_per_engine, **({"GPU": config.gpus_per_engine} if on_gpus else {}), host: HOST_SHARE}
+            for host in hosts_of_engines(config, on_gpus=on_gpus, hosts=hosts)
+        ]
+    engine: dict[str, float] = {"CPU": own.cpus_per_engine, **({"GPU": config.gpus_per_engine} if on_gpus else {})}
+    bundles = [dict(engine) for _ in range(own.engines)]
+    if on_gpus:
+        bundles += [{"CPU": 0, "GPU": ranks, host: HOST_SHARE} for host, ranks in Counter(hosts).items()]
+    return bundles
+
+
+def hosts_of_engines(config: RunConfig, *, on_gpus: bool, hosts: Sequence[str]) -> list[str]:
+    """Of colocated engines: those of n GPUs are on the hosts of n ranks each, one after the other."""
+    own, each, ranks = config.ray, config.gpus_per_engine, len(hosts)
+    if not hosts:
         raise ConfigError(
             f'ray.layout = "colocated": the trainer is outside the cluster {own.address}; set "separate", or start it '
             "on one of its hosts"
         )
-    engine: dict[str, float] = {"CPU": own.cpus_per_engine}
-    if on_gpus:
-        engine["GPU"] = config.gpus_per_engine
-    if colocated and host is not None:
-        engine[host] = HOST_SHARE
-    bundles = [dict(engine) for _ in range(own.engines)]
-    if on_gpus and not colocated and host is not None:
-        bundles.append({"CPU": 0, "GPU": 1, host: HOST_SHARE})
-    return bundles
+    if on_gpus and ranks > 1 and own.engines * each != ranks:
+        raise ConfigError(
+            f"ray.engines = {own.engines}: colocated, {own.engines} x {each} GPUs must be those of the {ranks} "
+            f'ranks; make ray.engines x ray.gpus_per_engine = {ranks}, or set ray.layout = "separate"'
+        )
+    shared = [hosts[engine * ranks // own.engines] for engine in range(own.engines)]
+    if on_gpus and ranks > 1 and any(hosts[rank] != shared[rank // each] for rank in range(ranks)):
+        raise ConfigError(
+            f"ray.gpus_per_engine = {each}: an engine is on one host, and the ranks of a host cannot be divided into "
+            "groups of as many; change it, or torchrun's --nproc-per-node"
+        )
+    return shared
 
 
 def check_it_is_there(config: RunConfig, bundles: list[dict[str, float]], there: Mapping[str, float]) -> None:
@@ -122,7 +155,8 @@ def check_it_is_there(config: RunConfig, bundles: list[dict[str, float]], there:
         total.update(bundle)
     for name, setting in (("GPU", "ray.gpus_per_engine"), ("CPU", "ray.cpus_per_engine")):
         if total[name] > there.get(name, 0):
-            trainer = " and one for the trainer" if name == "GPU" and len(bundles) > config.ray.engines else ""
+            ranks = sum(bundle.get("GPU", 0) for bundle in bundles[config.ray.engines :])
+            trainer = f" and {ranks:g} for the trainer" if name == "GPU" and ranks else ""
             each = bundles[0][name]
             raise ConfigError(
                 f"ray.engines = {config.ray.engines}: with {each:g} {name}s each{trainer} they need {total[name]:g}, "

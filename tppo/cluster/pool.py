@@ -22,6 +22,7 @@ from tppo.cluster.places import Places
 from tppo.cluster.sync import ThroughTheObjectStore, WeightSync
 from tppo.cluster.worker import About, Advance, EngineSpec, EngineWorker
 from tppo.rollout.drive import Trace
+from tppo.rollout.packing import unpacked
 from tppo.rollout.protocol import Completion, EngineError, Request, Sampling
 
 PING_S = 5.0
@@ -202,12 +203,9 @@ class EnginePool:
             for r in brought.records
         ]
         return [
-            replace(
-                done, token_ids=list(done.token_ids), log_probs=list(done.log_probs), t_start=done.t_start + shift,
-                t_end=done.t_end + shift, engine=member.engine,
-            )
+            replace(unpacked(done), t_start=done.t_start + shift, t_end=done.t_end + shift, engine=member.engine)
             for done in brought.completions
-        ]  # fmt: skip
+        ]
 
     # -- Failures.
 

@@ -19,8 +19,8 @@ class RayConfig(Settings):
     cpus_per_engine: PositiveInt = 1
     """CPUs of one engine, and torch's threads in it."""
     layout: Literal["colocated", "separate"] = "colocated"
-    """colocated: engines on the trainer's host, the first one on the trainer's GPU. separate: anywhere, on GPUs that
-    do not train."""
+    """colocated: engines on the trainer's host, the first one on the trainer's GPU; of several ranks each shares its
+    GPU with one engine. separate: anywhere, on GPUs that do not train."""
     dispatch: Literal["round_robin", "shared_queue"] = "round_robin"
     """round_robin: row i of a step goes to engine i mod engines. shared_queue: to the engine that frees a slot."""
     weight_sync: Literal["auto", "object_store", "nccl", "gloo"] = "auto"

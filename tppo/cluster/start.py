@@ -1,34 +1,74 @@
 """From a configuration to the engines of a cluster."""
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from profiling.errors import ConfigError
-from tppo.cluster.places import Places, reserved_places
+from tppo.cluster.hosts import home_of_this_process
+from tppo.cluster.led import LedEngines
+from tppo.cluster.places import Places, as_seen_here, reserved_places
 from tppo.cluster.pool import EnginePool
 from tppo.cluster.session import joined_cluster
 from tppo.cluster.sync import ByBroadcast, ThroughTheObjectStore, WeightSync
 from tppo.cluster.worker import EngineSpec
 from tppo.config import RunConfig
 from tppo.models.policy import input_layer
+from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.rollout.engines import engine_dtype
 
 
 @contextmanager
-def places_of(config: RunConfig) -> Iterator[Places | None]:
-    """What `[ray]` asks for, reserved; None, and no Ray, without an address. Raises ConfigError."""
+def places_of(config: RunConfig, ranks: Ranks = SINGLE) -> Iterator[Places | None]:
+    """What `[ray]` asks for, reserved, on the first rank, which joins the cluster; None, and no Ray, on the others and
+    without an address. Raises ConfigError, on all ranks."""
     if not config.ray.address:
         yield None
         return
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ConfigError("--ray: the trainer is one process, and torchrun has started several; leave one of them out")
-    with joined_cluster(config.ray.address) as ray, reserved_places(ray, config) as places:
-        yield places
+    homes = ranks.gather(home_of_this_process())
+    found: list[Places] = []
+    with ExitStack() as stack:
+
+        def reserve() -> None:
+            if ranks.main:
+                ray = stack.enter_context(joined_cluster(config.ray.address))
+                found.append(stack.enter_context(reserved_places(ray, config, homes)))
+
+        ranks.everyones(reserve)
+        yield found[0] if found else None
+
+
+def trainer_gpu_of(places: Places | None, ranks: Ranks) -> int | None:
+    """The GPU that is reserved for this rank, of those that it sees; None where none is."""
+    numbers = ranks.from_main(places.trainer_gpus if places else ())
+    return as_seen_here(numbers[ranks.rank]) if numbers else None
+
+
+def led_engines(
+    places: Places | None,
+    config: RunConfig,
+    model: PreTrainedModel,
+    ranks: Ranks,
+    *,
+    slots: int,
+    max_tokens: int,
+    generator: torch.Generator,
+) -> LedEngines:
+    """The engines as torchrun's ranks use them together. As `make_pool`, whose pool the first rank has; errors are
+    raised on all ranks."""
+    made: list[EnginePool] = []
+
+    def make() -> None:
+        if places is not None:
+            made.append(
+                make_pool(places, config, model, slots=slots, max_tokens=max_tokens, generator=generator, ranks=ranks)
+            )
+
+    ranks.everyones(make)
+    return LedEngines(made[0] if made else None, model, ranks)
 
 
 def make_pool(
@@ -39,6 +79,7 @@ def make_pool(
     slots: int,
     max_tokens: int,
     generator: torch.Generator,
+    ranks: Ranks = SINGLE,
 ) -> EnginePool:
     """The engines, built, all with the weights of config.model.path: `update_weights` brings those of `model`, which
     the caller trains. slots: rows of an engine. Raises ConfigError or EngineError."""
@@ -50,14 +91,15 @@ def make_pool(
     dtype = engine_dtype(config, torch.device("cuda" if places.gpus_per_engine else "cpu"))
     trainer = input_layer(model).weight.device
     limit = own.engine_timeout_s
-    store = ThroughTheObjectStore(
-        ray, model, dtype, timeout_s=limit, keep=config.rollout.schedule == "asynchronous"
-    )  # fmt: skip
+    keep = config.rollout.schedule == "asynchronous" or ranks.world > 1
+    store = ThroughTheObjectStore(ray, model, dtype, timeout_s=limit, keep=keep, ranks=ranks)
     backend = backend_of(config, on_gpus=trainer.type == "cuda" and places.gpus_per_engine > 0)
     sync: WeightSync = store
     if backend is not None:
         host = ray.util.get_node_ip_address()
-        sync = ByBroadcast(ray, model, dtype, backend=backend, host=host, device=trainer, timeout_s=limit)
+        sync = ByBroadcast(
+            ray, model, dtype, backend=backend, host=host, device=trainer, timeout_s=limit, ranks=ranks
+        )  # fmt: skip
     return EnginePool(places, spec, sync, store, generator=generator)
 
 

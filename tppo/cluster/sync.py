@@ -8,7 +8,8 @@ from torch import nn
 
 from tppo.cluster.group import WeightGroup, open_meeting
 from tppo.cluster.member import Member
-from tppo.cluster.packing import Layout, chunks_of, layouts_of
+from tppo.cluster.packing import Layout, gathered_chunks, layouts_of
+from tppo.parallel.ranks import SINGLE, Ranks
 
 
 class WeightSync(Protocol):
@@ -23,27 +24,30 @@ class ThroughTheObjectStore:
     others get one copy a host. Two chunks live at a time, so that one is made while the other is read.
 
     keep: chunks stay until the next `send`, for `resend` to an engine that joins later (a whole copy of the model in
-    the store): wanted where the model itself has moved on by then.
+    the store): wanted where the model itself has moved on by then, or cannot be gathered because the other ranks are
+    not asked to.
     """
 
     def __init__(
-        self, ray: Any, model: nn.Module, dtype: torch.dtype, *, timeout_s: float, keep: bool = False
-    ) -> None:
-        self._ray, self._model, self._timeout_s, self._keep = ray, model, timeout_s, keep
+        self, ray: Any, model: nn.Module, dtype: torch.dtype, *, timeout_s: float, keep: bool = False,
+        ranks: Ranks = SINGLE,
+    ) -> None:  # fmt: skip
+        self._ray, self._model, self._timeout_s, self._keep, self._ranks = ray, model, timeout_s, keep, ranks
         self._layouts = layouts_of(model, dtype)
         self._kept: list[tuple[Layout, Any]] = []
 
     def send(self, members: Sequence[Member]) -> None:
         self._kept = []
         reading: list[Any] = []
-        for layout, flat in chunks_of(self._model, self._layouts, "cpu"):
-            stored = self._ray.put(flat.view(torch.uint8).numpy())
-            del flat
-            self._ray.get(reading, timeout=self._timeout_s)
-            reading = [member.actor.receive.remote(layout, stored) for member in members]
-            if self._keep:
-                self._kept.append((layout, stored))
-            del stored
+        with gathered_chunks(self._model, self._layouts, "cpu", self._ranks) as chunks:
+            for layout, flat in chunks:
+                stored = self._ray.put(flat.view(torch.uint8).numpy())
+                del flat
+                self._ray.get(reading, timeout=self._timeout_s)
+                reading = [member.actor.receive.remote(layout, stored) for member in members]
+                if self._keep:
+                    self._kept.append((layout, stored))
+                del stored
         self._ray.get(reading, timeout=self._timeout_s)
 
     @property
@@ -65,9 +69,9 @@ class ByBroadcast:
 
     def __init__(
         self, ray: Any, model: nn.Module, dtype: torch.dtype, *, backend: str, host: str, device: torch.device,
-        timeout_s: float,
+        timeout_s: float, ranks: Ranks = SINGLE,
     ) -> None:  # fmt: skip
-        self._ray, self._model = ray, model
+        self._ray, self._model, self._ranks = ray, model, ranks
         self._backend, self._host, self._timeout_s = backend, host, timeout_s
         self._device = device if backend == "nccl" else torch.device("cpu")
         self._layouts = layouts_of(model, dtype)
@@ -83,8 +87,9 @@ class ByBroadcast:
                 self._group = self._meet(actors)
                 self._members = actors
             answers = [actor.receive_broadcast.remote(self._layouts) for actor in actors]
-            for _, flat in chunks_of(self._model, self._layouts, self._device):
-                self._group.broadcast(flat)
+            with gathered_chunks(self._model, self._layouts, self._device, self._ranks) as chunks:
+                for _, flat in chunks:
+                    self._group.broadcast(flat)
             self._ray.get(answers, timeout=self._timeout_s)
         except Exception:
             self._group = None  # a broadcast that failed leaves a group useless

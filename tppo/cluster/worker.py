@@ -8,8 +8,7 @@ the next call brings new rows. So a row that waits gets a slot as soon as one is
 import os
 import time
 import warnings
-from array import array
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from tppo.config import RunConfig
 from tppo.models.policy import load_policy
 from tppo.quiet import quieten_libraries
 from tppo.rollout.engines import engine_dtype, make_engine
+from tppo.rollout.packing import packed
 from tppo.rollout.protocol import Completion, Request, RolloutEngine, Sampling
 
 
@@ -54,8 +54,14 @@ class Advance:
     records: list[dict[str, Any]]
 
 
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun has told the trainer's rank that started this cluster, and an engine would take for its own."""
+
+
 class EngineWorker:
     def __init__(self) -> None:
+        for name in OF_A_RANK:
+            os.environ.pop(name, None)
         self._engine: RolloutEngine | None = None
         self._group: WeightGroup | None = None
         self._call, self._interrupted = 0, 0
@@ -158,12 +164,7 @@ class EngineWorker:
         return self._interrupted != self._call
 
     def _packed(self, completions: list[Completion]) -> Advance:
-        """Tokens travel as numbers, not as objects."""
-        packed = [
-            replace(done, token_ids=array("q", done.token_ids), log_probs=array("d", done.log_probs))  # type: ignore[arg-type]
-            for done in completions
-        ]
-        return Advance(packed, self._made().take_records())
+        return Advance(list(map(packed, completions)), self._made().take_records())
 
 
 def _tensor_of(numbers: np.ndarray) -> torch.Tensor:

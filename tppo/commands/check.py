@@ -41,7 +41,8 @@ def run_check(config: RunConfig, *, gpu: str | None, gpus: int, where: str) -> N
         raise ConfigError("--check: name the GPU, --gpu H100-SXM, and how many, --gpus 8")
     if not 1 <= gpus <= config.rows_per_step:
         raise ConfigError(f"--gpus {gpus}: must lie between 1 and the {config.rows_per_step} rows of a step")
-    if gpus % config.parallel.replicas:
+    trainers = gpus_that_train(config, gpus)
+    if trainers % config.parallel.replicas:
         raise ConfigError(f"--gpus {gpus}: does not divide into parallel.replicas = {config.parallel.replicas}")
     card = load_gpu(gpu)
     parts = parts_of(config, card, gpu, gpus)
@@ -62,6 +63,25 @@ def run_check(config: RunConfig, *, gpu: str | None, gpus: int, where: str) -> N
                 "rollout.max_response_tokens"
             )
         console.print(f"{phase}: {needed / GB:.1f} of {usable / GB:.1f} GB", highlight=False)
+
+
+def gpus_that_train(config: RunConfig, gpus: int) -> int:
+    """Of all GPUs: ranks of torchrun. Raises ConfigError when engines on a Ray cluster leave none, or others."""
+    ray = config.ray
+    if not ray.address:
+        return gpus
+    engines = ray.engines * config.gpus_per_engine
+    if ray.layout == "colocated" and engines != gpus:
+        raise ConfigError(
+            f"--gpus {gpus}: colocated, {ray.engines} engines of {config.gpus_per_engine} must be on the GPUs that "
+            f"train; set ray.engines = {max(1, gpus // config.gpus_per_engine)}, or --gpus {engines}"
+        )
+    if ray.layout == "separate" and engines >= gpus:
+        raise ConfigError(
+            f"--gpus {gpus}: {ray.engines} separate engines of {config.gpus_per_engine} leave none to train on; take "
+            "more GPUs, or lower ray.engines"
+        )
+    return gpus if ray.layout == "colocated" else gpus - engines
 
 
 def config_json_of(path: str) -> Path:
@@ -87,18 +107,20 @@ def parts_of(config: RunConfig, card: Gpu, gpu: str, gpus: int) -> list[Part]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{source}: cannot be read: {error}") from None
     built, prompt = memory.build(values, config), prompt_tokens_of(config)
-    shards = gpus // config.parallel.replicas
-    row_tokens, rows = prompt + config.rollout.max_response_tokens, -(-config.rows_per_step // gpus)
+    shards = gpus_that_train(config, gpus) // config.parallel.replicas
+    on_ray = config.ray.address != ""
+    engines, of_an_engine = (config.ray.engines, config.gpus_per_engine) if on_ray else (gpus, 1)
+    row_tokens, rows = prompt + config.rollout.max_response_tokens, -(-config.rows_per_step // engines)
     rows = config.rollout.max_rows_per_engine or rows
     tokens, picked = memory.tokens_of_a_pass(config, prompt)
     checkpointed = config.model.activation_checkpointing
     plan = AnalyticCosts(
         AnalyticCostSettings(
-            kind="analytic", model=str(source), gpu=gpu, tensor_parallel=1, value_model=built.value_model is not None,
-            reference_model=bool(config.algorithm.kl_coef), micro_batch_tokens=tokens,
-            recompute="full" if checkpointed else "none",
+            kind="analytic", model=str(source), gpu=gpu, tensor_parallel=of_an_engine,
+            value_model=built.value_model is not None, reference_model=bool(config.algorithm.kl_coef),
+            micro_batch_tokens=tokens, recompute="full" if checkpointed else "none",
         ),
-        engine_gpus=1, trainer_gpus=shards, engines=gpus,
+        engine_gpus=of_an_engine, trainer_gpus=shards, engines=engines,
     )  # fmt: skip
     activations = memory.activation_bytes(built.policy, tokens, checkpointed=checkpointed)
     training, rollout = plan.training_memory().needs, plan.rollout_memory(row_tokens).needs
@@ -107,24 +129,35 @@ def parts_of(config: RunConfig, card: Gpu, gpu: str, gpus: int) -> list[Part]:
         config.model.lora_rank or config.parallel.cpu_offload or config.algorithm.kl_coef
         or config.algorithm.name == "ppo-ewma"
     )  # fmt: skip
-    always, resting = ("rollout", "training"), ("rollout",) if config.rollout.release_memory else None
-    vllm = config.rollout.engine == "vllm"
-    if vllm:
+    apart = on_ray and config.ray.layout == "separate"
+    trains: tuple[str, ...] = ("training",) if apart else ("rollout", "training")
+    always: tuple[str, ...] = ("rollout",) if apart else ("rollout", "training")
+    resting = ("rollout",) if config.rollout.release_memory else always
+    if config.rollout.engine == "vllm":
         share = config.vllm.gpu_memory_utilization * card.memory_bytes
-        engine = [Part("vLLM: vllm.gpu_memory_utilization", share, None, False, resting or always)]
+        if share < sum(rollout.values()):
+            raise ConfigError(
+                f"vllm.gpu_memory_utilization = {config.vllm.gpu_memory_utilization:g}: {share / GB:.1f} GB of a "
+                f"{card.name} do not hold an engine's part of the weights and the cache of one row, "
+                f"{sum(rollout.values()) / GB:.1f} GB; raise it, or vllm.tensor_parallel"
+            )
+        engine = [Part("vLLM: vllm.gpu_memory_utilization", share, None, False, resting)]
     else:
         cache = memory.cache_bytes(built.policy, config, rows, row_tokens)
         weights = memory.engine_weight_bytes(built.policy, config)
-        both = 1 if config.rollout.release_memory or not config.evaluation.every else 2
+        both = 1 if config.rollout.release_memory or not config.evaluation.every or on_ray else 2
         engine = [
             Part("engine's weights", weights, rollout["weights"], config.rollout.dtype != "float32", always),
             Part(f"KV cache, {rows} rows of {row_tokens}", both * cache,
                  both * rows * rollout["cache of the longest row"], config.rollout.dtype != "float32",
-                 resting or always),
+                 resting),
         ]  # fmt: skip
+    if on_ray:
+        largest = max(p.numel() for p in built.policy.parameters()) * memory.FP32
+        engine.append(Part("a weight on its way to engines", largest, None, False, trains[:1]))
     return [
         Part("weights, gradients, moments", memory.state_bytes(built, config, shards),
-             training["weights, gradients and optimizer"], states_alike, always),
+             training["weights, gradients and optimizer"], states_alike, trains),
         *engine,
         Part("gathered shards", memory.gathered_bytes(built.policy), training["two gathered layers"], False,
              ("training",)),

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -21,8 +21,9 @@ CPU = torch.device("cpu")
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "[gloo", "/gloo/")
 """In messages of gloo, which has no error of its own, when a rank has gone."""
 
-TIMEOUT = timedelta(minutes=30)
-"""Of a collective: the ranks wait for the slowest one's rollout and rewards."""
+TIMEOUT = timedelta(hours=4)
+"""Of a collective: the ranks wait for the slowest one's rollout and rewards, or for a cluster's whole rollout. A rank
+that has gone is noticed at once, by its connections."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,13 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the first rank, where alone it is done. Where it raises an error of ours, all ranks
+        raise that. What it gives may be large: it travels once to each."""
+        own: list[T] = []
+        self.everyones(lambda: own.append(work()) if self.main else None)
+        return self.from_main(own[0] if own else None)  # type: ignore[return-value]
+
     def share(self, items: Sequence[T], sizes: Sequence[int]) -> list[tuple[T, bool]]:
         """This rank's of the items, the same number on every rank: sharded models compute in step.
 
@@ -106,23 +114,28 @@ SINGLE = Ranks()
 def joined_ranks(
     *, device: str = "auto", dtype: str = "auto", replicas: int = 1, gpu: int | None = None
 ) -> Iterator[Ranks]:
-    """The ranks that torchrun started, or this process alone. device: auto, cpu or cuda. dtype: in which training
-    passes compute; another than the weights' float32 is sharding's work, also where one process is alone. replicas:
-    groups that each hold all shards (HSDP). gpu: this process's, of those that it sees; None: its local rank's. Raises
-    ConfigError.
+    """The ranks that torchrun started, or this process alone, each on its device. device: auto, cpu or cuda. dtype: in
+    which training passes compute; another than the weights' float32 is sharding's work, also where one process is
+    alone. replicas: groups that each hold all shards (HSDP). gpu: this process's, of those that it sees; None: its
+    local rank's. Raises ConfigError.
     """
+    with joined_processes(device=device, dtype=dtype, replicas=replicas) as processes:
+        yield on_devices(processes, device=device, replicas=replicas, gpu=gpu)
+
+
+@contextmanager
+def joined_processes(*, device: str = "auto", dtype: str = "auto", replicas: int = 1) -> Iterator[Ranks]:
+    """Ranks that can talk, and have no device yet: who gets which may be something to talk about."""
     world, rank = _from_environment("WORLD_SIZE", 1), _from_environment("RANK", 0)
-    own = device_of(device, _from_environment("LOCAL_RANK", 0) if gpu is None else gpu)
+    kind = device_of(device)
     if world % replicas:
         raise ConfigError(f"parallel.replicas = {replicas}: the {world} ranks cannot be divided into as many groups")
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
-    if world == 1 and compute_dtype(dtype, own) == torch.float32:
-        yield Ranks(device=own)
+    if world == 1 and compute_dtype(dtype, kind) == torch.float32:
+        yield Ranks()
         return
     if world > 1:
         end_with_the_parent()  # a launcher that is killed cannot end its ranks: SIGTERM saves
-    backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"
     alone: dict[str, Any] = {} if world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:
         dist.init_process_group(backend, timeout=TIMEOUT, **alone)
@@ -130,9 +143,7 @@ def joined_ranks(
         reason = str(error).splitlines()[0]
         raise ConfigError(f"the {world} ranks cannot join: {reason}; start them with torchrun") from None
     try:
-        shape = {"replicas": replicas, "shards": world // replicas} if replicas > 1 else {"shards": world}
-        mesh = init_device_mesh(own.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
-        yield Ranks(rank, world, own, mesh)
+        yield Ranks(rank, world)
     except (dist.DistError, RuntimeError) as error:
         if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in LOST):
             raise
@@ -142,6 +153,20 @@ def joined_ranks(
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def on_devices(ranks: Ranks, *, device: str = "auto", replicas: int = 1, gpu: int | None = None) -> Ranks:
+    """Joined processes, each on its device, and a mesh of them for shards. Raises ConfigError, on all of them."""
+    number = _from_environment("LOCAL_RANK", 0) if gpu is None else gpu
+    own = ranks.everyones(lambda: device_of(device, number))[ranks.rank]
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    if not dist.is_initialized():
+        return replace(ranks, device=own)
+    world = ranks.world
+    shape = {"replicas": replicas, "shards": world // replicas} if replicas > 1 else {"shards": world}
+    mesh = init_device_mesh(own.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+    return replace(ranks, device=own, mesh=mesh)
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:

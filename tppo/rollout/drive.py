@@ -31,12 +31,14 @@ def run_rollout(
     sampling: Sampling,
     trace: Trace,
     clock: Clock,
-) -> None:
+) -> tuple[StepState, list[Completion]]:
     """Generate the plan's tokens into `rows`, until the schedule ends the step; what still runs then is aborted and
-    comes back with what it has. Rows have begun their window."""
+    comes back with what it has. Rows have begun their window. Returns the schedule's state at the end, and what
+    brought it there: every row's end, in order."""
     with engine_faults(plan.step):
         engine.submit(requests_of(plan, rows), sampling)
     state = StepState.of(plan)
+    ended: list[Completion] = []
     while state.running:
         with engine_faults(plan.step):
             completions = engine.abort() if state.ended else engine.run_until_a_row_ends()
@@ -46,6 +48,8 @@ def run_rollout(
             )
         for completion in completions:
             state = take_completion(schedule, state, completion, rows, max_response_tokens, trace, clock())
+        ended += completions
+    return state, ended
 
 
 def requests_of(plan: StepPlan, rows: Mapping[int, Row]) -> list[Request]:
@@ -75,7 +79,7 @@ def take_completion(
 
 
 @contextmanager
-def engine_faults(step: int) -> Iterator[None]:
+def engine_faults(step: int | None = None) -> Iterator[None]:
     """Whatever an engine raises becomes an EngineError, one line; errors of ours go through."""
     try:
         yield
@@ -83,7 +87,8 @@ def engine_faults(step: int) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise EngineError(f"step {step}: the rollout engine failed: {type(error).__name__}: {reason}") from error
+        where = "" if step is None else f"step {step}: "
+        raise EngineError(f"{where}the rollout engine failed: {type(error).__name__}: {reason}") from error
 
 
 def _reason(completion: Completion, row: Row, max_response_tokens: int) -> Reason:

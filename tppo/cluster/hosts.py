@@ -1,0 +1,52 @@
+"""Which host of a Ray cluster each rank of the trainer is on. Ranks say where they are without Ray; the first one,
+which has joined the cluster, finds the hosts."""
+
+import platform
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from profiling.errors import ConfigError
+from profiling.markers import boot_id
+
+
+@dataclass(frozen=True)
+class Home:
+    """Of a rank."""
+
+    boot: str
+    """The same for all processes of a running host."""
+    name: str
+    addresses: frozenset[str]
+    """Of the host, those that others can reach."""
+
+
+def home_of_this_process() -> Home:
+    found = (address for own in psutil.net_if_addrs().values() for address in own)
+    addresses = {a.address for a in found if a.family == socket.AF_INET and not a.address.startswith("127.")}
+    return Home(boot_id(), platform.node(), frozenset(addresses))
+
+
+def hosts_of(homes: Sequence[Home], ray: Any, address: str) -> list[str]:
+    """By rank: the resource that Ray has for its host alone, `node:ADDRESS`; empty where the first rank is outside the
+    cluster (ray://). Raises ConfigError for a rank on a host that is not in it."""
+    if ray.util.client.ray.is_connected():
+        return []
+    alive = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+    own = ray.util.get_node_ip_address()
+    return [f"node:{_host_of(rank, home, homes[0].boot, alive, own, address)}" for rank, home in enumerate(homes)]
+
+
+def _host_of(rank: int, home: Home, first_boot: str, alive: list[str], own: str, address: str) -> str:
+    if home.boot == first_boot:
+        return own
+    for host in alive:
+        if host in home.addresses:
+            return host
+    raise ConfigError(
+        f"--ray {address}: rank {rank} is on {home.name}, which is no host of this cluster; run `ray start --address "
+        "HOST:PORT` there"
+    )
