@@ -12,6 +12,8 @@ from profiling.schema import CAUSES
 from profiling.summary import NEEDS_RECORDS
 
 UNRESOLVED = "unresolved"
+ROUNDING = 1e-9
+"""Share of the time that is no time."""
 
 
 def causes_per_step(run: Run, after: int = 0) -> pd.Series:
@@ -44,7 +46,8 @@ def ledger_table(runs: Sequence[Run], names: dict[str, tuple[str, str]]) -> pd.D
     if not columns:
         raise DataError(f"{runs[0].path}: has no ledger yet; the run has not ended")
     table = pd.DataFrame(columns)
-    seen = table.isna().any(axis=1) | (table > 0).any(axis=1)
+    shares = table[[column for column in table if str(column).endswith(": share")]]
+    seen = shares.isna().any(axis=1) | (shares > ROUNDING).any(axis=1)
     table = table[seen]
     table.insert(0, "cause", [names.get(str(cause), ("", str(cause)))[1] for cause in table.index])
     return table.reset_index(drop=True)

@@ -61,6 +61,10 @@ def write_report(
     beside = runs[0].path.parent
     predictions = predictions or beside / "predictions.csv"
     script = (files("analysis") / "report.js").read_text()
+    tables = _tables(runs, target, predictions)
+    figures = [_figure_section(name, place, runs) for place, name in enumerate(FIGURES)]
+    for section in (*tables, *figures):
+        section["missing"] = _without_folders(section["missing"], runs)
     page = (
         jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         .from_string((files("analysis") / "report.html.jinja").read_text())
@@ -72,8 +76,8 @@ def write_report(
             warnings=_warnings(runs, advice),
             caveat=CAVEAT,
             command=command,
-            tables=_tables(runs, target, predictions),
-            figures=[_figure_section(name, place, runs) for place, name in enumerate(FIGURES)],
+            tables=tables,
+            figures=figures,
             runs=[_run_facts(run) for run in runs[:MOST_RUNS]],
             runs_left_out=max(0, len(runs) - MOST_RUNS),
             made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -84,6 +88,13 @@ def write_report(
     )
     write_atomically(output, page.encode())
     return output
+
+
+def _without_folders(reason: str | None, runs: Sequence[Run]) -> str | None:
+    """A report is sent to others: where its runs lay on this machine is nothing to them."""
+    for folder in {str(run.path.parent) for run in runs} - {"."}:
+        reason = reason.replace(f"{folder}/", "") if reason else None
+    return reason
 
 
 def _title(runs: Sequence[Run]) -> str:

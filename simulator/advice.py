@@ -23,8 +23,9 @@ from profiling.advice import Advice, Option, Tail, trace_bytes_of
 from profiling.errors import DataError, InputError
 from profiling.reader import Run
 from simulator.calibrate import calibrate, resampled_costs
+from simulator.cluster import TrainingRun
 from simulator.experiment import Experiment, load_experiment
-from simulator.run import simulate
+from simulator.run import no_garbage_collection
 from simulator.workload import whole_rows
 
 LEAST_STEPS = 5
@@ -33,7 +34,7 @@ ROWS, STEPS = 3000, (6, 64)
 """What a replay plays: about so many rows, but at least and at most so many steps."""
 REPLAYED_ROWS = 250_000
 """Of all replays for the interval together; sets their number, within RESAMPLES."""
-RESAMPLES = (6, 12)
+RESAMPLES = (6, 10)
 CALIBRATED_SPANS = 20_000
 """About as many engine spans are fitted to."""
 DIVISORS = (1.5, 2, 3, 4, 6, 8)
@@ -43,6 +44,8 @@ TAIL_ROWS = 0.03
 WORST_REPLAY = 0.25
 """Relative error of the run's own replay from which the costs are not believed."""
 SCHEDULES = ("synchronous", "truncated")
+NOT_TRAINING = ("evaluation_every", "checkpoint_every", "mtbf_hours", "restart_s")
+"""Costs that no rate per response counts."""
 
 
 class Withheld(Exception):
@@ -117,7 +120,8 @@ class Replay:
             raise Withheld("the run has no rollout records")
         steps = int(rows.step.nunique()) - int(run.summary.get("startup_steps") or 0)
         if steps < LEAST_STEPS:
-            raise Withheld(f"{steps} steps after start-up are too few; {LEAST_STEPS} are needed")
+            count = f"{max(steps, 0)} step{'' if steps == 1 else 's'}"
+            raise Withheld(f"{count} after start-up are too few; {LEAST_STEPS} are needed")
         if not run.summary.get("seconds_per_finished_row"):
             raise Withheld("no response finished after start-up")
         if not run.simulated and int(rows.preempted.sum()):
@@ -214,10 +218,13 @@ class Replay:
         prompts = rows.prompt_tokens.clip(lower=1)
         pd.DataFrame({"response": rows.length.to_numpy(), "prompt": prompts.to_numpy()}).to_parquet(lengths)
         experiment, startup = self._experiment(schedule, lengths, costs)
-        per_row = simulate(experiment, skipped_steps=startup).summary()["seconds_per_finished_row"]
-        if not per_row:
+        played = TrainingRun(experiment, skipped_steps=startup)
+        with no_garbage_collection():
+            played.run()
+        finished = sum(int(step.rows["finished"].sum()) for step in played.log.steps.values())
+        if not finished:
             raise Withheld("no response finishes in a replay of so few steps")
-        return float(per_row)
+        return played.wall_s / finished  # without a ledger, which takes as long as the replay
 
     def _experiment(
         self, schedule: dict[str, Any], lengths: Path, costs: dict[str, float] | None
@@ -226,7 +233,8 @@ class Replay:
         run = self.run
         values: dict[str, Any]
         if run.simulated:
-            values = {"cluster": run.config.get("cluster", {}), "cost": run.config.get("cost", {})}
+            cost = {key: value for key, value in run.config.get("cost", {}).items() if key not in NOT_TRAINING}
+            values = {"cluster": run.config.get("cluster", {}), "cost": cost}
         else:
             values = {"cluster": self._cluster(), "cost": {"kind": "affine", **(costs or self.fitted[0])}}
         known = {key: value for key, value in schedule.items() if key in ("kind", "window")}

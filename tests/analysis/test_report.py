@@ -148,7 +148,8 @@ def test_damaged_advice_is_named_with_its_field_and_nothing_else_is_lost(tmp_pat
 def test_a_report_of_a_live_run_says_what_it_leaves_out(tmp_path):
     live = make_run(tmp_path / "ppo-s0", accuracies=RISING, finish=False)
     text = report([live], tmp_path)
-    assert "has no ledger yet; the run has not ended" in text
+    assert "Left out: ppo-s0: has no ledger yet; the run has not ended" in text  # without the folder
+    assert str(tmp_path) not in text
     assert "live or killed" in text
     assert len(Page(text).all("figure")) >= 2
 

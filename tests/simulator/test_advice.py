@@ -50,6 +50,8 @@ def as_measured(run, path):
 
 def test_the_saving_of_the_advised_window_is_what_running_it_saves(synchronous):
     advice = advise(synchronous)
+    own_s = synchronous.summary["seconds_per_finished_row"]
+    assert advice.own.seconds_per_finished_row == pytest.approx(own_s, rel=1e-12)  # all its rows: the same run
     best = advice.best
     longer = {"steps": 120, "seed": 8}  # other rows of the same kind
     truth = 1 - per_response({"kind": "truncated", "window": best.window}, **longer) / per_response(
