@@ -21,7 +21,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError  # nosec B403: the error alone; nothing is unpickled here
+from pickle import UnpicklingError  # its name alone, nothing is unpickled here # nosec B403
 from typing import Any
 
 import torch

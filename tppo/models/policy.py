@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError  # nosec B403: the error alone; nothing is unpickled here
+from pickle import UnpicklingError  # its name alone, nothing is unpickled here # nosec B403
 
 import torch
 from jaxtyping import Float, Int
