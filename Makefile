@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # One thread a process: two processes that each use every core wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-quick test soak reliability test-vllm lint docs docs-outputs bench clean
+.PHONY: demo demo-quick test soak reliability test-vllm lint wheel audit docs docs-outputs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,21 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml tppo simulator profiling analysis scripts
+
+# Builds sdist and wheel, installs the wheel without extras in an environment of its own and tries every command there.
+wheel:
+	PYTHON=$(PYTHON) WHEEL_VENV=$(abspath $(VENV))-wheel scripts/check_wheel.sh
+
+# Known vulnerabilities of the pinned packages. Asks an advisory service on the network, so .ci/run leaves it out;
+# without the service it fails, for what could not be looked up is not clean.
+audit: $(VENV)-audit/.installed
+	$(VENV)-audit/bin/pip-audit --strict --progress-spinner off --disable-pip --no-deps --requirement constraints.txt
+
+$(VENV)-audit/.installed:
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	touch $@
 
 # The documentation as a site in site/; a broken link or a missing anchor is an error. The date is that of the commit,
 # so that one commit gives one site.
@@ -72,4 +87,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.time_to_score
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm runs site build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-wheel $(VENV)-audit runs site build dist *.egg-info

@@ -106,16 +106,18 @@ def speed_table(runs: Sequence[Run]) -> pd.DataFrame:
     for arm, members in by_arm(runs).items():
         values = [_speed(run) for run in members if run.summary is not None and run.ledger is not None]
         if values:
-            rows.append({"arm": arm, "runs": len(values), **pd.DataFrame(values).median().to_dict()})
+            rows.append({"arm": arm, "runs": len(values), **pd.DataFrame(values, dtype=float).median().to_dict()})
     return pd.DataFrame(rows)
 
 
-def _speed(run: Run) -> dict[str, float]:
+def _speed(run: Run) -> dict[str, float | None]:
+    """None: a run so short, or with so few finished responses, that its summary gives no rate."""
     assert run.summary is not None
     if run.summary.get("generated_tokens") is None:
         raise DataError(f"{run.path}: has no rollout records: it is not a training run")
     seconds = training_ledger(run)
     per_step = 1 / run.summary["steps"]
+    per_token = run.summary["seconds_per_trained_token"]
 
     def total(causes: Sequence[str]) -> float:
         return float(sum(seconds.get(cause, 0.0) for cause in causes))
@@ -123,7 +125,7 @@ def _speed(run: Run) -> dict[str, float]:
     return {
         "s per step": run.summary["seconds_per_step"],
         "s per finished response": run.summary["seconds_per_finished_row"],
-        "ms per trained token": 1e3 * run.summary["seconds_per_trained_token"],
+        "ms per trained token": None if per_token is None else 1e3 * per_token,
         "rollout s": run.summary["rollout_seconds"] * per_step,
         "decode s": total(DECODE) * per_step,
         "prefill s": total(PREFILL) * per_step,

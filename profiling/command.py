@@ -42,7 +42,10 @@ def profile_command(
     with Profiler(output, sampler_interval_s=interval_s, links=links) as profiler:
         with profiler.phase("command", step=1):
             try:
-                process = subprocess.Popen(argv, env={**(environment or os.environ), VARIABLE: str(output.resolve())})
+                # The user's own command, as words: no shell reads it.
+                process = subprocess.Popen(  # nosec B603
+                    argv, env={**(environment or os.environ), VARIABLE: str(output.resolve())}
+                )
             except OSError as error:
                 raise ConfigError(f"{argv[0]}: cannot be run: {error.strerror}") from None
             with _passing_on_sigterm(process):

@@ -6,14 +6,14 @@ A trainer is not touched by it: another process, which reads what the run has wr
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from prometheus_client.core import CollectorRegistry, CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import start_http_server
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from rich.console import Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -24,6 +24,7 @@ from profiling.console import plain_table, table_console
 from profiling.errors import ConfigError, ToolkitError
 from profiling.ledger import Cluster, build_ledger
 from profiling.markers import read_markers
+from profiling.metrics_server import MetricsServer
 from profiling.reader import Run
 
 REFRESH_S = 2.0
@@ -77,11 +78,13 @@ def markers_so_far(run: Run) -> list[dict[str, Any]]:
     return read_markers(run.path, zero_s, math.inf, unix_s, str(run.header.get("boot")))
 
 
-def watch(path: Path, *, once: bool = False, port: int | None = None, host: str = "127.0.0.1") -> None:
+def watch(
+    path: Path, *, once: bool = False, port: int | None = None, host: str = "127.0.0.1", names: Sequence[str] = ()
+) -> None:
     """Show the run until it ends, or until Ctrl-C. port: also serve /metrics there. Raises DataError, ConfigError."""
     shown = view(snapshot(path))
     if port is not None:
-        serve(path, port, host)
+        serve(path, port, host, names)
     console = table_console()
     if once:
         console.print(shown)
@@ -157,15 +160,17 @@ def _text(value: float, form: str, unit: str = "") -> str:
     return format(value, form) + unit if pd.notna(value) else "-"
 
 
-def serve(path: Path, port: int, host: str) -> threading.Thread:
-    """Serve the run at http://host:port/metrics from a thread. Raises ConfigError when the port cannot be had."""
+def serve(path: Path, port: int, host: str, names: Sequence[str] = ()) -> MetricsServer:
+    """Serve the run at http://host:port/metrics from a thread. names: under which it may be asked besides addresses.
+    Raises ConfigError when the port cannot be had."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Metrics(path))
     try:
-        _, thread = start_http_server(port, addr=host, registry=registry)
+        server = MetricsServer(host, port, lambda: (CONTENT_TYPE_LATEST, generate_latest(registry)), names=names)
     except (OSError, OverflowError) as error:
         raise ConfigError(f"--prometheus {host}:{port}: cannot listen: {error}") from None
-    return thread
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
 
 
 class _Metrics:

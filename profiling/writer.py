@@ -16,6 +16,9 @@ import pyarrow.parquet as pq
 from profiling import schema
 from profiling.errors import ConfigError, DataError, RunError
 
+APPEND_ONLY = ("trace.jsonl", "metrics.jsonl")
+"""Files of a run directory that only grow: the ones that a checkpoint knows the length of, and resuming cuts back."""
+
 
 def refuse_a_run(path: Path) -> None:
     """Raises ConfigError when `path` already holds a run."""
@@ -53,6 +56,8 @@ class RunWriter:
         writer.path = Path(path)
         for name, offset in offsets.items():
             file = writer.path / name
+            if name not in APPEND_ONLY or file.is_symlink():  # cutting it back would change a file of something else
+                raise DataError(f"{file}: not a file of this run that grows; it cannot be resumed")
             if not file.exists() or file.stat().st_size < offset:
                 raise DataError(f"{file}: shorter than its checkpoint says ({offset} bytes); it cannot be resumed")
         by_step = [name for name, part in schema.PART_NAMES.items() if part == "step"]
@@ -73,8 +78,7 @@ class RunWriter:
 
     def offsets(self) -> dict[str, int]:
         """Length in bytes of each append-only file, for a checkpoint."""
-        names = ("trace.jsonl", "metrics.jsonl")
-        return {name: (self.path / name).stat().st_size for name in names if (self.path / name).exists()}
+        return {name: (self.path / name).stat().st_size for name in APPEND_ONLY if (self.path / name).exists()}
 
     def sync(self) -> None:
         """Wait until the disk has everything that was written: what a checkpoint refers to must not be younger."""

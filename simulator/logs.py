@@ -146,7 +146,9 @@ def _of_tensorboard(path: Path) -> Iterator[dict[str, float]]:
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError:
-        raise ConfigError(f"{path}: reading TensorBoard events needs the package tensorboard; install it") from None
+        raise ConfigError(
+            f"{path}: reading TensorBoard events needs the package tensorboard; pip install 'tppo[tensorboard]'"
+        ) from None
     folders = sorted({file.parent for file in path.rglob("events.out.tfevents.*")}) if path.is_dir() else [path]
     for folder in folders:
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0})

@@ -115,6 +115,8 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     watch.add_argument("--once", action="store_true", help="print the run so far and exit")
     watch.add_argument("--prometheus", type=int, metavar="PORT", help="also serve /metrics at this port")
     watch.add_argument("--bind", default="127.0.0.1", help="address of --prometheus (only this machine)")
+    watch.add_argument("--host", action="append", default=[], metavar="NAME",
+                       help="a name under which --prometheus is asked, besides addresses; repeat")  # fmt: skip
 
     calibrate = add("calibrate", _calibrate, "fit a cost model to one or more runs; print the quality of the fit")
     calibrate.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or verl:LOG, or trl:LOG")
@@ -273,7 +275,8 @@ def _samples(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _watch(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from profiling.watch import watch
 
-    watch(options.run_directory, once=options.once, port=options.prometheus, host=options.bind)
+    watch(options.run_directory, once=options.once, port=options.prometheus, host=options.bind,
+          names=options.host)  # fmt: skip
     return 0
 
 

@@ -46,6 +46,16 @@ def test_the_speed_of_an_arm_is_the_median_of_its_runs(runs):
     assert table.loc["ppo", "waiting or unfilled"] == pytest.approx((0.5 + 3.2) / 5)
 
 
+def test_a_run_in_which_no_response_finished_has_no_rate_and_is_no_fault(tmp_path):
+    run = make_run(tmp_path / "ppo-s0", accuracies=[0.5])
+    summary = json.loads((run.path / "summary.json").read_text())
+    none = {"seconds_per_finished_row": None, "seconds_per_trained_token": None}
+    (run.path / "summary.json").write_text(json.dumps(summary | none))
+    (row,) = speed_table([Run(run.path)]).to_dict("records")
+    assert pd.isna(row["ms per trained token"]) and pd.isna(row["s per finished response"])
+    assert row["rollout s"] == pytest.approx(1.2)
+
+
 def test_the_score_table_counts_what_was_trained_on_by_then(runs):
     row = score_table(runs).set_index("run").loc["tppo-s0"]
     assert (row["s to target"], row.steps, row["finished responses"], row["trained tokens"]) == (10, 5, 20, 200)

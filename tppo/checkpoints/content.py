@@ -21,7 +21,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import UnpicklingError  # its name alone, nothing is unpickled here # nosec B403
 from typing import Any
 
 import torch

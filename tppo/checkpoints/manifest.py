@@ -7,14 +7,16 @@ no protection against someone who means to deceive. The manifest carries a check
 
 import json
 import os
+import stat
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from profiling.errors import ConfigError, DataError
+from profiling.writer import APPEND_ONLY
 
 SCHEMA = 1
 """Number of the form that checkpoints have. It rises when an older toolkit would read a checkpoint wrongly."""
@@ -89,14 +91,52 @@ def read_manifest(checkpoint: Path) -> Manifest:
             f"tppo reads schema {SCHEMA}; go on with the tppo that wrote it"
         )
     try:
-        return Manifest(**values)
+        manifest = Manifest(**values)
     except TypeError as error:
         raise DataError(f"{path} is not a manifest: {_line(error)}") from None
+    fault = fault_in(manifest)
+    if fault:
+        raise DataError(f"{path} is not a manifest: {fault}")
+    return manifest
+
+
+def fault_in(manifest: Manifest) -> str | None:
+    """What no toolkit of ours wrote, however well its checksum fits: resuming shortens the files that `offsets` names,
+    and reads those that `files` names, so neither may lead elsewhere."""
+    if not isinstance(manifest.files, dict) or not isinstance(manifest.offsets, dict):
+        return "files and offsets are not tables"
+    for name, entry in manifest.files.items():
+        if not _stays_inside(name):
+            return f"files names {name!r}, which is outside of the checkpoint"
+        if not isinstance(entry, list) or len(entry) != 2 or not all(_is_count(number) for number in entry):
+            return f"files: {name!r} has no size and checksum"
+    for name, offset in manifest.offsets.items():
+        if name not in APPEND_ONLY:
+            return f"offsets names {name!r}, which is not one of {', '.join(APPEND_ONLY)}"
+        if not _is_count(offset):
+            return f"offsets: {name!r} has {offset!r:.40}, which is no length"
+    if not _is_count(manifest.step):
+        return f"step is {manifest.step!r:.40}, which is no step"
+    if not isinstance(manifest.model, dict):
+        return "model is not a table"
+    if isinstance(manifest.accuracy, bool) or not isinstance(manifest.accuracy, int | float | None):
+        return f"accuracy is {manifest.accuracy!r:.40}, which is no number"
+    return None
+
+
+def _stays_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def verified(checkpoint: Path) -> Manifest:
     """The manifest of a checkpoint whose every file is as it was written. Raises DataError, ConfigError."""
     manifest = read_manifest(checkpoint)
+    check_all_is_its_own(checkpoint)
     for name, (size, crc) in manifest.files.items():
         path = checkpoint / name
         try:
@@ -110,6 +150,17 @@ def verified(checkpoint: Path) -> Manifest:
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
     return manifest
+
+
+def check_all_is_its_own(checkpoint: Path) -> None:
+    """Raises DataError at a link, whose target an export would copy, and at a pipe, which would be read for ever."""
+    try:
+        for path in sorted(checkpoint.rglob("*")):
+            mode = path.lstat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise DataError(f"{path} is a link or a device; a checkpoint has plain files only: copy it there")
+    except OSError as error:
+        raise DataError(f"{checkpoint} cannot be read: {error.strerror}") from None
 
 
 def check_it_fits(checkpoint: Path, manifest: Manifest, *, algorithm: str, model: dict[str, Any] | None) -> None:

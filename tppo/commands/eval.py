@@ -20,6 +20,7 @@ from profiling.schema import EVALUATIONS
 from profiling.settings import Settings, check_settings, parse_overrides, with_overrides
 from profiling.writer import write_atomically, write_parquet
 from tppo.config import MOST_SAMPLES, RunConfig
+from tppo.consent import check_code_is_asked_for
 from tppo.evaluation.source import Source, find_source
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def config_of(
     }
     changes = ({} if data is None else data_settings(data)) | dict(overrides)
     changes |= {name: value for name, value in flagged.items() if value is not None}
+    check_code_is_asked_for(source.settings, overrides, where=where)
     values = with_overrides(sampled_by_evaluation(source.settings), changes)
     if "evaluation.samples" not in changes:
         own = values.get("evaluation")

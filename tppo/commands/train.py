@@ -10,6 +10,7 @@ from profiling.errors import ConfigError
 from profiling.settings import check_settings, parse_overrides, read_toml, with_overrides
 from tppo.checkpoints.manifest import MANIFEST
 from tppo.config import RunConfig
+from tppo.consent import check_code_is_asked_for
 
 
 def run_training(
@@ -52,7 +53,10 @@ def read_config(
         if "ray.address" in overrides:
             raise ConfigError("--ray, --ray.address: one says what the other does; leave one out")
         overrides["ray.address"] = ray
-    values = with_overrides(read_toml(source), overrides)
+    tables = read_toml(source)
+    if config_path is None:
+        check_code_is_asked_for(tables, overrides, where=str(source))
+    values = with_overrides(tables, overrides)
     directory = output or resume
     if directory is not None:
         values["output"] = str(directory)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError  # its name alone, nothing is unpickled here # nosec B403
 
 import torch
 from jaxtyping import Float, Int
@@ -49,7 +50,7 @@ def load_policy(
     except ImportError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model.attention = {attention!r}: {reason}; install it, or set sdpa") from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         reason = reason_of(error)
         if "attn_implementation" in reason:
             raise ConfigError(
@@ -66,6 +67,8 @@ def reason_of(error: BaseException) -> str:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if "custom code" in reason:
         return "it comes with modelling code of its own; set model.trust_remote_code = true if you trust its author"
+    if isinstance(error, UnpicklingError):  # torch's own words advise to execute it
+        return "its weights are a pickle of more than tensors, which is not executed; take a model with safetensors"
     return reason
 
 

@@ -30,7 +30,8 @@ TIMED_OUT: Result = {"timed_out": True}
 
 class _Worker:
     def __init__(self, setup: Job) -> None:
-        self.process = subprocess.Popen(
+        # Our own interpreter and module, as words; a job comes as JSON.
+        self.process = subprocess.Popen(  # nosec B603
             [sys.executable, "-P", "-c", _START.format(path=sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
