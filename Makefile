@@ -19,8 +19,9 @@ demo: $(VENV)/.installed
 demo-quick: $(VENV)/.installed
 	$(BIN)/tppo demo --quick --output runs/demo-quick
 
+# Two processes, a file's tests in one of them: fixtures of a file are made once.
 test: $(VENV)/.installed
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # Kills training runs at random moments and at every file operation of a save, and compares them with undisturbed runs.
 soak: $(VENV)/.installed
