@@ -54,6 +54,8 @@ def test_the_set_is_drawn_from_simulations_and_says_how_to_get_what_must_be_meas
     assert (
         f"- accuracy_time (demo): {tmp_path / 'none'} holds no finished measured run; run `tppo demo --output" in text
     )
+    again = "`tppo plot runs/synchronous runs/truncated runs/window-1024 --figure speedup --style paper --format pdf`"
+    assert f"**Again, from this folder.** {again}" in text
     assert f"tppo paper --output {output} --demo {tmp_path / 'none'} --settings {settings}" in text
     assert "left out: accuracy_time (demo)" in capsys.readouterr().out
     before = (output / "runs" / "truncated" / "trace.jsonl").stat().st_mtime_ns
