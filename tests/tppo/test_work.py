@@ -18,10 +18,13 @@ MODEL = {"parameters": 1000, "embedding_parameters": 100, "lm_head_parameters": 
          "head_dim": 4, "bytes_per_parameter": 4}  # fmt: skip
 
 
-def test_the_flops_of_a_pass_and_its_way_back_are_those_that_torch_counts(tiny_model):
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_flops_of_a_pass_and_its_way_back_are_those_that_torch_counts(tiny_model, tied):
     """Rows of one length: no padding. torch counts attention over the square: n^2 pairs a row, not n (n + 1) / 2."""
     policy = load_policy(str(tiny_model))[0]
     policy.set_attn_implementation("eager")
+    if tied:
+        policy.lm_head.weight = policy.model.embed_tokens.weight
     rows, time = 3, 12
     input_ids = torch.randint(2, 60, (rows, time))
     row, column = torch.arange(rows).repeat_interleave(5), torch.arange(4, 9).repeat(rows)

@@ -171,7 +171,8 @@ def architecture_of(model: PreTrainedModel) -> str:
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, int]:
-    """The dimensions that cost formulas need. Unit of *_bytes*: bytes."""
+    """The dimensions that cost formulas need. Unit of *_bytes*: bytes. A tied table counts twice: once it is looked up,
+    once it is multiplied with."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -179,7 +180,7 @@ def describe_model(model: PreTrainedModel) -> dict[str, int]:
     weight, output = input_layer(model).weight, output_layer(model).weight
     size = weight.element_size()
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()) + (output.numel() if output is weight else 0),
         "embedding_parameters": weight.numel(),
         "lm_head_parameters": output.numel(),
         "layers": config.num_hidden_layers,
