@@ -171,8 +171,8 @@ def architecture_of(model: PreTrainedModel) -> str:
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, int]:
-    """The dimensions that cost formulas need. Unit of *_bytes*: bytes. A tied table counts twice: once it is looked up,
-    once it is multiplied with."""
+    """The dimensions that cost formulas need. Unit of *_bytes*: bytes. A tied table counts twice: once it is looked
+    up, once it is multiplied with."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
