@@ -78,6 +78,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.simulator
 	$(BIN)/python -m benchmarks.cost_model
 	$(BIN)/python -m benchmarks.published
+	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m benchmarks.profiler
 	$(BIN)/python -m benchmarks.advantages
 	$(BIN)/python -m benchmarks.rollout

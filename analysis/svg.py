@@ -71,6 +71,15 @@ def _points(artist: Artist) -> int:
 
 
 def _with_ids(text: str, prefix: str) -> str:
+    """Ids begin with `prefix`; an outline that matplotlib defines again (a letter, a marker) stands there once."""
+    seen: set[str] = set()
+
+    def first_only(found: re.Match[str]) -> str:
+        again = found.group(1) in seen
+        seen.add(found.group(1))
+        return "" if again else found.group(0)
+
+    text = re.sub(r'<path id="([^"]+)"[^>]*/>', first_only, text)
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r'\bid="', f'id="{prefix}', text)
     text = re.sub(r'((?:xlink:)?href)="#', rf'\1="#{prefix}', text)
