@@ -81,6 +81,7 @@ def _with_ids(text: str, prefix: str) -> str:
 
     text = re.sub(r'<path id="([^"]+)"[^>]*/>', first_only, text)
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to a group, and figures name several alike
     text = re.sub(r'\bid="', f'id="{prefix}', text)
     text = re.sub(r'((?:xlink:)?href)="#', rf'\1="#{prefix}', text)
     return re.sub(r"url\(#", f"url(#{prefix}", text)

@@ -208,7 +208,8 @@ def test_a_figure_of_many_points_becomes_pixels_inside_its_svg():
     text = to_svg(figure, "f1-")
     assert text.startswith("<svg")
     assert text.count("<image") == 1
-    assert 'id="f1-axes_1"' in text
+    assert set(re.findall(r'\bid="(..)', text)) == {"f1"}
+    assert set(re.findall(r"url\(#(..)", text)) == {"f1"}
     assert "<metadata>" not in text
     assert len(text) < MOST_BYTES
 
@@ -236,4 +237,4 @@ def test_alt_texts_have_the_key_numbers():
 
 def test_long_tables_of_numbers_are_cut_and_say_so(tmp_path):
     run = make_run(tmp_path / "ppo-s0", accuracies=RISING * 10)
-    assert f"The first {MOST_NUMBERS} of 60 rows." in Page(report([run], tmp_path)).text
+    assert re.search(rf"The first {MOST_NUMBERS} of \d+ rows\.", Page(report([run], tmp_path)).text)

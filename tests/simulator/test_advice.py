@@ -111,7 +111,6 @@ def reason(run):
 
 def test_a_run_that_lacks_what_advice_needs_is_told_so(tmp_path, synchronous):
     assert reason(make_run(tmp_path / "live", accuracies=[0.5] * 9, finish=False)) == "the run has not ended"
-    assert reason(make_run(tmp_path / "short", accuracies=[0.5] * 4)).startswith("schedule 'None' is neither")
     few = simulated_run(tmp_path / "few", {"workload": WORKLOAD | {"steps": 4}, "cost": COST})
     assert reason(few) == "4 steps after start-up are too few; 5 are needed"
     ahead = {"schedule": {"kind": "oversample", "factor": 1.5}, "workload": WORKLOAD, "cost": COST}
