@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # One thread a process: two processes that each use every core wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-quick test soak reliability test-vllm lint wheel audit docs docs-outputs bench clean
+.PHONY: demo demo-quick test soak reliability test-vllm lint wheel pythons audit docs docs-outputs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +53,10 @@ lint: $(VENV)/.installed
 # Builds sdist and wheel, installs the wheel without extras in an environment of its own and tries every command there.
 wheel:
 	PYTHON=$(PYTHON) WHEEL_VENV=$(abspath $(VENV))-wheel scripts/check_wheel.sh
+
+# Whether the base's dependencies have wheels for every Python that is allowed. Looked up, not run.
+pythons:
+	PYTHON=$(PYTHON) scripts/check_pythons.sh
 
 # Known vulnerabilities of the pinned packages. Asks an advisory service on the network, so .ci/run leaves it out;
 # without the service it fails, for what could not be looked up is not clean.

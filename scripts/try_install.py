@@ -4,10 +4,12 @@ python scripts/try_install.py WHEEL. Prints a line for each step; the first that
 
 import importlib.util
 import json
+import os
 import resource
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
@@ -145,7 +147,9 @@ def simulating() -> None:
 def training() -> None:
     from tppo.data.tokenizer import character_tokenizer
     from tppo.models.policy import new_qwen2, save_policy
+    from tppo.quiet import quieten_libraries
 
+    quieten_libraries()
     tokenizer = character_tokenizer()
     model = new_qwen2(
         vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, layers=1,
@@ -164,12 +168,16 @@ def extras() -> None:
 
     known = build_parser()._subparsers._group_actions[0].choices
     asked = [(extra, words) for extra, *words in NEEDS_AN_EXTRA if words[0] in known]
-    for extra, words in asked:
+
+    def ask(extra: str, words: list[str]) -> None:
         lines = run(TPPO, *words, code=2).stderr.splitlines()
         if len(lines) != 1 or not (f"tppo[{extra}]" in lines[0] or f"extra `{extra}`" in lines[0]):
             raise SystemExit(
                 f"tppo {' '.join(words)}: does not say in one line that it needs the extra {extra}: {lines}"
             )
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # most of each is imports
+        list(pool.map(lambda one: ask(*one), asked))
     if Path("other").exists():
         raise SystemExit("a run that lacks a package left a directory")
     print(f"{len(asked)} commands say which extra they need")

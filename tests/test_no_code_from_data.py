@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tppo.rewards.worker import _check_math
+
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     path for package in ("tppo", "simulator", "profiling", "analysis", "benchmarks")
@@ -84,3 +86,13 @@ def test_no_file_of_ours_executes_what_it_reads():
     assert len(SOURCES) > 200  # they were found
     assert {str(path.relative_to(ROOT)): faults_in(path.read_text()) for path in SOURCES
             if faults_in(path.read_text())} == {}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    ["\\boxed{%s}", "The answer is 1+%s", "\\boxed{\\text{%s}}", "$\\mathrm{%s}$", "$\\operatorname{%s}$", "1+(%s)"],
+)
+def test_an_answer_that_is_code_is_not_executed_when_it_is_compared(wrapped, tmp_path):
+    mark = tmp_path / "executed"
+    _check_math({"gold": "2", "text": wrapped % f"__import__('os').mkdir('{mark}')"})
+    assert not mark.exists()
