@@ -45,7 +45,9 @@ def test_the_whole_loop_trains_predicts_and_reports(tiny_regime, tmp_path, capsy
     assert predictions[predictions.quantity == "training_seconds"].error.abs().max() < 1.5
     text = (tmp_path / "demo" / "report.html").read_text()
     assert "T-PPO, predicted from PPO alone" in text
-    assert text.count("data:image/png;base64,") == 6
+    assert text.count("<figure>") >= 6
+    assert "cannot be drawn" not in text  # left out for a reason, or drawn
+    assert "advice.json" in {path.name for path in (tmp_path / "demo" / "tppo-s0").iterdir()}
     run = Run(tmp_path / "demo" / "tppo-s0")
     assert run.trailer["sampler"]["ticks"] >= 2
     assert len(run.probes) == 4
