@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # One thread a process: two processes that each use every core wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-quick test soak reliability test-vllm lint wheel pythons audit docs docs-outputs bench clean
+.PHONY: demo demo-quick test soak reliability test-vllm lint wheel pythons audit docs docs-outputs bench fuzz clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -77,6 +77,11 @@ docs: $(VENV)/.installed
 # Runs the tutorials and writes what their commands print now into their pages.
 docs-outputs: $(VENV)/.installed
 	$(BIN)/python docs/hooks/site_tutorials.py --write
+
+# At least 100,000 generated files through every reader and command (about an hour; FUZZ_CASES=20000 for fewer). Writes
+# docs/results/fuzz/README.md when all of them were run and none was a fault.
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m tests.fuzz.run --record
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.simulator

@@ -1,11 +1,11 @@
 """What a run's machine could do at best, and what an hour of it costs: hardware.json in the run or beside it."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from profiling.errors import DataError
+from profiling.files import read_json
 from profiling.reader import Run
 
 
@@ -69,7 +69,7 @@ def hardware_of(run: Run) -> Hardware:
             "peak_flops, memory_bytes_per_s and measured (true or false) there"
         )
     try:
-        values = json.loads(path.read_bytes())
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     if not isinstance(values, dict):

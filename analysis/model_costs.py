@@ -5,7 +5,6 @@ and of the keys and values, or one head's of these where there are more GPUs tha
 not memory traffic (`all_reduce_ceiling`).
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,8 @@ from analysis.chosen import some_steps
 from analysis.hardware import Hardware
 from analysis.tables import arm_of
 from profiling.attribution import device_estimates
-from profiling.errors import DataError
+from profiling.errors import DataError, shown
+from profiling.files import read_json
 from profiling.model_flops import (
     VALUE_PHASES,
     decode_bytes,
@@ -46,14 +46,15 @@ def model_of(run: Run) -> dict[str, Any]:
     """model.json of a run. Raises DataError when there is none, a field is missing, or the model is not dense."""
     path = run.path / "model.json"
     try:
-        model = json.loads(path.read_bytes())
+        model = read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}; FLOPs need the model's dimensions") from None
     if not isinstance(model, dict):
         raise DataError(f"{path}: not a JSON object; FLOPs need the model's dimensions")
     for field in NEEDED:
-        if not isinstance(model.get(field), int | float):
-            raise DataError(f"{path}: {field} = {model.get(field)!r} is not a number; FLOPs need it")
+        value = model.get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
+            raise DataError(f"{path}: {field} = {shown(value)} is not a number of at least 0; FLOPs need it")
     if model.get("uncounted"):
         raise DataError(f"{path}: has {model['uncounted']}; FLOPs and bytes are counted of dense models only")
     return model

@@ -21,6 +21,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from profiling.errors import ConfigError, DataError
+from profiling.files import read_json
 from profiling.settings import Settings, check_settings
 from profiling.writer import write_atomically
 
@@ -119,7 +120,7 @@ def read_advice(directory: Path) -> Advice | None:
     """None where there is none, or where the run has gone on since. Raises DataError naming file and field."""
     path = directory / NAME
     try:
-        values = json.loads(path.read_bytes())
+        values = read_json(path)
         written = path.stat().st_mtime
         stale = written < (directory / "trace.jsonl").stat().st_mtime
     except FileNotFoundError:

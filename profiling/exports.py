@@ -1,16 +1,17 @@
 """A run for other programs: Chrome's trace format, which Perfetto and chrome://tracing draw."""
 
 import heapq
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
 
 from profiling.errors import DataError
+from profiling.files import read_json
 from profiling.reader import Run
 
 TORCH_FOLDER = "torch"
+LARGEST_TORCH_TRACE_BYTES = 2**31
 """Of a run directory: torch.profiler's traces, on the run's clock."""
 PHASES_PID = 0
 TORCH_PIDS = 1_000_000
@@ -57,7 +58,7 @@ def _torch_events(run: Run, first_us: float, last_us: float) -> Iterator[dict[st
     """Of torch.profiler, where it ran in these steps."""
     for path in sorted((run.path / TORCH_FOLDER).glob("steps-*.json")):
         try:
-            own = json.loads(path.read_bytes())["traceEvents"]
+            own = read_json(path, LARGEST_TORCH_TRACE_BYTES)["traceEvents"]
             inside = [event for event in own if "ts" not in event or first_us <= float(event["ts"]) <= last_us]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not a trace: {error}") from None

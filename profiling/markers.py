@@ -6,6 +6,7 @@ is killed loses the phases that it was in, no others. The first line says which 
 (on a shared disk) is placed by the wall clocks of both.
 """
 
+import contextlib
 import contextvars
 import json
 import operator
@@ -99,20 +100,31 @@ def boot_id() -> str:
         return platform.node()
 
 
+def _lines(path: Path) -> Iterator[bytes]:
+    """What of a file can be read: a program's own file must not end the profiler."""
+    from profiling.files import whole_lines
+
+    with contextlib.suppress(OSError):
+        yield from whole_lines(path)
+
+
 def read_markers(
     directory: Path, zero_s: float, end_s: float, unix_zero_s: float, boot: str | None = None
 ) -> list[dict[str, Any]]:
     """Trace records of all processes' phases, by their ends, and a note for each other host. zero_s, unix_zero_s: the
     run's monotonic and wall clock at its start; end_s: of the run, where a phase that outlives it is cut; boot: whose
     monotonic clock that is, if not ours. Lines that are none are left out."""
+    from profiling.files import parse_json  # here: a marked program does not wait for pyarrow
+    from profiling.schema import fault_in
+
     records: list[dict[str, Any]] = []
     notes: dict[str, dict[str, Any]] = {}
     ours_s, here = zero_s, boot or boot_id()
     for path in sorted((directory / "markers").glob("*.jsonl")):
         zero_s = ours_s
-        for line in path.read_text(errors="replace").splitlines():
+        for line in _lines(path):
             try:
-                one = json.loads(line)
+                one = parse_json(line)
                 if "boot" in one:
                     if one["boot"] != here:
                         zero_s = float(one["clock"]) - (float(one["unix"]) - unix_zero_s)
@@ -126,12 +138,14 @@ def read_markers(
                 names = {
                     "type": "phase",
                     "name": str(one["name"]),
-                    "step": int(one["step"]),
-                    "depth": int(one["depth"]),
+                    "step": operator.index(one["step"]),
+                    "depth": operator.index(one["depth"]),
                     "process": path.stem,
                 }
             except (ValueError, KeyError, TypeError, OverflowError):
                 continue
-            if end > (start := max(start, 0.0)):
-                records.append({**names, "t_start": start, "t_end": end})
+            start = max(start, 0.0)
+            record = {**names, "t_start": start, "t_end": end}
+            if end > start and fault_in(record) is None:
+                records.append(record)
     return [*notes.values(), *sorted(records, key=lambda record: record["t_end"])]

@@ -1,19 +1,18 @@
 """Reads a run directory, live, killed or finished, and validates every record on the way in."""
 
-import json
-import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from profiling import schema
-from profiling.errors import DataError
-from profiling.writer import append_only_prefix
+from profiling.errors import ConfigError, DataError
+from profiling.files import parse_json, read_json, whole_lines
+from profiling.settings import read_toml
+from profiling.tables import read_table
 
 _SCHEDULE_RECORD = (b'{"type":"plan_step"', b'{"type":"row_end"')
 """How profiling.writer begins these lines; written otherwise, they are read like the others."""
@@ -39,11 +38,10 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        path = self.path / "config.toml"
         try:
-            return tomllib.loads(path.read_text())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise DataError(f"{path}: cannot be read: {error}") from None
+            return read_toml(self.path / "config.toml")
+        except ConfigError as error:
+            raise DataError(str(error)) from None
 
     @cached_property
     def trace(self) -> list[dict[str, Any]]:
@@ -58,15 +56,14 @@ class Run:
 
     def _read_trace(self, leave_out: tuple[bytes, ...] = ()) -> list[dict[str, Any]]:
         path = self.path / "trace.jsonl"
-        lines = append_only_prefix(path).splitlines()
         records = []
-        for number, line in enumerate(lines, start=1):
-            if leave_out and line.startswith(leave_out) and number < len(lines):
-                continue
-            record = _json_line(path, number, line)
-            if fault := schema.fault_in(record):
-                raise DataError(f"{path}: line {number}: {fault}")
-            records.append(record)
+        last: tuple[int, bytes] | None = None  # read in any case: whether the run has ended depends on it
+        for number, line in _lines(path):
+            last = (number, line) if leave_out and line.startswith(leave_out) else None
+            if last is None:
+                records.append(_record(path, number, line))
+        if last is not None:
+            records.append(_record(path, *last))
         if not records or records[0]["type"] != "header":
             raise DataError(f"{path}: line 1: no header; the file is not a trace")
         return records
@@ -117,8 +114,8 @@ class Run:
         path = self.path / "metrics.jsonl"
         rows = _json_lines(path) if path.exists() else []
         for line, row in enumerate(rows, start=1):
-            if not isinstance(row, dict):
-                raise DataError(f"{path}: line {line}: not a JSON object")
+            if fault := schema.fault_in_metrics(row):
+                raise DataError(f"{path}: line {line}: {fault}")
         return pd.DataFrame(rows)
 
     @cached_property
@@ -152,7 +149,7 @@ class Run:
     def ledger(self) -> pd.DataFrame | None:
         """None for a run that has not ended."""
         path = self.path / "ledger.parquet"
-        return _read_parquet(path, schema.LEDGER).to_pandas() if path.exists() else None
+        return read_table(path, schema.LEDGER).to_pandas() if path.exists() else None
 
     @cached_property
     def summary(self) -> dict[str, Any] | None:
@@ -161,60 +158,63 @@ class Run:
         if not path.exists():
             return None
         summary = _json(path)
-        if not isinstance(summary, dict):
-            raise DataError(f"{path}: not a JSON object; not a summary of a run")
+        if fault := schema.fault_in_summary(summary):
+            raise DataError(f"{path}: {fault}; not a summary of a run")
         return summary
 
     @cached_property
     def calibration(self) -> dict[str, Any] | None:
         path = self.path / "calibration.json"
-        return _json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        calibration = _json(path)
+        if not isinstance(calibration, dict):
+            raise DataError(f"{path}: not a JSON object; calibrate again")
+        return calibration
 
     def steps_of(self, name: str, steps: Iterable[int]) -> pd.DataFrame:
         """Of a table that has a part per step (rollouts, engine, evaluations, samples), some steps alone, as a
         figure of a long run reads them. A step without a part has no rows."""
         expected = schema.TABLES[name]
         parts = [self.path / name / f"step-{step:06d}.parquet" for step in steps]
-        tables = [_read_parquet(part, expected) for part in parts if part.exists()]
+        tables = [read_table(part, expected) for part in parts if part.exists()]
         return pa.concat_tables([expected.empty_table(), *tables]).to_pandas()
 
     def _table(self, name: str) -> pd.DataFrame:
         expected = schema.TABLES[name]
         parts = sorted((self.path / name).glob(f"{schema.PART_NAMES[name]}-*.parquet"))
-        tables = [_read_parquet(part, expected) for part in parts]
+        tables = [read_table(part, expected) for part in parts]
         return pa.concat_tables([expected.empty_table(), *tables]).to_pandas()
-
-
-def _read_parquet(path: Path, expected: pa.Schema) -> pa.Table:
-    try:
-        table = pq.ParquetFile(path).read()
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
-    for field in expected:
-        if field.name not in table.schema.names:
-            raise DataError(f"{path}: column '{field.name}' is missing")
-        column = table.column(field.name)
-        if not column.type.equals(field.type):
-            raise DataError(f"{path}: column '{field.name}' is {column.type}, not {field.type}")
-        if column.null_count and not field.nullable:
-            raise DataError(f"{path}: column '{field.name}' has a null")
-    return pa.Table.from_arrays([table.column(n) for n in expected.names], schema=expected)
 
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
+def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    record: dict[str, Any] = _json_line(path, number, line)
+    if fault := schema.fault_in(record):
+        raise DataError(f"{path}: line {number}: {fault}")
+    return record
+
+
 def _json_lines(path: Path) -> list[Any]:
-    lines = append_only_prefix(path).splitlines()
-    return [_json_line(path, number, line) for number, line in enumerate(lines, start=1)]
+    return [_json_line(path, number, line) for number, line in _lines(path)]
 
 
 def _json_line(path: Path, number: int, line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError as error:
         raise DataError(f"{path}: line {number}: not JSON: {error}") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered, from 1."""
+    try:
+        yield from enumerate(whole_lines(path), start=1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None

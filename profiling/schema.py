@@ -19,9 +19,15 @@ from typing import Any
 
 import pyarrow as pa
 
+from profiling.errors import shown
+
 SCHEMA_VERSION = 3
 """Raised when a reader of the version before would fail on a run or misread it. A table of its own is no such change:
 whoever does not know it does not open it, and a run without it has an empty one."""
+
+LARGEST = 2.0**53
+"""Of a number in a record: seconds, steps, tokens. Beyond it sums are not exact."""
+MOST_GPUS = 16_384
 
 PHASES = (
     "down",
@@ -260,24 +266,64 @@ TRACE_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
 are the dataclasses of tppo.schedule as plain data; `depth` counts the phases around a phase; a `device_phase` is when
 the GPU, not the host, reached its ends."""
 
+SUMMARY_NUMBERS = (
+    "wall_seconds", "pretrain_seconds", "rollout_seconds", "steps", "generated_tokens", "seconds_per_step",
+    "seconds_per_finished_row", "seconds_per_trained_token", "gpu_seconds",
+)  # fmt: skip
+
 
 def fault_in(record: Any) -> str | None:
     """What is wrong with a trace record, or None."""
     if not isinstance(record, dict):
         return "not a JSON object"
-    fields = TRACE_FIELDS.get(record.get("type", ""))
-    if fields is None:
-        return f"type = {record.get('type')!r} is not one of {', '.join(TRACE_FIELDS)}"
+    kind = record.get("type", "")
+    if not isinstance(kind, str) or kind not in TRACE_FIELDS:
+        return f"type = {shown(record.get('type'))} is not one of {', '.join(TRACE_FIELDS)}"
+    fields = TRACE_FIELDS[kind]
     for name, kinds in fields.items():
         if name not in record:
             return f"{record['type']}.{name} is missing"
         value = record[name]
         accepted = kinds if isinstance(kinds, tuple) else (kinds,)
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
-            return f"{record['type']}.{name} = {value!r} is not {' or '.join(k.__name__ for k in accepted)}"
-    for name in ("gpus", "engines", "gpus_per_engine") if record["type"] == "header" else ():
-        if record[name] < 1:
-            return f"header.{name} = {record[name]} is not at least 1"
-    if record["type"] == "header" and record["schema"] != SCHEMA_VERSION:
-        return f"schema version {record['schema']} is not {SCHEMA_VERSION}; use the toolkit that wrote the run"
+            return f"{kind}.{name} = {shown(value)} is not {' or '.join(k.__name__ for k in accepted)}"
+        if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
+            return f"{kind}.{name} = {value} is beyond {LARGEST:g}"
+    return fault_in_header(record) if kind == "header" else None
+
+
+def fault_in_header(header: dict[str, Any]) -> str | None:
+    for name, least in {"gpus": 1, "engines": 1, "gpus_per_engine": 1, "trainer_gpus": 0}.items():
+        if header[name] < least:
+            return f"header.{name} = {header[name]} is not at least {least}"
+    if header["engines"] * header["gpus_per_engine"] + header["trainer_gpus"] > MOST_GPUS:
+        return f"header: {header['engines']} engines of {header['gpus_per_engine']} GPUs are more than {MOST_GPUS}"
+    if header["schema"] != SCHEMA_VERSION:
+        return f"schema version {header['schema']} is not {SCHEMA_VERSION}; use the toolkit that wrote the run"
+    return None
+
+
+def fault_in_metrics(row: Any) -> str | None:
+    """What is wrong with a row of metrics.jsonl, or None: every value is a number or null, `step` a whole number."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    if type(row.get("step")) is not int or abs(row["step"]) > LARGEST:
+        return f"step = {shown(row.get('step'))} is not a whole number"
+    for name, value in row.items():
+        if value is not None and not isinstance(value, (int, float)):
+            return f"{name} = {shown(value)} is neither a number nor null"
+    return None
+
+
+def fault_in_summary(summary: Any) -> str | None:
+    """What is wrong with summary.json, or None: the totals that tables and predictions are made of are numbers or
+    null."""
+    if not isinstance(summary, dict):
+        return "not a JSON object"
+    for name in SUMMARY_NUMBERS:
+        if name not in summary:
+            return f"{name} is missing"
+        value = summary[name]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            return f"{name} = {shown(value)} is neither a number nor null"
     return None

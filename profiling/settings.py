@@ -1,6 +1,7 @@
 """TOML files to frozen pydantic models; an unknown key is an error that names the nearest one."""
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -10,7 +11,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from profiling.errors import ConfigError
+from profiling.errors import ConfigError, shown
 
 
 class Settings(BaseModel):
@@ -20,19 +21,40 @@ class Settings(BaseModel):
 
 
 Model = TypeVar("Model", bound=BaseModel)
+LARGEST_BYTES = 2**18
+"""Of a file of settings."""
+MOST_DOTS = 100
+LONG_KEY = re.compile(rf"""(?:\.[ \t]*+(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+){{{MOST_DOTS}}}""")
+"""tomllib's time for a dotted key grows with the square of its length: minutes for one of 100 KB."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ConfigError when it is missing, not a file or not TOML."""
+    """The tables of a TOML file. Raises ConfigError when it is missing, not a file, too large or not TOML."""
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
+        with path.open("rb") as file:  # may be a pipe: tppo simulate <(...)
+            content = file.read(LARGEST_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a name with a NUL
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    if len(content) > LARGEST_BYTES:
+        raise ConfigError(f"{path}: more than {LARGEST_BYTES >> 10} KiB: not a file of settings")
+    try:
+        return parse_toml(content.decode())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Raises ValueError: tomllib's own, and where nesting or a number is beyond what Python follows."""
+    if LONG_KEY.search(text):
+        raise ValueError(f"a key of {MOST_DOTS} dots or more")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def load_settings(path: Path, model: type[Model]) -> Model:
@@ -59,8 +81,8 @@ def describe(fault: ErrorDetails, model: type[BaseModel]) -> str:
         return f"missing key '{name}'; add it"
     message = fault["msg"].removeprefix("Value error, ")
     given = fault.get("input")
-    shown = "" if isinstance(given, Mapping) else f" = {given!r}"[:80]
-    return f"{name}{shown}: {message[:1].lower()}{message[1:]}"
+    value = "" if isinstance(given, Mapping) else f" = {shown(given, 77)}"
+    return f"{name}{value}: {message[:1].lower()}{message[1:]}"
 
 
 def without_tags(model: type[BaseModel], path: Sequence[str]) -> list[str]:
@@ -133,8 +155,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _toml_literal(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {text}")["value"]
+    except (KeyError, ValueError):
         return text
 
 

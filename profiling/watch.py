@@ -21,7 +21,7 @@ from rich.table import Table
 
 from profiling.alarms import alarms
 from profiling.console import plain_table, table_console
-from profiling.errors import ConfigError, ToolkitError
+from profiling.errors import ConfigError, ConservationError, DataError, ToolkitError
 from profiling.ledger import Cluster, build_ledger
 from profiling.markers import read_markers
 from profiling.metrics_server import MetricsServer
@@ -66,7 +66,10 @@ def snapshot(path: Path) -> Snapshot:
     rollouts = run.rollouts[run.rollouts.step <= step]
     header = run.header
     cluster = Cluster(header["engines"], header["gpus_per_engine"], header["trainer_gpus"])
-    ledger = build_ledger(cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, wall_s=wall_s)
+    try:
+        ledger = build_ledger(cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, wall_s=wall_s)
+    except ConservationError as error:
+        raise DataError(f"{path}: its records do not add up: {error}") from None
     return Snapshot(run, step, wall_s, ledger)
 
 

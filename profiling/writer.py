@@ -193,12 +193,3 @@ def _cut_samples(folder: Path, time: str, last_t_s: float) -> None:
             part.unlink()
         else:
             _write_table(part, kept)
-
-
-def append_only_prefix(path: Path) -> bytes:
-    """The whole lines of an append-only file; a torn last line is left out. Raises DataError."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    return content[: content.rfind(b"\n") + 1]

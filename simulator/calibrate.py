@@ -19,6 +19,7 @@ import pandas as pd
 from scipy.optimize import nnls
 
 from profiling.errors import ConfigError, DataError
+from profiling.files import read_json
 from profiling.ledger import innermost_phases
 from profiling.reader import Run
 from profiling.writer import write_atomically
@@ -83,7 +84,7 @@ class Calibration:
     def load(cls, path: Path) -> "Calibration":
         """Raises ConfigError naming the file and what is wrong with it."""
         try:
-            values = json.loads(path.read_bytes())
+            values = read_json(path)
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such calibration file; make one with tppo calibrate") from None
         except (OSError, ValueError) as error:

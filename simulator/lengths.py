@@ -4,17 +4,25 @@ A length is `quantile(u)` of a uniform number u that belongs to the row alone, s
 every schedule, and a distribution can be swapped without touching the random streams.
 """
 
+import os
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import Field, PositiveFloat, model_validator
 from scipy.optimize import brentq
 from scipy.special import gammaincinv, ndtr, ndtri
 
 from profiling.errors import ConfigError, DataError
+from profiling.files import opened, read_whole
 from profiling.settings import Settings
+
+MOST_LENGTHS = 100_000_000
+LARGEST_CSV_BYTES = 2**28
 
 
 class FixedLengths(Settings):
@@ -149,17 +157,39 @@ def capped_mean(mu: float, sigma: float, cap: float) -> float:
 def read_lengths(path: Path, column: str) -> np.ndarray:
     """The positive numbers of a column. Raises DataError naming the file, and the row of a bad value."""
     try:
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        columns = _parquet_columns if path.suffix == ".parquet" else _csv_columns
+        names, found = columns(path, column)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:  # each reader has its own exceptions
-        raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
-    if column not in table:
-        raise DataError(f"{path}: no column '{column}'; it has {', '.join(map(str, table.columns))}")
-    values = pd.to_numeric(table[column], errors="coerce").to_numpy(float)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: cannot be read: {reason}") from None
+    if found is None:
+        raise DataError(f"{path}: no column '{column}'; it has {', '.join(names)}")
+    values = pd.to_numeric(found, errors="coerce").to_numpy(float)
     bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
     if len(values) == 0:
         raise DataError(f"{path}: column '{column}' is empty")
     if len(bad):
         raise DataError(f"{path}: column '{column}', row {bad[0] + 1}: not a positive number")
     return values
+
+
+def _csv_columns(path: Path, column: str) -> tuple[list[str], pd.Series | None]:
+    """The names of all columns, and the one. Never decompressed, whatever its name ends in."""
+    table = pd.read_csv(BytesIO(read_whole(path, LARGEST_CSV_BYTES)))
+    return list(map(str, table.columns)), table.get(column)
+
+
+def _parquet_columns(path: Path, column: str) -> tuple[list[str], pd.Series | None]:
+    with os.fdopen(opened(path), "rb") as handle:
+        file = pq.ParquetFile(handle)
+        names = list(file.schema_arrow.names)
+        if names.count(column) != 1:
+            return names, None
+        kind = file.schema_arrow.field(column).type
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
+            raise ValueError(f"column '{column}' is {kind}, not numbers")
+        if file.metadata.num_rows > MOST_LENGTHS:
+            raise ValueError(f"it claims {file.metadata.num_rows} rows; give at most {MOST_LENGTHS}")
+        return names, file.read(columns=[column]).column(column).to_pandas()

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import numpy as np
 import pandas as pd
 
 from profiling.errors import ConfigError, DataError
+from profiling.files import read_json, read_whole
 from simulator.calibrate import Calibration, Observations, fit
 from simulator.costs import PHASE_COSTS
 
 LONGEST_LINE = 1 << 20
+LARGEST_BYTES = 1 << 28
+"""Of a trainer_state.json or a table."""
 MOST = 1e15
 """Seconds, tokens or steps: more is a broken log."""
 KINDS = ("verl", "trl")
@@ -117,8 +121,8 @@ def _literal(text: str) -> dict[str, Any] | None:
 
 def _of_trainer_state(path: Path) -> Iterator[dict[str, float]]:
     try:
-        history = json.loads(path.read_bytes())["log_history"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        history = read_json(path, LARGEST_BYTES)["log_history"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: is not a trainer_state.json: {error}") from None
     for entry in history if isinstance(history, list) else []:
         data = _numbers(entry)
@@ -129,7 +133,7 @@ def _of_trainer_state(path: Path) -> Iterator[dict[str, float]]:
 def _of_csv(path: Path) -> list[dict[str, float]]:
     """An export of wandb: columns are metrics, some with the run's name before (`run - timing_s/gen`)."""
     try:
-        table = pd.read_csv(path)
+        table = pd.read_csv(BytesIO(read_whole(path, LARGEST_BYTES)))
     except (OSError, ValueError, pd.errors.ParserError) as error:
         raise DataError(f"{path}: cannot be read as CSV: {error}") from None
     table = table[[name for name in table.columns if not str(name).endswith(("__MIN", "__MAX"))]]
@@ -162,7 +166,10 @@ def calibrate_logs(kind: str, paths: Sequence[Path], *, engines: int, rows_per_s
     """One cost model for logs of one kind. engines: rollout engines that shared the rows of a step."""
     tables = [read_log(kind, path) for path in paths]
     together = _verl if kind == "verl" else _trl
-    parts = [together(table, engines, rows_per_step, place) for place, table in enumerate(tables)]
+    parts = [
+        together(table, engines, rows_per_step, place, str(path))
+        for place, (table, path) in enumerate(zip(tables, paths, strict=True))
+    ]
     fits = {name: fit(_joined([part[name] for part in parts if name in part])) for name in
             dict.fromkeys(name for part in parts for name in part)}  # fmt: skip
     decode = fits.get("decode")
@@ -183,14 +190,16 @@ def calibrate_logs(kind: str, paths: Sequence[Path], *, engines: int, rows_per_s
     )
 
 
-def _verl(table: pd.DataFrame, engines: int, rows_per_step: int | None, place: int) -> dict[str, Observations]:
+def _verl(
+    table: pd.DataFrame, engines: int, rows_per_step: int | None, place: int, where: str
+) -> dict[str, Observations]:
     prompts = table.get("prompt_length/mean", pd.Series(0.0, table.index))
     if rows_per_step is not None:
         rows = pd.Series(float(rows_per_step), table.index)
     elif "perf/total_num_tokens" in table:
         rows = table["perf/total_num_tokens"] / (prompts + table["response_length/mean"])
     else:
-        raise DataError("a verl log without perf/total_num_tokens does not tell its rows; give --rows-per-step")
+        raise DataError(f"{where}: without perf/total_num_tokens it does not tell its rows; give --rows-per-step")
     responses = rows * table["response_length/mean"]
     processed = rows * (prompts + table["response_length/mean"])
     found = {
@@ -215,7 +224,9 @@ def _verl(table: pd.DataFrame, engines: int, rows_per_step: int | None, place: i
     return found
 
 
-def _trl(table: pd.DataFrame, engines: int, rows_per_step: int | None, place: int) -> dict[str, Observations]:
+def _trl(
+    table: pd.DataFrame, engines: int, rows_per_step: int | None, place: int, where: str
+) -> dict[str, Observations]:
     """TRL logs one time a step, the mean since the last entry: one fit tells decoding from updating."""
     steps = table.step.diff()
     tokens = table.num_tokens.diff() / steps

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from profiling.errors import ConfigError, ToolkitError
+from profiling.files import read_json
 from profiling.settings import parse_overrides
 from profiling.writer import write_atomically
 from simulator.experiment import load_experiment
@@ -119,7 +120,7 @@ def run_cells(
 
 def _read(path: Path) -> Values | None:
     try:
-        known = json.loads(path.read_bytes())
+        known = read_json(path)
     except (OSError, ValueError):
         return None
     return known if isinstance(known, dict) and known.get("status") == "ok" else None

@@ -1,10 +1,10 @@
 """Whether and from where a run can go on: checked before anything is changed."""
 
-import json
 import sys
 from pathlib import Path
 
 from profiling.errors import ConfigError, DataError
+from profiling.files import read_json
 from profiling.ledger import Cluster
 from profiling.reader import Run
 from profiling.settings import check_settings
@@ -34,7 +34,7 @@ def checkpoint_of(config: RunConfig, source: Path | None, ranks: Ranks) -> Found
     found = newest_usable(source, to_resume=True)
     path = source / "model.json"
     try:
-        model = json.loads(path.read_bytes())
+        model = read_json(path)
     except FileNotFoundError:
         model = None
     except (OSError, ValueError) as error:
@@ -93,7 +93,7 @@ def check_problems_are_the_same(directory: Path, problems: Problems) -> None:
         return
     path = directory / DATA_JSON
     try:
-        before = json.loads(path.read_bytes())["fingerprint"]
+        before = read_json(path)["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: cannot be read: {error}; start another run instead") from None
     if before != problems.fingerprint:

@@ -1,6 +1,7 @@
 """Predicted against measured, for runs that were not calibrated on."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from analysis import style
 from analysis.tables import QUANTITIES
 from profiling.errors import DataError
+from profiling.files import read_whole
 from profiling.reader import Run
 
 WITHIN = 0.10
@@ -28,7 +30,7 @@ CAPTION = (
 
 def read_predictions(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path)
+        table = pd.read_csv(BytesIO(read_whole(path)))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; `tppo demo` writes it beside its runs") from None
     except ValueError as error:

@@ -1,6 +1,7 @@
 """How many times as fast as its synchronous twin a run is: against window, GPUs and tail weight."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from analysis.chosen import left_out
 from analysis.tables import provenance
 from analysis.twins import FIELDS_OF, schedule_kind, speedups, twin_of
 from profiling.errors import DataError
+from profiling.files import read_whole
 from profiling.reader import Run
 
 NAMES = {"window": "window, tokens", "gpus": "GPUs", "sigma": "tail weight (sigma of log length)"}
@@ -73,11 +75,13 @@ def read_published(path: Path) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame()
     try:
-        table = pd.read_csv(path)
+        table = pd.read_csv(BytesIO(read_whole(path)))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     if missing := {"figure", "label", "value", "source"} - set(table.columns):
         raise DataError(f"{path}: column '{min(missing)}' is missing")
+    if not pd.api.types.is_numeric_dtype(table.value):
+        raise DataError(f"{path}: column 'value' has something that is not a number")
     own = table[table.figure == "speedup"]
     return pd.DataFrame(
         {"what": "published", "per_response": own.value.astype(float), "label": own.label, "source": own.source}

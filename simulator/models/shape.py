@@ -5,13 +5,13 @@ is counted per attended pair of query and key, so causal attention over n tokens
 """
 
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from profiling.errors import ConfigError
+from profiling.files import read_json
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -181,8 +181,8 @@ def load_model(source: str | Path) -> Model:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: is not a readable config.json: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: is not a readable config.json: it holds no table")

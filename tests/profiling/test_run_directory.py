@@ -9,7 +9,7 @@ import pytest
 from profiling.errors import ConfigError, DataError, RunError
 from profiling.phases import plain_header
 from profiling.reader import Run
-from profiling.schema import DEVICES, LEDGER
+from profiling.schema import DEVICES, LEDGER, SUMMARY_NUMBERS
 from profiling.settings import check_settings, parse_overrides, to_toml, with_overrides
 from profiling.writer import RunWriter, write_atomically
 from simulator.experiment import Experiment
@@ -31,14 +31,15 @@ def test_what_is_written_is_read_back(writer):
     writer.table("devices", 0, device_rows(2))
     writer.metrics({"step": 1, "loss": float("nan")})
     writer.ledger({"step": [1], "gpu": [0], "cause": ["prefill"], "seconds": [2.0]})
-    writer.summary({"wall_seconds": 2.0})
+    summary = {**dict.fromkeys(SUMMARY_NUMBERS), "wall_seconds": 2.0}
+    writer.summary(summary)
     writer.close(t=2.0, status="finished")
     run = Run(writer.path)
     assert run.devices.t.to_list() == [0.5, 0.5]
     assert run.devices.event_reasons.isna().all()
     assert run.metrics.loss.isna().all()
     assert run.ledger.columns.to_list() == LEDGER.names
-    assert run.summary == {"wall_seconds": 2.0}
+    assert run.summary == summary
     assert run.trailer["status"] == "finished"
 
 

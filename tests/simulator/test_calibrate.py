@@ -116,7 +116,7 @@ def test_a_run_without_engine_records_is_refused_by_name(tmp_path):
         ("{", "cannot be read"),
         ("[]", "not a calibration of schema 1"),
         ('{"schema": 1, "costs": {"decode_base_s": -1}}', "numbers of at least 0"),
-        ('{"schema": 1, "costs": {"decode_base_s": NaN}}', "numbers of at least 0"),
+        ('{"schema": 1, "costs": {"decode_base_s": NaN}}', "NaN is not a number"),
         ('{"schema": 1, "costs": {}, "fits": 3}', "not as tppo calibrate writes it"),
         ('{"schema": 1, "costs": {}, "fits": {"a": {"x": 1}}}', "not as tppo calibrate writes it"),
     ],

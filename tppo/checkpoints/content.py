@@ -23,16 +23,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError  # its name alone, nothing is unpickled here # nosec B403
 from typing import Any
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from profiling.errors import DataError, RunError
+from profiling.files import read_json
+from profiling.settings import describe
 from tppo.checkpoints.folders import empty_folder_for, hidden, put_in_place, remove
 from tppo.checkpoints.manifest import Manifest, checksums, read_manifest, toolkit_version, write_manifest
-from tppo.checkpoints.random_state import global_random_state
+from tppo.checkpoints.random_state import check_random_state, global_random_state
 from tppo.checkpoints.shards import (
     SHARDS,
     Weights,
@@ -46,7 +50,7 @@ from tppo.checkpoints.shards import (
 from tppo.checkpoints.store import folder_of
 from tppo.checkpoints.stored_rows import RowTable, rows_of
 from tppo.models.lora import has_adapters, load_adapters
-from tppo.models.policy import architecture_of, describe_model, save_policy
+from tppo.models.policy import architecture_of, describe_model, input_layer, save_policy
 from tppo.models.value import VALUE_CONFIG, VALUE_MODEL
 from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.parallel.shard import is_sharded
@@ -59,11 +63,42 @@ PLAIN = (
     "step", "next_row", "policy_version", "clock_s", "accuracies", "evaluated_step", "lr_scale", "started", "guards",
 )  # fmt: skip
 """Fields of the state that progress.json holds as they are."""
+PICKLE = b"\x80"
+"""First byte of a pickle outside of torch's archive."""
 FAULTS = (
     OSError, EOFError, LookupError, AttributeError, TypeError, ValueError, RuntimeError, SafetensorError,
-    UnpicklingError, CheckpointException,
+    UnpicklingError, CheckpointException, OverflowError, MemoryError, BadZipFile,
 )  # fmt: skip
 """What reading can meet in files that are not ours."""
+
+
+class Places(BaseModel):
+    """Of a step that was rolled out ahead: its rows' places in the table, and the engine's records."""
+
+    model_config = ConfigDict(strict=True)
+    rows: list[int]
+    records: list[dict[str, Any]]
+
+
+class Progress(BaseModel):
+    """What progress.json holds."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    step: NonNegativeInt
+    next_row: NonNegativeInt
+    policy_version: NonNegativeInt
+    clock_s: float
+    accuracies: list[float]
+    evaluated_step: int | None
+    lr_scale: float
+    started: bool
+    guards: dict[str, dict[str, Any]] = {}
+    """Checkpoints from before there were guards know nothing of them."""
+    time_s: float
+    carried: list[NonNegativeInt]
+    reusable: list[list[NonNegativeInt]]
+    ahead: Places | None
+    rows: list[dict[str, Any]]
 
 
 def save_checkpoint(
@@ -168,9 +203,11 @@ def restore(state: TrainingState, checkpoint: Path) -> Restored:
     """Load what `save_checkpoint` wrote into `state`, whose policy was already loaded from the checkpoint, or from
     where the run started when it has adapters. Raises DataError."""
     try:
-        generators = torch.load(checkpoint / RANDOM, weights_only=True)
-        progress = {"guards": {}, **json.loads((checkpoint / PROGRESS).read_bytes())}  # before guards: nothing known
-        rows = rows_of(progress["rows"], load_file(checkpoint / ROWS))
+        generators = load_torch(checkpoint / RANDOM)
+        progress = Progress.model_validate(read_json(checkpoint / PROGRESS))
+        rows = rows_of(
+            progress.rows, load_file(checkpoint / ROWS), vocabulary=input_layer(state.policy).num_embeddings
+        )
         if has_adapters(state.policy):
             load_adapters(state.policy, load_file(checkpoint / ADAPTERS), _merged(checkpoint))
         if state.value_model is not None:
@@ -180,21 +217,34 @@ def restore(state: TrainingState, checkpoint: Path) -> Restored:
         if any(name.startswith(f"{SHARDS}/") for name in read_manifest(checkpoint).files):
             load_shards(checkpoint / SHARDS, state)
         else:
-            stored = torch.load(checkpoint / OPTIMIZERS, weights_only=True)
+            stored = load_torch(checkpoint / OPTIMIZERS)
             for name, _, own in optimizers_of(state):
                 load_optimizer(own, stored[name])
         state.generator.set_state(generators["generator"])
         state.rollout_generator.set_state(generators["rollout_generator"])
+        check_random_state(generators["global"])
         for name in PLAIN:
-            setattr(state, name, progress[name])
-        state.carried = [rows[place] for place in progress["carried"]]
-        state.reusable = [[rows[place] for place in batch] for batch in progress["reusable"]]
-        ahead = progress["ahead"]
+            setattr(state, name, getattr(progress, name))
+        state.carried = [rows[place] for place in progress.carried]
+        state.reusable = [[rows[place] for place in batch] for batch in progress.reusable]
+        ahead = progress.ahead
         if ahead is not None:
-            state.ahead = Ahead([rows[place] for place in ahead["rows"]], ahead["records"])
-        return Restored(float(progress["time_s"]), generators["global"])
+            state.ahead = Ahead([rows[place] for place in ahead.rows], ahead.records)
+        return Restored(progress.time_s, generators["global"])
     except FAULTS as error:
         raise DataError(f"{checkpoint}: not a usable checkpoint: {_line(error)}") from None
+
+
+def load_torch(path: Path) -> Any:
+    """What torch.save wrote: tensors and plain values. Nothing in it is executed, and nothing is larger than the file.
+    Raises FAULTS."""
+    with path.open("rb") as file:
+        if file.read(1) == PICKLE:
+            raise UnpicklingError
+    with ZipFile(path) as archive:
+        if any(own.compress_type != ZIP_STORED for own in archive.infolist()):
+            raise ValueError(f"{path.name} is compressed, which torch.save does not do")
+    return torch.load(path, weights_only=True)
 
 
 def _merged(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -202,6 +252,8 @@ def _merged(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def _line(error: BaseException) -> str:
+    if isinstance(error, ValidationError):
+        return f"{PROGRESS}: {describe(error.errors()[0], Progress)}"
     if isinstance(error, UnpicklingError):  # torch's own words advise to execute it
         return f"{OPTIMIZERS} or {RANDOM} holds more than tensors and numbers: not ours, and not executed"
     return str(error).splitlines()[0] if str(error) else type(error).__name__

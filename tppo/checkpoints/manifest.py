@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from profiling.errors import ConfigError, DataError
+from profiling.files import read_json
 from profiling.writer import APPEND_ONLY
 
 SCHEMA = 1
@@ -77,7 +78,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """
     path = checkpoint / MANIFEST
     try:
-        values = json.loads(path.read_bytes())
+        values = read_json(path)
         checksum = values.pop("checksum")
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None

@@ -20,6 +20,15 @@ def global_random_state() -> dict[str, Any]:
     }
 
 
+def check_random_state(state: dict[str, Any]) -> None:
+    """Raises what setting it would, and leaves everything as it was."""
+    before = global_random_state()
+    try:
+        set_global_random_state(state)
+    finally:
+        set_global_random_state(before)
+
+
 def set_global_random_state(state: dict[str, Any]) -> None:
     """GPUs beyond those of the saving machine keep what they have."""
     random.setstate(state["python"])

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from profiling.files import read_json
 from tppo.models.lora import adapter_weights, plain_weights
 from tppo.parallel.tensors import like
 from tppo.state import TrainingState
@@ -81,7 +82,7 @@ def save_shards(folder: Path, state: TrainingState) -> None:
 
 def load_shards(folder: Path, state: TrainingState) -> None:
     """On any number of ranks, also where nothing is sharded."""
-    plain = json.loads((folder / PLAIN).read_bytes())
+    plain = read_json(folder / PLAIN)
     moments: dict[str, Tensor] = {}
     for name, model, optimizer in optimizers_of(state):
         for place, parameter in named_places(model, optimizer).items():

@@ -1,6 +1,5 @@
 """`tppo train CONFIG --check`: does the run fit its GPUs? Its modules, built without weights, beside `tppo plan`."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from rich.table import Table
 
 from profiling.console import table_console
 from profiling.errors import ConfigError
+from profiling.files import read_json
 from simulator.analytic import AnalyticCosts
 from simulator.cost_settings import AnalyticCostSettings
 from simulator.hardware import Gpu, load_gpu
@@ -103,7 +103,7 @@ def parts_of(config: RunConfig, card: Gpu, gpu: str, gpus: int) -> list[Part]:
 
     source = config_json_of(config.model.path)
     try:
-        values = json.loads(source.read_bytes())
+        values = read_json(source)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{source}: cannot be read: {error}") from None
     built, prompt = memory.build(values, config), prompt_tokens_of(config)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from profiling.errors import DataError
 
@@ -15,7 +15,10 @@ BUNDLED = ("original",)
 ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 ROWS_AT_ONCE = 1000
-WIDEST_CSV_FIELD_BYTES = 2**31 - 1
+LONGEST_LINE = 2**26
+"""Characters, of JSON or CSV."""
+LARGEST_JSON_BYTES = 2**29
+WIDEST_CSV_FIELD_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def _table_of(where: str, rows: Sequence[dict[str, Any]]) -> Table:
 def _json_lines(path: Path) -> Table:
     rows = []
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file, path), start=1):
             if not line.strip():
                 continue
             try:
@@ -116,8 +119,22 @@ def _json_lines(path: Path) -> Table:
     return _table_of(str(path), rows)
 
 
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    """Raises DataError for one that is longer than any row."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise DataError(
+                f"{path}: line {number}: more than {LONGEST_LINE >> 20} million characters; split the file"
+            )
+        yield line
+
+
 def _json(path: Path) -> Table:
     """A list of objects; or lines of objects, as many data sets name their files."""
+    if path.stat().st_size > LARGEST_JSON_BYTES:
+        raise DataError(f"{path}: more than {LARGEST_JSON_BYTES >> 20} MiB of JSON; write one object a line (.jsonl)")
     text = path.read_text(encoding="utf-8-sig")
     try:
         rows = json.loads(text)
@@ -136,7 +153,7 @@ def _csv(path: Path) -> Table:
     with path.open(encoding="utf-8-sig", newline="") as file:
         previous = csv.field_size_limit(WIDEST_CSV_FIELD_BYTES)  # the library's 128 KiB is less than some solutions
         try:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(_lines(file, path))
             columns = tuple(reader.fieldnames or ())
             rows = list(reader)
         except csv.Error as error:
