@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
+from profiling.advice import NAME as ADVICE
 from tests.fuzz.checkpoint_files import FOLDER, whole_checkpoint
 from tests.fuzz.foreign_files import PROBLEMS, VERL, console_text
 from tests.fuzz.mutations import hostile_text, json_text, lines_text, one_or_two, toml_text
@@ -65,12 +66,12 @@ def working_in(folder: str):
         os.chdir(before)
 
 
-def run_and(name: str, words: Sequence[str], share: float = 0.3) -> Reader:
+def run_and(name: str, words: Sequence[str], share: float = 0.3, writes: tuple[str, ...] = ()) -> Reader:
     files = st.deferred(lambda: one_or_two(
         {f"{RUN}/{file}": content for file, content in whole_run().items()},
         {f"{RUN}/{file}": own for file, own in hostile_run().items()},
     ))  # fmt: skip
-    return Reader(f"tppo {name}", files, command(*words), share=share, names=(RUN,))
+    return Reader(f"tppo {name}", files, command(*words), share=share, names=(RUN,), writes=writes)
 
 
 def small(experiment: dict) -> dict:
@@ -85,7 +86,8 @@ READERS = (
     run_and("calibrate", ("calibrate", f"{{in}}/{RUN}", "--output", "{out}/c.json")),
     Reader("tppo calibrate verl:LOG", texts("verl.log", (VERL,), console_text),
            command("calibrate", "verl:{in}/verl.log", "--output", "{out}/c.json"), share=0.3),
-    run_and("report", ("report", f"{{in}}/{RUN}", "--output", "{out}/report.html"), share=0.01),
+    run_and("report", ("report", f"{{in}}/{RUN}", "--output", "{out}/report.html"), share=0.01,
+            writes=(ADVICE,)),
     run_and("compare", ("compare", f"{{in}}/{RUN}", f"{{in}}/{RUN}"), share=0.05),
     run_and("plot", ("plot", f"{{in}}/{RUN}", "--figure", "engine_timeline", "--output", "{out}"), share=0.1),
     run_and("export chrome", ("export", f"{{in}}/{RUN}", "--output", "{out}/t.json")),

@@ -27,6 +27,8 @@ class Reader:
     """Of the cases, relative to the others': a slow one gets fewer."""
     names: tuple[str, ...] = ()
     """What else a message may name: a flag, a section of the configuration."""
+    writes: tuple[str, ...] = ()
+    """Names of files that it may write in the folder."""
 
 
 def run_cases(reader: Reader, cases: int, *, start: int | None = None) -> dict[str, int]:
@@ -42,7 +44,7 @@ def run_cases(reader: Reader, cases: int, *, start: int | None = None) -> dict[s
         with tempfile.TemporaryDirectory(prefix="fuzz-", dir=MEMORY if MEMORY.is_dir() else None) as top:
             folder = Path(top) / "in"
             folder.mkdir()
-            ends[judge(reader.read, folder, files, reader.names)] += 1
+            ends[judge(reader.read, folder, files, reader.names, reader.writes)] += 1
             assert {path.name for path in Path(top).iterdir()} <= {"in", "out"}, "written beside the folder"
 
     (seed(start)(case) if start is not None else case)()
