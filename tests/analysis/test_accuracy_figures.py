@@ -106,7 +106,7 @@ def test_a_paired_ratio_of_tokens_is_one_of_tokens(runs):
 
 
 def test_evaluations_without_a_number_are_no_points(tmp_path):
-    run = evaluations(tmp_path / "ppo-s0", [0.5, None, float("nan"), 0.8])
+    run = evaluations(tmp_path / "ppo-s0", [0.5, None, None, 0.8])
     assert accuracy_curve(run).step.tolist() == [1, 4]
     assert lines(figures.accuracy_steps([run]).axes[0], "evaluations")[0].get_xdata().tolist() == [1, 4]
 
