@@ -1,6 +1,6 @@
 """Which runs and which of their steps a figure draws, and the words about those that it does not."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -24,11 +24,16 @@ def usable(runs: Sequence[Run], lacks: Lacks, what: str) -> list[Run]:
 
 def left_out(runs: Sequence[Run], lacks: Lacks, most: int = 3) -> list[str]:
     """For the foot of a figure: a line per reason, naming up to `most` runs that are not drawn because of it."""
-    reasons: dict[str, list[str]] = {}
-    for run in runs:
-        if (reason := lacks(run)) is not None:
-            reasons.setdefault(reason, []).append(run.name)
-    return [f"Not drawn: {listed(names, most)} ({reason})." for reason, names in reasons.items()]
+    reasons = ((run.name, reason) for run in runs if (reason := lacks(run)) is not None)
+    return [f"Not drawn: {part}." for part in by_reason(reasons, most)]
+
+
+def by_reason(reasons: Iterable[tuple[str, str]], most: int) -> list[str]:
+    """(name, reason) pairs -> `NAMES (reason)`: those with one reason together, at most so many by name."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        names.setdefault(reason, []).append(name)
+    return [f"{listed(own, most)} ({reason})" for reason, own in names.items()]
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
+from analysis.chosen import by_reason
 from profiling.errors import DataError
 from profiling.reader import Run
 
@@ -37,13 +38,7 @@ def _without_path(run: Run, reason: str) -> str:
 
 def left_out_note(table: pd.DataFrame, most: int = 4) -> str:
     """`Left out: NAME (reason); ...`, or nothing. Runs with one reason stand together, at most so many by name."""
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in table.attrs.get(LEFT_OUT, []):
-        by_reason.setdefault(reason, []).append(name)
-    parts = []
-    for reason, names in by_reason.items():
-        more = f" and {len(names) - most} more" if len(names) > most else ""
-        parts.append(f"{', '.join(names[:most])}{more} ({reason})")
+    parts = by_reason(table.attrs.get(LEFT_OUT, []), most)
     return f"Left out: {'; '.join(parts)}." if parts else ""
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from profiling.errors import DataError
-from profiling.files import read_json
+from profiling.files import read_json_table
 from profiling.reader import Run
 
 
@@ -68,12 +68,7 @@ def hardware_of(run: Run) -> Hardware:
             f"{run.path / 'hardware.json'}: does not exist, nor does one beside the run; write the machine's name, "
             "peak_flops, memory_bytes_per_s and measured (true or false) there"
         )
-    try:
-        values = read_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{path}: not a JSON object")
+    values = read_json_table(path)
     for field, kind in (("name", str), ("measured", bool)):
         if not isinstance(values.get(field), kind):
             raise DataError(f"{path}: {field} = {values.get(field)!r} is not a {kind.__name__}")

@@ -16,7 +16,7 @@ from analysis.hardware import Hardware
 from analysis.tables import arm_of
 from profiling.attribution import device_estimates
 from profiling.errors import DataError, shown
-from profiling.files import read_json
+from profiling.files import read_json_table
 from profiling.model_flops import (
     VALUE_PHASES,
     decode_bytes,
@@ -45,12 +45,7 @@ NEEDED = (
 def model_of(run: Run) -> dict[str, Any]:
     """model.json of a run. Raises DataError when there is none, a field is missing, or the model is not dense."""
     path = run.path / "model.json"
-    try:
-        model = read_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; FLOPs need the model's dimensions") from None
-    if not isinstance(model, dict):
-        raise DataError(f"{path}: not a JSON object; FLOPs need the model's dimensions")
+    model = read_json_table(path, "FLOPs need the model's dimensions")
     for field in NEEDED:
         value = model.get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:

@@ -21,11 +21,12 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from profiling.errors import ConfigError, DataError
-from profiling.files import read_json
+from profiling.files import read_json_table
 from profiling.settings import Settings, check_settings
 from profiling.writer import write_atomically
 
 NAME = "advice.json"
+REMEDY = "delete it, and tppo report writes it anew"
 CAVEAT = (
     "Simulated, not measured. Per finished response only: a schedule also changes which responses a step learns from "
     "and how old they are."
@@ -119,20 +120,17 @@ def trace_bytes_of(directory: Path) -> int:
 def read_advice(directory: Path) -> Advice | None:
     """None where there is none, or where the run has gone on since. Raises DataError naming file and field."""
     path = directory / NAME
-    try:
-        values = read_json(path)
-        written = path.stat().st_mtime
-        stale = written < (directory / "trace.jsonl").stat().st_mtime
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; delete it, and tppo report writes it anew") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{path}: not a JSON object; delete it, and tppo report writes it anew")
+    values = read_json_table(path, REMEDY)
     try:
         advice = check_settings(values, Advice, where=str(path))
     except ConfigError as error:
-        raise DataError(f"{error}; delete it, and tppo report writes it anew") from None
+        raise DataError(f"{error}; {REMEDY}") from None
+    try:
+        stale = path.stat().st_mtime < (directory / "trace.jsonl").stat().st_mtime
+    except OSError:  # one of them has just gone
+        return None
     return None if stale or advice.trace_bytes != trace_bytes_of(directory) else advice
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from profiling.errors import DataError
+
 LARGEST_BYTES = 64 * 2**20
 """Of a file that is read whole: a manifest, a summary, a calibration."""
 LONGEST_LINE_BYTES = 64 * 2**20
@@ -57,6 +59,18 @@ def read_whole(path: Path, most_bytes: int = LARGEST_BYTES) -> bytes:
 def read_json(path: Path, most_bytes: int = LARGEST_BYTES) -> Any:
     """Raises OSError and ValueError."""
     return parse_json(read_whole(path, most_bytes))
+
+
+def read_json_table(path: Path, remedy: str = "") -> dict[str, Any]:
+    """A JSON object, by name. Raises DataError naming the file, the fault and the remedy."""
+    hint = f"; {remedy}" if remedy else ""
+    try:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}{hint}") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: not a JSON object{hint}")
+    return values
 
 
 def whole_lines(path: Path) -> Iterator[bytes]:

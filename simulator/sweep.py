@@ -4,12 +4,9 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from profiling.files import read_json
 from profiling.settings import parse_overrides
 from profiling.writer import write_atomically
 from simulator.experiment import load_experiment
+from simulator.processes import in_processes
 from simulator.run import simulate
 
 Values = dict[str, Any]
@@ -136,19 +134,8 @@ def _answer(get: Callable[[], Values]) -> Values:
 
 
 def _on_this_machine(waiting: Mapping[str, str], jobs: int | None) -> Iterator[tuple[str, Values]]:
-    workers = min(jobs or os.cpu_count() or 1, max(len(waiting), 1))
-    if workers == 1:
-        for key, experiment in waiting.items():
-            yield key, _answer(lambda experiment=experiment: play(experiment))  # type: ignore[misc]
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(play, experiment): key for key, experiment in waiting.items()}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], _answer(future.result)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    for key, get in in_processes(play, waiting, jobs):
+        yield key, _answer(get)
 
 
 def _on_ray(waiting: Mapping[str, str], address: str) -> Iterator[tuple[str, Values]]:

@@ -1,11 +1,8 @@
 """The answer: every option with intervals, the front of time against money, and what decides."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -20,6 +17,7 @@ from simulator.plan.estimate import Estimate, estimate
 from simulator.plan.money import hours, paid_gpus, watts
 from simulator.plan.options import Option, options_of
 from simulator.plan.question import Question
+from simulator.processes import in_processes
 from simulator.workload import lengths_of_run
 
 Each = Callable[[int, int], None]
@@ -113,20 +111,12 @@ def answer(
 
 def _estimates(options: Sequence[Option], each: Each) -> list[Estimate | str]:
     """On all cores; a fault in its place."""
-    todo = [option for option in options if option.experiment is not None]
-    workers = min(os.cpu_count() or 1, len(todo))
-    found: list[Estimate | str] = []
-    if workers < 2:
-        for done, option in enumerate(todo, start=1):
-            found.append(_one(option))
-            each(done, len(todo))
-    else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for done, own in enumerate(pool.map(_one, todo, chunksize=1), start=1):
-                found.append(own)
-                each(done, len(todo))
-    left = iter(found)
-    return [str(option.fault) if option.experiment is None else next(left) for option in options]
+    todo = {str(place): option for place, option in enumerate(options) if option.experiment is not None}
+    answers: dict[str, Estimate | str] = {str(place): str(option.fault) for place, option in enumerate(options)}
+    for done, (place, get) in enumerate(in_processes(_one, todo, None), start=1):
+        answers[place] = get()
+        each(done, len(todo))
+    return list(answers.values())
 
 
 def _one(option: Option) -> Estimate | str:

@@ -118,27 +118,28 @@ def json_text(value: Any) -> str:
     if isinstance(value, Raw):
         return value.text
     if isinstance(value, (dict, Pairs)):
-        items = value.items if isinstance(value, Pairs) else value.items()
-        return "{" + ", ".join(f"{json.dumps(str(key))}: {json_text(own)}" for key, own in items) + "}"
+        return "{" + ", ".join(f"{json.dumps(str(key))}: {json_text(own)}" for key, own in pairs_of(value)) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(json_text, value)) + "]"
     return json.dumps(value)
+
+
+def pairs_of(value: Any) -> Any:
+    return value.items if isinstance(value, Pairs) else value.items()
 
 
 def toml_text(value: Any) -> str:
     """A document: every key of the first level on its own line, what is inside as inline tables."""
     if not isinstance(value, (dict, Pairs)):
         return inline(value)
-    items = value.items if isinstance(value, Pairs) else value.items()
-    return "".join(f"{json.dumps(str(key))} = {inline(own)}\n" for key, own in items)
+    return "".join(f"{json.dumps(str(key))} = {inline(own)}\n" for key, own in pairs_of(value))
 
 
 def inline(value: Any) -> str:
     if isinstance(value, Raw):
         return value.text
     if isinstance(value, (dict, Pairs)):
-        items = value.items if isinstance(value, Pairs) else value.items()
-        return "{" + ", ".join(f"{json.dumps(str(key))} = {inline(own)}" for key, own in items) + "}"
+        return "{" + ", ".join(f"{json.dumps(str(key))} = {inline(own)}" for key, own in pairs_of(value)) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(inline, value)) + "]"
     if isinstance(value, float):

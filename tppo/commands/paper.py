@@ -1,10 +1,8 @@
 """`tppo paper`: the figures of the T-PPO paper's manner, from simulations and from the demo's measured runs."""
 
-import os
+import json
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +16,7 @@ from profiling.settings import to_toml
 from profiling.writer import write_atomically
 from simulator import load_experiment, simulate
 from simulator.experiment import Experiment
+from simulator.processes import in_processes
 from tppo.paper import DEMO, OF_ALL, OF_THE_DEMO, OF_THE_PAIR, PAIR, SETTINGS, SIMULATED, experiments_of, load_paper
 from tppo.paper.captions import Drawn, captions
 
@@ -66,32 +65,21 @@ def run_paper(
 def simulate_all(experiments: dict[str, Experiment], folder: Path, jobs: int | None) -> dict[str, Run]:
     """Name -> finished run; those that `folder` holds stay as they are. Raises ConfigError when it holds others."""
     waiting = {name: own for name, own in experiments.items() if not _is_there(folder / name, own)}
-    workers = min(jobs or os.cpu_count() or 1, len(waiting))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("simulations", total=len(waiting))
-        if workers <= 1:
-            for name, own in waiting.items():
-                _play(own.model_dump_json(), folder / name)
-                progress.advance(task)
-        else:
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                futures = [pool.submit(_play, own.model_dump_json(), folder / name) for name, own in waiting.items()]
-                try:
-                    for future in as_completed(futures):
-                        future.result()
-                        progress.advance(task)
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+        asked = {name: (own.model_dump_json(), folder / name) for name, own in waiting.items()}
+        for _, done in in_processes(_play, asked, jobs):
+            done()
+            progress.advance(task)
     return {name: Run(folder / name) for name in experiments}
 
 
-def _play(experiment: str, directory: Path) -> None:
-    """In another process. A run directory of its own name only once it is whole."""
-    import json
-
+def _play(asked: tuple[str, Path]) -> None:
+    """(experiment as JSON, its run directory), in another process. The directory has its name only once it is
+    whole."""
+    experiment, directory = asked
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     simulate(load_experiment(json.loads(experiment))).write(partial)
