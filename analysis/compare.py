@@ -12,10 +12,11 @@ from scipy.stats import t as student
 
 from analysis.ledgers import ROUNDING, causes_per_step
 from analysis.noise import Comparison, Steps, compare_seeds, compare_steps
-from analysis.tables import accuracy_curve, seed_of, time_to_score
+from analysis.tables import accuracy_curve, provenance, seed_of, time_to_score
 from profiling.errors import DataError, InputError
 from profiling.ledger import innermost_phases
 from profiling.reader import Run
+from profiling.settings import flattened
 from profiling.summary import NOT_TRAINING
 
 WARM_UP_STEPS = 1
@@ -54,7 +55,7 @@ def compare(a: Sequence[Run], b: Sequence[Run], *, target: float = 0.85, block: 
 def _side(runs: Sequence[Run], steps: Mapping[Any, pd.DataFrame]) -> dict[str, Any]:
     return {
         "runs": [run.name for run in runs],
-        "kind": " and ".join(sorted({run.kind for run in runs})),
+        "kind": provenance(runs),
         "steps_compared": [len(table) for table in steps.values()],
         "steps_left_out": [left_out(run) for run in runs],
     }
@@ -62,20 +63,8 @@ def _side(runs: Sequence[Run], steps: Mapping[Any, pd.DataFrame]) -> dict[str, A
 
 def left_out(run: Run) -> int:
     """First steps that do not count: start-up of the schedule, and of a measured run the warm-up."""
-    startup = (run.summary or {}).get("startup_steps")
-    if startup is None:
-        startup = _startup_of_a_live_run(run)
+    startup = (run.summary or run.header).get("startup_steps") or 0
     return max(int(startup), 0 if run.simulated else WARM_UP_STEPS)
-
-
-def _startup_of_a_live_run(run: Run) -> int:
-    """As tppo.schedule.Truncated has it; of the other schedules of our trainer, which need a few at most, none."""
-    window = (run.header["schedule"] or {}).get("window")
-    longest = run.config.get("rollout", {}).get("max_response_tokens")
-    if not isinstance(window, int) or not isinstance(longest, int) or window < 1:
-        return 0
-    visits = math.ceil(longest / window)
-    return 2 * visits if visits > 1 else 0
 
 
 def steps_of(run: Run, notes: list[str]) -> pd.DataFrame:
@@ -137,15 +126,6 @@ def _facts(run: Run) -> dict[str, Any]:
         "devices": ", ".join(str(device.get("name", "?")) for device in header["devices"]) or None,
         **{name: header[name] for name in ("gpus", "engines", "gpus_per_engine", "trainer_gpus")},
     }
-
-
-def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
-        found |= flattened(value, name) if isinstance(value, Mapping) else {name: value}
-    return found
 
 
 def _distinct(values: Sequence[Any]) -> list[Any]:

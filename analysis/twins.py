@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from profiling.reader import Run
+from profiling.settings import flattened
 
 NOT_SETTINGS = ("output", "workload.steps", "train.steps", "train.stop_at_accuracy")
 """Rates are per step and response, whatever their number."""
@@ -29,17 +30,8 @@ FIELDS_OF = {
 
 def flat_settings(run: Run) -> dict[str, Any]:
     """Every setting by its dotted name; lists as text."""
-    found: dict[str, Any] = {}
-
-    def add(prefix: str, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, dict):
-                add(f"{prefix}{name}.", value)
-            else:
-                found[prefix + name] = str(value) if isinstance(value, list) else value
-
-    add("", run.config)
-    return found
+    own = flattened(run.config)
+    return {name: str(value) if isinstance(value, list) else value for name, value in own.items()}
 
 
 def schedule_kind(run: Run) -> str | None:

@@ -122,6 +122,15 @@ def tags_of(model: type[BaseModel]) -> tuple[Any, ...]:
     return get_args(field.annotation) if field else ()
 
 
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}: what `with_overrides` takes."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        found |= flattened(value, name) if isinstance(value, Mapping) else {name: value}
+    return found
+
+
 def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with dotted keys replaced: {"rollout.window": 85} sets values["rollout"]["window"]."""
     changed: dict[str, Any] = dict(values)

@@ -246,8 +246,7 @@ class Replay:
             "prompt_tokens": int(self.sample.prompt_tokens.max()),
         }  # fmt: skip
         try:
-            experiment = load_experiment(values)
-            startup = experiment.make_schedule().startup_steps(self.most_tokens)
+            startup = load_experiment(values).startup_steps
             values["workload"]["steps"] += startup
             return load_experiment(values), startup
         except InputError as error:

@@ -163,6 +163,11 @@ class Experiment(Settings):
             )
         return self
 
+    @property
+    def startup_steps(self) -> int:
+        """Until its mix of fresh and carried rows is steady; rates leave them out."""
+        return self.make_schedule().startup_steps(self.workload.max_response_tokens)
+
     def make_schedule(self) -> Schedule:
         settings = self.schedule
         if isinstance(settings, TruncatedSchedule):

@@ -101,10 +101,10 @@ class Result:
         )  # fmt: skip
 
     def summary(self) -> dict[str, Any]:
-        run, workload = self.run, self.experiment.workload
+        run = self.run
         totals = summarise(
             cluster=self.cluster, phases=self.phases, engine=self.engine, rollouts=self.rollouts, ledger=self.ledger,
-            wall_s=run.wall_s, startup_steps=run.schedule.startup_steps(workload.max_response_tokens),
+            wall_s=run.wall_s, startup_steps=self.experiment.startup_steps,
             drawn_mean_tokens=run.drawn_tokens / run.next_row,
             trains_whole_responses=self.experiment.trains_whole_responses,
             trained_at=run.trained_at if run.schedule.in_flight else None,
@@ -143,6 +143,7 @@ class Result:
             "gpus_per_engine": self.cluster.gpus_per_engine,
             "trainer_gpus": self.cluster.trainer_gpus,
             "schedule": describe(self.run.schedule),
+            "startup_steps": self.experiment.startup_steps,
             "simulated_only": self.run.schedule.simulated_only,
         }
 

@@ -43,6 +43,7 @@ def header_of(schedule: Schedule, config: RunConfig, ranks: int) -> dict[str, An
         "trainer_gpus": cluster.trainer_gpus,
         "ranks": ranks,
         "schedule": describe(schedule),
+        "startup_steps": schedule.startup_steps(config.rollout.max_response_tokens),
         "versions": {"python": platform.python_version(), **{name: package_version(name) for name in packages}},
     }
 

@@ -75,24 +75,18 @@ def estimate(option: Option) -> Estimate:
     return estimate_of(option, played(option))
 
 
-def startup_steps(option: Option) -> int:
-    """Of the option's simulation, in front of those that count."""
-    assert option.experiment is not None
-    return option.experiment.make_schedule().startup_steps(option.experiment.workload.max_response_tokens)
-
-
 def played(option: Option) -> Result:
     """The option's simulation; its start-up takes no time where its steps do not depend on time."""
     assert option.experiment is not None
     timeless = option.schedule in ("synchronous", "truncated")
-    return simulate(option.experiment, skipped_steps=startup_steps(option) if timeless else 0)
+    return simulate(option.experiment, skipped_steps=option.experiment.startup_steps if timeless else 0)
 
 
 def estimate_of(option: Option, result: Result) -> Estimate:
     """What the option's simulation says of a step. Raises ConfigError when no row finished in it."""
     assert option.experiment is not None
     own_gpus = option.experiment.cluster.engines * option.experiment.cluster.gpus_per_engine
-    startup = startup_steps(option)
+    startup = option.experiment.startup_steps
     rows, phases = result.rollouts, result.phases
     late, rows = phases[phases.step > startup], rows[rows.step > startup]
     ledger = result.ledger[result.ledger.step > startup].groupby("cause").seconds.sum()

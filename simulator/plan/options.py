@@ -149,11 +149,10 @@ def _with(question: Question, model: Model, gpu: Gpu, gpus: int, size: int) -> I
                 "schedule": schedule, "cluster": cluster, "cost": _cost(question, size).model_dump(mode="json"),
             }  # fmt: skip
             first = load_experiment(values)
-            startup = first.make_schedule().startup_steps(question.max_response_tokens)
             for memory, remedy in zip(memories, ("split an engine over more GPUs", "train on more GPUs"), strict=True):
                 memory.check(gpu, remedy)
             measured = max(MEASURED_STEPS, min(MOST_STEPS, -(-ROWS_TO_MEASURE // question.rows_per_step)))
-            steps = startup + measured * (2 if beside else 1)
+            steps = first.startup_steps + measured * (2 if beside else 1)
             yield Option(**{**vars(own), "experiment": load_experiment(values, {"workload.steps": steps})})
         except ConfigError as error:
             yield Option(**{**vars(own), "fault": str(error).removeprefix("experiment: ")})

@@ -199,12 +199,15 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
     assert 'uvicorn is not installed; pip install "tppo[explore]"' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("started", [signal.SIG_DFL, signal.SIG_IGN], ids=["in front", "in the background"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_server_and_removes_what_is_temporary(tmp_path, number, code):
+def test_a_signal_ends_the_server_and_removes_what_is_temporary(tmp_path, number, code, started):
+    """A shell without job control starts what is in the background with SIGINT ignored."""
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "tppo", "explore"]
     server = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, started),
     )  # fmt: skip
     assert server.stdout.readline().startswith("http://127.0.0.1:")
     assert list(tmp_path.glob("tppo-explore-*"))

@@ -34,6 +34,7 @@ def run_explore(*, port: int, bind: str, open_browser: bool) -> None:
     token = None if is_loopback(shown) else secrets.token_urlsafe(24)
     address = f"http://{f'[{shown}]' if ':' in shown else shown}:{own_port}/{f'?token={token}' if token else ''}"
     signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
     with tempfile.TemporaryDirectory(prefix="tppo-explore-", ignore_cleanup_errors=True) as folder:
         app = make_app(Path(folder), port=own_port, token=token)
         config = uvicorn.Config(

@@ -16,7 +16,6 @@ from analysis.model_costs import spans_work
 from profiling.ledger import WHOLE_CLUSTER
 from profiling.reader import Run
 from simulator.about import files_about
-from simulator.plan.estimate import startup_steps
 from simulator.plan.options import Option
 from simulator.run import Result
 
@@ -36,7 +35,7 @@ def timeline(option: Option, result: Result) -> dict[str, Any]:
     Of each of PIECES equal pieces the shares in which the engine prefills and decodes, and of the decoding the part
     in which its slots were filled. phases: what follows the rollout, or goes on beside it.
     """
-    phases = result.phases[result.phases.step > startup_steps(option)]
+    phases = result.phases[result.phases.step > result.experiment.startup_steps]
     begins = phases[phases.name == "rollout"].sort_values("step").t_start.to_numpy()
     steps = phases[phases.name == "rollout"].sort_values("step").step.to_numpy()
     place = (len(begins) - 1) // 2

@@ -74,7 +74,7 @@ def experiments_of(settings: PaperSettings) -> dict[str, Experiment]:
         )
     values = base.model_dump(mode="json", exclude_none=True)
     synchronous, truncated = {"kind": "synchronous"}, values["schedule"]
-    steps = base.make_schedule().startup_steps(base.workload.max_response_tokens) + settings.rated_steps
+    steps = base.startup_steps + settings.rated_steps
     both = {"synchronous": synchronous, "truncated": truncated}
     # The pair is drawn step by step, so that both take as many steps; of the others only rates count.
     found = {name: _experiment(values, {"schedule": both[name], "workload.steps": steps}) for name in PAIR}
@@ -93,8 +93,7 @@ def experiments_of(settings: PaperSettings) -> dict[str, Experiment]:
 def _rated(values: Mapping[str, Any], changes: Mapping[str, Any], rated_steps: int) -> Experiment:
     """With as many steps after the start-up."""
     own = _experiment(values, changes)
-    startup = own.make_schedule().startup_steps(own.workload.max_response_tokens)
-    return _experiment(values, {**changes, "workload.steps": startup + rated_steps})
+    return _experiment(values, {**changes, "workload.steps": own.startup_steps + rated_steps})
 
 
 def _experiment(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Experiment:
