@@ -17,7 +17,7 @@ from tppo.learner.work import Work
 from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.rewards.protocol import Grade, Reward
 from tppo.rollout.drive import plan_step
-from tppo.rollout.protocol import RolloutEngine, Sampling
+from tppo.rollout.protocol import EngineError, RolloutEngine, Sampling
 from tppo.rollout.rows import Row
 from tppo.schedule import Demand, Schedule, StepPlan, Synchronous
 from tppo.state import Ahead, TrainingState
@@ -163,15 +163,21 @@ class Collector:
         self._under_way = fresh, self.generation.start(self.schedule, plan, by_number(fresh))
 
     def wait(self, times: StepTimes) -> None:
-        """For the rollout that runs ahead, if one does; the time is the step's exposed rollout time."""
+        """For the rollout that runs ahead, if one does; the time is the step's exposed rollout time. One that failed
+        is undone."""
         if self._under_way is None:
             return
         (rows, records), self._under_way = self._under_way, None
-        with times.phase("rollout"):
-            self.state.ahead = Ahead(rows, records())
+        try:
+            with times.phase("rollout"):
+                self.state.ahead = Ahead(rows, records())
+        except EngineError:
+            self.undo()
+            raise
 
     def undo(self) -> None:
-        """The last rollout, or its grading, failed: rows, numbering and random state as they were before it."""
+        """The last rollout, or its grading, failed: rows, numbering and random state as they were before it. Once:
+        later calls change nothing until the next rollout."""
         if self._before is None:
             return
         if self._before.ahead is None:  # else nothing was rolled out since
@@ -181,6 +187,7 @@ class Collector:
         self.state.carried = self._before.carried
         self.state.next_row = self._before.next_row
         self.state.rollout_generator.set_state(self._before.generator)
+        self._before = None
 
     def _remember(self) -> None:
         state = self.state

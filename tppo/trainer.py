@@ -93,6 +93,8 @@ class Trainer:
         self.profiler = profiler
         self.clock = profiler.now
         self.saved_step: int | None = None
+        self.lost_engine: EngineError | None = None
+        """It failed when it was to take the weights of a step that is trained."""
         self.last_metrics: dict[str, Any] | None = None
         self.pad_token_id = padding_of(state.tokenizer)
         self.probe = DriftProbe()
@@ -131,13 +133,16 @@ class Trainer:
                 state.step += 1
                 with self.torch_profile.around(state.step):
                     metrics = self.train_step_or_save(state.step)
+                if self.lost_engine is not None:
+                    with self.saving(state.step, metrics):
+                        raise self.lost_engine
                 if self.on_device:
                     self.on_device.collect()
                 every = config.train.checkpoint_every
                 due = every > 0 and state.step % every == 0
                 if config.evaluation.every and state.step % config.evaluation.every == 0:
-                    self.wait_for_rollout()
                     with self.saving(state.step, metrics):
+                        self.wait_for_rollout()
                         accuracy, found = self.evaluate(state.step)
                     metrics |= found
                     due = due or self.is_a_best_to_keep()
@@ -177,8 +182,8 @@ class Trainer:
 
     @contextmanager
     def saving(self, step: int, metrics: dict[str, Any] | None = None) -> Iterator[None]:
-        """An evaluation, or what comes before the first step: when engine or reward fail in it, everything up to it
-        goes into a checkpoint. metrics: of the step, not written yet."""
+        """What is no part of a step's training: when engine or reward fail in it, everything up to it goes into a
+        checkpoint. metrics: of the step, not written yet."""
         try:
             yield
         except (EngineError, RewardError) as error:
@@ -206,7 +211,7 @@ class Trainer:
             if step < config.train.steps:
                 self.collector.start_ahead(step + 1)
         elif config.rollout.release_memory:
-            with times.phase("switch"):
+            with times.phase("switch"), engine_faults(step):
                 self.engine.release_memory()
         batches = [got.rows, *state.reusable]  # newest first
         age_of = {row.row: age for age, batch in enumerate(batches) for row in batch}
@@ -257,7 +262,10 @@ class Trainer:
                 state.reusable = batches[:kept]
         state.policy_version += 1
         if not self.schedule.steps_ahead:
-            self.sync_weights(times)
+            try:
+                self.sync_weights(times)
+            except EngineError as error:  # not the step's undoing: the policy has learned from its rows
+                self.lost_engine = error
         trained = dict(zip([row.row for row in spans.rows], policy_batch.mask.sum(1).tolist(), strict=True))
         write_step(self.writer, step, got, trained_tokens=trained)
         end = self.clock()
@@ -380,7 +388,8 @@ class Trainer:
         self.state.clock_s += self.clock() - start
 
     def checkpoint(self) -> None:
-        self.wait_for_rollout()
+        with self.saving(self.state.step):
+            self.wait_for_rollout()
         with self.profiler.phase("checkpoint", step=self.state.step):
             self.profiler.flush()
             self.writer.sync()

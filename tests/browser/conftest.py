@@ -22,9 +22,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.browser)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Chromium, started once; $CHROMIUM names another executable than /usr/bin/chromium."""
+    """Chromium, started once a file; $CHROMIUM names another executable than /usr/bin/chromium.
+
+    Not once a session: as long as it is open, Playwright's event loop counts as running in this thread, and a test of
+    another room that calls `asyncio.run` fails.
+    """
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     executable = os.environ.get("CHROMIUM", DEFAULT)
     if shutil.which(executable) is None:

@@ -23,7 +23,9 @@ def on_ranks(world, work):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = cloudpickle.dumps(work)
-    ranks = [context.Process(target=run_rank, args=(rank, world, port, code)) for rank in range(world)]
+    asked = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **asked}  # the server's is that of its start: since then Ray may have set a token's
+    ranks = [context.Process(target=run_rank, args=(rank, environment, code)) for rank in range(world)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -32,11 +34,8 @@ def on_ranks(world, work):
     assert codes == [0] * world, codes
 
 
-def run_rank(rank, world, port, code):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+def run_rank(rank, environment, code):
+    os.environ |= {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     cloudpickle.loads(code)(rank)
 
 

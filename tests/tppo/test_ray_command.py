@@ -40,6 +40,21 @@ def test_an_address_where_nobody_answers_is_one_line(toml, capsys, address):
     assert not (toml.parent / "run").exists()
 
 
+@pytest.mark.slow
+def test_a_cluster_that_asks_for_a_token_is_told_from_one_that_is_not_there(toml):
+    ray = pytest.importorskip("ray", reason="needs the extra ray")
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        address = ray.get_runtime_context().gcs_address
+        without = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+        command = [sys.executable, "-m", "tppo", "train", str(toml), "--ray", address]
+        done = subprocess.run(command, env=without, capture_output=True, text=True)
+    finally:
+        ray.shutdown()
+    assert done.returncode == 2
+    assert "asks for a token: set RAY_AUTH_MODE=token" in done.stderr
+
+
 def test_auto_without_a_cluster_is_one_line(toml, capsys, monkeypatch):
     pytest.importorskip("ray", reason="needs the extra ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -199,6 +199,51 @@ def test_an_engine_that_dies_leaves_a_checkpoint_with_every_unfinished_row(
     withstood("rollout engine in this process dies", lost="nothing: the step under way is done again")
 
 
+@pytest.mark.parametrize("schedule", ["recipe", "oversample", "asynchronous"])
+def test_a_step_whose_weights_a_dying_engine_does_not_take_is_trained_once(
+    make_config, monkeypatch, schedule, withstood
+):
+    algorithm = "tppo" if schedule == "recipe" else "ppo"
+    options = {"train": {"steps": 6}, **settings(schedule, algorithm)}
+    whole = run(make_config("whole", **options, evaluation={"every": 0}))
+    update = TorchEngine.update_weights
+    dead = [True]
+
+    def die_at_3(engine, version):
+        if version == 3 and dead:
+            raise RuntimeError("CUDA error: uncorrectable ECC error")
+        update(engine, version)
+
+    monkeypatch.setattr(TorchEngine, "update_weights", die_at_3)
+    config = make_config("run", **options, evaluation={"every": 0})
+    with pytest.raises(RunError, match=r"step \d: the rollout engine failed: .* go on with --resume"):
+        train(config, show_progress=False)
+    dead.clear()
+    again = run(config, resume=True)
+    assert without_times(again.path) == without_times(whole.path)
+    assert rollouts_without_times(again).equals(rollouts_without_times(whole))
+    withstood("rollout engine in this process dies when it takes weights")
+
+
+@pytest.mark.parametrize("awaited_by", ["evaluation", "checkpoint"])
+def test_a_rollout_ahead_that_fails_while_it_is_waited_for_outside_a_step_loses_no_row(
+    make_config, stubborn, awaited_by
+):
+    every = {"train": {"steps": 6, "checkpoint_every": int(awaited_by == "checkpoint")},
+             "evaluation": {"every": int(awaited_by == "evaluation")}}  # fmt: skip
+    options = {"value": {"pretrain_rows": 0}, **settings("asynchronous", "ppo")}
+    options = {name: {**options.get(name, {}), **every.get(name, {})} for name in {*options, *every}}
+    config = make_config("run", **options)
+    stubborn(dies_at=4 if awaited_by == "checkpoint" else 7)  # evaluations are rollouts, too
+    with pytest.raises(RunError, match=r"the rollout engine failed: .*; the checkpoint of step 3 holds every"):
+        train(config, show_progress=False)
+    assert list(Run(config.output).metrics.step)[-1] == 3
+    stubborn(dies_at=-1)
+    again = run(config, resume=True)
+    assert_conserved(again)
+    assert again.summary["steps"] == 6
+
+
 def test_an_engine_that_loses_a_row_is_found_out(make_config, monkeypatch):
     monkeypatch.setattr(TorchEngine, "run_until_a_row_ends", lambda self: [])
     config = make_config("run", value={"pretrain_rows": 0}, evaluation={"every": 0})

@@ -29,6 +29,8 @@ def joined_cluster(address: str) -> Iterator[Any]:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
     except Exception as error:  # RuntimeError, ConnectionError, ValueError and more, by the version
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if reason.startswith("Failed to connect"):  # something listens there: Ray does not tell the two apart
+            reason += " (not Ray, or it asks for a token: set RAY_AUTH_MODE=token)"
         raise ConfigError(
             f'--ray {address}: no Ray cluster answers there: {reason}; write "local" for one on this machine'
         ) from None
