@@ -25,7 +25,7 @@ import site_reference  # noqa: E402
 import site_shared  # noqa: E402
 import site_tutorials  # noqa: E402
 
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^    tppo .*\n?)+", re.MULTILINE)
 

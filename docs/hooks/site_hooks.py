@@ -7,12 +7,12 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from site_links import for_the_site, source_page, sources_in
+from site_links import OWN_PAGES, for_the_site, source_page, sources_in
 from site_reference import pages
 from site_results import titles, with_cards
 from site_shared import expanded
 
-NO_GUIDES = ("index.md", "glossary.md", "checked.md", "api.md")
+NO_GUIDES = ("index.md", "glossary.md", "checked.md", "contributing.md", "api.md")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -36,8 +36,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     linked: set[str] = set()
     for file in files.documentation_pages():
         linked |= sources_in(f"docs/{file.src_uri}", file.content_string)
-        if "<!-- section README.md" in file.content_string:
-            linked |= sources_in("README.md", Path(config.config_file_path).with_name("README.md").read_text())
+        for whole in OWN_PAGES:
+            if f"<!-- section {whole}" in file.content_string:
+                linked |= sources_in(whole, Path(config.config_file_path).with_name(whole).read_text())
     for path in sorted(linked):
         page = "source/" + (path if path.endswith(".md") else f"{path}.md")
         files.append(File.generated(config, page, content=source_page(path)))

@@ -11,6 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"(?<=\]\()(?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
 FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
+OWN_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
+"""Files above `docs/` whose sections stand on a page of the site."""
 LEXERS = {".py": "python", ".toml": "toml", ".sh": "sh", ".json": "json", ".c": "c", ".jsonl": "json"}
 
 
@@ -42,8 +44,8 @@ def in_repository(page: str, target: str) -> str | None:
 
 def page_of(path: str) -> str:
     """Where a file of the repository stands on the site, relative to `docs/`."""
-    if path == "README.md":
-        return "index.md"
+    if path in OWN_PAGES:
+        return OWN_PAGES[path]
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
     return f"source/{path}" if path.endswith(".md") else f"source/{path}.md"
@@ -51,7 +53,7 @@ def page_of(path: str) -> str:
 
 def is_source(path: str) -> bool:
     """Whether a link to it needs a page that shows the file."""
-    return path != "README.md" and not path.startswith(("docs/", "../")) and (ROOT / path).is_file()
+    return path not in OWN_PAGES and not path.startswith(("docs/", "../")) and (ROOT / path).is_file()
 
 
 def sources_in(page: str, text: str) -> set[str]:

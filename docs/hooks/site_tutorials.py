@@ -1,6 +1,7 @@
 """Runs the tutorials: `python docs/hooks/site_tutorials.py` prints what differs, `--write` writes the outputs anew.
 
     ```toml title="pilot.toml"       a file of the reader's: written
+    ```diff title="tppo/config.py"   a change to a file that is there: lines with -, +, or a space; @@ between places
     ```sh                            run, in a folder that has the checkout's configs/ and docs/
     ```text title="prints"           what the command before it printed; numbers within a hundredth
     ```text title="prints, here"     the same of a command that measures this machine: only its tables' columns compare
@@ -70,31 +71,45 @@ def blocks(page: str) -> Iterator[Block]:
         )  # fmt: skip
 
 
-def run(page: str, folder: Path) -> list[Output]:
-    """Writes the page's files and runs its commands in `folder`. Raises RuntimeError for one that fails."""
+def run(page: str, folder: Path, code: Path = ROOT) -> list[Output]:
+    """Writes and changes the page's files and runs its commands in `folder`, with the packages of the checkout `code`.
+    Raises RuntimeError for a command that fails and a change that does not fit."""
     outputs, printed = [], ""
     for block in blocks(page):
         if block.is_output:
             outputs.append(Output(block, printed))
         elif block.is_file and not block.reason:
-            (folder / block.title).write_text(block.text)
+            file = folder / block.title
+            file.write_text(changed(file.read_text(), block.text) if block.language == "diff" else block.text)
         elif block.language in ("sh", "python") and not block.reason:
-            printed = run_block(block, folder)
+            printed = run_block(block, folder, code)
     return outputs
 
 
-def run_block(block: Block, folder: Path) -> str:
+def changed(text: str, diff: str) -> str:
+    """The text after a change without line numbers: what stands in each of its places must be there once."""
+    for place in re.split(r"^@@\n", diff, flags=re.MULTILINE):
+        lines = place.splitlines(keepends=True)
+        old = "".join(line[1:] or line for line in lines if line[0] in " -\n")
+        new = "".join(line[1:] or line for line in lines if line[0] in " +\n")
+        if text.count(old) != 1:
+            raise RuntimeError(f"to be changed, and there {text.count(old)} times:\n{old}")
+        text = text.replace(old, new)
+    return text
+
+
+def run_block(block: Block, folder: Path, code: Path = ROOT) -> str:
     shell = ["bash", "-e", "-o", "pipefail", "-c"]
     words = [*shell, block.text] if block.language == "sh" else [sys.executable, "-c", block.text]
-    ended = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)
+    ended = subprocess.run(words, cwd=folder, env=environment(code), capture_output=True, text=True)
     if ended.returncode:
         raise RuntimeError(f"exit code {ended.returncode}:\n{block.text}\n{ended.stdout}\n{ended.stderr}")
     return "".join(f"{line.rstrip()}\n" for line in ended.stdout.splitlines())
 
 
-def environment() -> dict[str, str]:
-    """Of a reader in a terminal whose environment is active, on this checkout's code."""
-    here = {"PYTHONPATH": str(ROOT), "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+def environment(code: Path) -> dict[str, str]:
+    """Of a reader in a terminal whose environment is active, on a checkout's code."""
+    here = {"PYTHONPATH": str(code), "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     return {**os.environ, **here, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
 

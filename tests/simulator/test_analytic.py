@@ -214,7 +214,7 @@ def test_a_cache_from_memory_holds_back_rows_that_do_not_fit():
     ("changes", "message"),
     [
         ({"cost": {"model": "Qwen2.5-9B"}}, "model 'Qwen2.5-9B': no such config.json"),
-        ({"cost": {"gpu": "H100"}}, "GPU 'H100': neither a .toml file nor one of A100"),
+        ({"cost": {"gpu": "H100"}}, "GPU 'H100': neither a .toml file nor one of A1"),
         ({"cost": {"model": "Qwen2.5-72B"}}, "rollout on H100-SXM: 145.4 GB weights + 4.0 GB engine overhead"),
         ({"cost": {"tensor_parallel": 2}}, "an engine has cluster.gpus_per_engine = 1 GPUs; set them equal"),
         ({"cluster": {"gpus_per_engine": 8}}, "does not divide 28 attention heads"),
