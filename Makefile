@@ -83,19 +83,10 @@ docs-outputs: $(VENV)/.installed
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m tests.fuzz.run --record
 
+# Every benchmark, by itself, into docs/results, and what the README claims from them: most of a day on two cores.
+# BENCH="simulator report" for some of them.
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.simulator
-	$(BIN)/python -m benchmarks.cost_model
-	$(BIN)/python -m benchmarks.published
-	$(BIN)/python -m benchmarks.report
-	$(BIN)/python -m benchmarks.profiler
-	$(BIN)/python -m benchmarks.advantages
-	$(BIN)/python -m benchmarks.rollout
-	$(BIN)/python -m benchmarks.training_step
-	$(BIN)/python -m benchmarks.scaling
-	$(BIN)/python -m benchmarks.learning
-	$(BIN)/python -m benchmarks.ablations
-	$(BIN)/python -m benchmarks.time_to_score
+	$(BIN)/python -m benchmarks.everything $(BENCH)
 
 clean:
 	rm -rf $(VENV) $(VENV)-vllm $(VENV)-wheel $(VENV)-audit runs site build dist *.egg-info

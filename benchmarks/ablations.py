@@ -16,7 +16,8 @@ from typing import Any
 from benchmarks.arms import budget_table, curves_figure, train_arms
 from benchmarks.estimators import Sampled, advantage_figure, advantage_table, prefix_table
 from benchmarks.learning import ARMS, REGIME, TARGET
-from benchmarks.record_results import ROOT, machine, markdown
+from benchmarks.pages import ROOT, markdown
+from benchmarks.record_results import machine
 from tppo.checkpoints.store import newest_usable
 
 T_PPO = ARMS["tppo"]

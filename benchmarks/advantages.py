@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from benchmarks.record_results import markdown
+from benchmarks.pages import markdown
 from benchmarks.turns import in_turns, paired_ratio
 from benchmarks.verl_peer import VERSION, verl_gae
 from tppo.algorithms.advantages import egae, gae, last_valid

@@ -18,7 +18,7 @@ from matplotlib.ticker import NullFormatter
 from scipy.optimize import least_squares
 
 from analysis import style
-from benchmarks.record_results import ROOT, markdown
+from benchmarks.pages import ROOT, markdown
 from profiling.settings import to_toml
 from simulator.analytic import AnalyticEngineCosts
 from simulator.hardware import load_gpu

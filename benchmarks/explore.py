@@ -17,7 +17,7 @@ import sys
 import pandas as pd
 from playwright.sync_api import Page, sync_playwright
 
-from benchmarks.record_results import ROOT, markdown
+from benchmarks.pages import ROOT, markdown
 
 RESULTS = ROOT / "docs" / "results" / "explore"
 QUESTION = "?model=Qwen2.5-7B&gpu=H100-SXM&gpus=64&finished_rows=3000000&windows=8192"

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arms import budget_table, curves_figure, train_arms
-from benchmarks.record_results import ROOT, machine, markdown
+from benchmarks.pages import ROOT, markdown
+from benchmarks.record_results import machine
 
 REGIME = "short"
 TARGET = 0.85

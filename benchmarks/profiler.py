@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.record_results import ROOT, markdown
+from benchmarks.pages import ROOT, markdown
 from profiling import schema
 from profiling.estimators import (
     WINDOWS_TO_INTEGRATE,

@@ -22,7 +22,7 @@ import pandas as pd
 from scipy.optimize import brentq
 
 from analysis import style
-from benchmarks.record_results import ROOT, markdown
+from benchmarks.pages import ROOT, markdown
 from simulator import load_experiment, simulate
 from simulator.models.shape import CONFIGS
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.record_results import ROOT, markdown
+from benchmarks.pages import ROOT, markdown
 from profiling.errors import RunError
 from simulator import load_experiment, simulate
 

@@ -23,7 +23,7 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel
 
 from analysis import style
-from benchmarks.record_results import markdown
+from benchmarks.pages import markdown
 from benchmarks.small_engines import MODELS, engine_of, model_of, run_engine
 from benchmarks.turns import Timed, in_turns, paired_ratio
 from profiling.reader import Run

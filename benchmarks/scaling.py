@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 
 from analysis import style
-from benchmarks.record_results import ROOT, markdown
+from benchmarks.pages import ROOT, markdown
 from profiling.exports import TORCH_FOLDER
 from profiling.reader import Run
 from profiling.settings import to_toml

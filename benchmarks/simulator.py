@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import style
-from benchmarks.record_results import ROOT, markdown
+from benchmarks.pages import ROOT, markdown
 from simulator import load_experiment, simulate
 
 EXPERIMENT = ROOT / "configs" / "benchmark_8192.toml"

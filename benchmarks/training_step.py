@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from analysis import style
-from benchmarks.record_results import ROOT, markdown
+from benchmarks.pages import ROOT, markdown
 from benchmarks.trl_process import TRL_VERSION, Peer, environment
 from profiling.settings import check_settings
 from tppo.config import RunConfig

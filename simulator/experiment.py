@@ -13,6 +13,10 @@ from simulator.lengths import EmpiricalLengths, Lengths, PromptLengths
 from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, TailBatching, Truncated
 
 
+MOST_ROWS = 50_000_000
+"""Of an experiment: it keeps half a kilobyte of each (benchmarks.simulator prints the memory)."""
+
+
 class Workload(Settings):
     steps: PositiveInt
     """Training steps."""
@@ -44,6 +48,16 @@ class Workload(Settings):
     @property
     def rows_per_step(self) -> int:
         return self.prompts_per_step * self.samples_per_prompt
+
+    @model_validator(mode="after")
+    def check_the_rows_can_be_kept(self) -> "Workload":
+        rows = self.steps * self.rows_per_step
+        if rows > MOST_ROWS:
+            raise ValueError(
+                f"steps x prompts_per_step x samples_per_prompt = {rows:,} rows: more than {MOST_ROWS:,}; simulate "
+                "fewer steps, a run repeats itself"
+            )
+        return self
 
     @model_validator(mode="after")
     def check_lengths_are_drawn(self) -> "Workload":
@@ -97,7 +111,7 @@ ScheduleSettings = (
 
 
 class ClusterSettings(Settings):
-    engines: PositiveInt = 1
+    engines: int = Field(1, ge=1, le=100_000)
     """Rollout engines."""
     gpus_per_engine: PositiveInt = 1
     """GPUs of each engine."""

@@ -32,6 +32,7 @@ from tppo.learner.work import Work
 from tppo.metrics import model_flops_utilisation, step_metrics
 from tppo.models.lora import adapters_off
 from tppo.models.policy import describe_model, padding_of
+from tppo.out_of_memory import saying_what_to_lower
 from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.probe import DriftProbe
 from tppo.progress import progress_bar
@@ -173,7 +174,7 @@ class Trainer:
     def train_step_or_save(self, step: int) -> dict[str, Any]:
         """A step; when engine or reward fail in it, everything as it was before it goes into a checkpoint first."""
         try:
-            with self.keeping_evidence(step):
+            with self.keeping_evidence(step), saying_what_to_lower(self.config, step):
                 return self.train_step(step)
         except (EngineError, RewardError) as error:
             self.state.step = step - 1
