@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # One thread a process: two processes that each use every core wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-quick test soak reliability test-vllm lint wheel pythons audit docs docs-outputs bench fuzz clean
+.PHONY: demo demo-quick test test-slow soak reliability test-vllm lint wheel pythons audit docs docs-outputs bench fuzz clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,10 @@ demo-quick: $(VENV)/.installed
 # Two processes, a file's tests in one of them: fixtures of a file are made once.
 test: $(VENV)/.installed
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+# What takes long: engines on Ray clusters of this machine, torch.compile, tutorials and how-to pages followed.
+test-slow: $(VENV)/.installed
+	$(BIN)/pytest -m slow --numprocesses 2 --dist loadfile
 
 # Kills training runs at random moments and at every file operation of a save, and compares them with undisturbed runs.
 soak: $(VENV)/.installed

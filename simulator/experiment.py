@@ -12,7 +12,6 @@ from simulator.cost_settings import AffineCostSettings, CostSettings
 from simulator.lengths import EmpiricalLengths, Lengths, PromptLengths
 from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, TailBatching, Truncated
 
-
 MOST_ROWS = 50_000_000
 """Of an experiment: it keeps half a kilobyte of each (benchmarks.simulator prints the memory)."""
 

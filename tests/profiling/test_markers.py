@@ -127,6 +127,7 @@ def test_another_hosts_phases_are_placed_by_the_wall_clocks_and_the_trace_says_s
     assert "host other: its monotonic clock is +640.000 s against ours" in note["text"]
 
 
+@pytest.mark.slow
 def test_the_plain_pytorch_example_trains_with_and_without_the_profiler(tmp_path):
     example = Path(__file__).parents[2] / "docs" / "examples" / "plain_pytorch.py"
     plain = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -39,6 +39,7 @@ def call(*words):
     return main(["paper", *map(str, words)])
 
 
+@pytest.mark.slow
 def test_the_set_is_drawn_from_simulations_and_says_how_to_get_what_must_be_measured(settings, tmp_path, capsys):
     output = tmp_path / "out"
     words = ("--output", output, "--demo", tmp_path / "none", "--settings", settings, "--jobs", 1)
@@ -63,6 +64,7 @@ def test_the_set_is_drawn_from_simulations_and_says_how_to_get_what_must_be_meas
     assert (output / "runs" / "truncated" / "trace.jsonl").stat().st_mtime_ns == before  # kept
 
 
+@pytest.mark.slow
 def test_measured_figures_come_from_the_demo_s_runs(settings, tmp_path):
     demo = tmp_path / "demo"
     for name in ("ppo-s0", "tppo-s0"):

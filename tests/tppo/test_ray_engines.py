@@ -29,6 +29,7 @@ from tppo.parallel.ranks import SINGLE
 from tppo.rollout.protocol import Request, Sampling
 from tppo.rollout.torch_engine import TorchEngine
 
+pytestmark = pytest.mark.slow
 ROWS = [
     "step", "row", "context_before", "tokens", "trained_tokens", "finished", "discarded", "policy_version", "reward",
 ]  # fmt: skip

@@ -28,6 +28,7 @@ from tppo.cluster.places import Places, as_seen_here, bundles_of, check_it_is_th
 from tppo.cluster.pool import EnginePool
 from tppo.parallel.ranks import SINGLE
 
+pytestmark = pytest.mark.slow
 RANKS = 2
 
 
@@ -239,7 +240,6 @@ def test_what_the_first_rank_finds_wrong_with_the_cluster_is_one_line_on_all(mak
     assert not large.output.exists()
 
 
-@pytest.mark.slow
 def test_torchrun_starts_ranks_and_a_cluster_of_this_machine(make_config, tmp_path):
     here, there = pair(make_config, steps=2)
     (tmp_path / "config.toml").write_text(

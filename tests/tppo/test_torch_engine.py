@@ -119,6 +119,7 @@ def test_the_number_of_slots_never_changes_a_greedy_answer(loaded):
         assert len({tuple(answer[row].token_ids) for answer in answers}) == 1
 
 
+@pytest.mark.slow
 def test_a_compiled_engine_gives_the_same_greedy_answers(loaded):
     requests = [Request(i, ids, 0, 12) for i, ids in enumerate(prompts(loaded[1]))]
     plain = run_all(engine_for(loaded, slots=4), requests, GREEDY)
