@@ -25,7 +25,7 @@ from tppo.config import RunConfig
 from tppo.data.tasks import problems_of
 from tppo.evaluation.evaluate import longest_prompt_of
 from tppo.learner.recipe import recipe_of
-from tppo.models.policy import architecture_of, describe_model, load_policy
+from tppo.models.policy import architecture_of, describe_model, is_without_weights
 from tppo.models.value_source import check_value_rows_fit
 from tppo.parallel.clocks import notes_of, offsets_to_main
 from tppo.parallel.ranks import Ranks, joined_processes, on_devices
@@ -36,7 +36,7 @@ from tppo.rollout.engines import check_rows_fit, make_engine, sampling_of
 from tppo.rollout.protocol import Clock, RolloutEngine
 from tppo.run_records import header_of
 from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, Truncated
-from tppo.state import TrainingState, new_state
+from tppo.state import TrainingState, loaded, new_state
 from tppo.torch_traces import steps_of
 from tppo.tracking.protocol import About
 from tppo.tracking.tracker import Tracker, check_trackers
@@ -87,16 +87,15 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks, place
     assert config.output is not None
     model_path = str(found.path / POLICY) if found else config.model.path
     start = config.model.path if config.model.lora_rank else model_path  # adapters are restored beside their base
-    policy, tokenizer = load_policy(
-        start, attention=config.model.attention, trust_remote_code=config.model.trust_remote_code
-    )
+    policy, tokenizer = loaded(start, config, ranks)
     problems = problems_of(config, tokenizer)
     if found is not None:
         check_problems_are_the_same(found.run, problems)
     for note in problems.notes if ranks.main else ():
         print(f"tppo: {note}", file=sys.stderr)
     longest_prompt = max(problems.task.longest_prompt(tokenizer), longest_prompt_of(problems.held_out, tokenizer))
-    check_rows_fit(config, policy, tokenizer, longest_prompt)
+    has_weights = not is_without_weights(policy)  # the check computes with them
+    ranks.each(lambda: check_rows_fit(config, policy, tokenizer, longest_prompt) if has_weights else None)
     state = new_state(policy, tokenizer, config, ranks)
     row_tokens = longest_prompt + config.rollout.max_response_tokens
     check_value_rows_fit(state.value_model, config.value.path, row_tokens)

@@ -74,7 +74,7 @@ def new_state(
     """The state before the first step; its models are on the ranks' devices, sharded where the ranks shard. Raises
     ConfigError when value.path does not fit the policy."""
     recipe, settings = RECIPES[config.algorithm.name], config.optimizer
-    value_model = value_model_of(config, policy, tokenizer) if recipe.has_value_model else None
+    value_model = ranks.each(lambda: value_model_of(config, policy, tokenizer)) if recipe.has_value_model else None
     if config.model.lora_rank:
         add_adapters(policy, config.model, config.train.seed)
     updates = config.train.epochs * config.train.mini_batches
@@ -83,7 +83,7 @@ def new_state(
         proximal = ProximalPolicy(policy, config.algorithm.ewma_beta or beta_for(updates))
     reference = None
     if config.algorithm.kl_coef:
-        reference = policy if config.model.lora_rank else started_from(config)
+        reference = policy if config.model.lora_rank else started_from(config, ranks)
     besides = None if reference is policy else reference
     for model in (policy, value_model, besides, proximal.model if proximal else None):
         if model is not None:
@@ -113,12 +113,22 @@ def new_state(
     )
 
 
-def started_from(config: RunConfig) -> PreTrainedModel:
+def started_from(config: RunConfig, ranks: Ranks) -> PreTrainedModel:
     """Frozen."""
-    model, _ = load_policy(
-        config.model.path, attention=config.model.attention, trust_remote_code=config.model.trust_remote_code
-    )
+    model, _ = loaded(config.model.path, config, ranks)
     return model.requires_grad_(False)
+
+
+def loaded(path: str, config: RunConfig, ranks: Ranks) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load_policy`; where ranks shard, with weights on the first one alone: `place` brings each its part. Raises
+    ConfigError, on all ranks."""
+    own = config.model
+    return ranks.each(
+        lambda: load_policy(
+            path, attention=own.attention, trust_remote_code=own.trust_remote_code,
+            weights=ranks.main or ranks.mesh is None,
+        )
+    )  # fmt: skip
 
 
 def place(model: nn.Module, config: RunConfig, ranks: Ranks) -> None:

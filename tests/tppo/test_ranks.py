@@ -13,11 +13,14 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from profiling.errors import ConfigError, RunError
 from profiling.reader import Run
 from profiling.settings import to_toml
 from tests.tppo.ranks import on_ranks, when
+from tests.tppo.test_value_source import save_reward_model
+from tppo.models import value_source
 from tppo.parallel.clocks import Offset, notes_of, offsets_to_main
 from tppo.parallel.ranks import SINGLE, Ranks, joined_ranks
 from tppo.rollout.torch_engine import TorchEngine
@@ -98,6 +101,47 @@ def test_ranks_train_on_the_same_rows_with_the_same_losses_as_one_process(
     exact = ("name", "step", "tokens", "pairs", "outputs", "backward_tokens", "backward_pairs", "updates")
     sums = [pd.DataFrame(records)[list(exact)] for records in counted]
     pd.testing.assert_frame_equal(*sums)
+
+
+@pytest.mark.parametrize("value", ["policy", "checkpoint", "reward model"])
+def test_only_the_first_rank_reads_weights(make_config, tmp_path, value):
+    """So that a host of eight does not hold eight whole models. Policy, reference and value model."""
+    own = settings_of("tppo")
+    if value == "checkpoint":
+        before = make_config("before", **{**own, "train": {**own["train"], "checkpoint_every": 1}})
+        train(before, show_progress=False)
+        own["value"] = {"path": str(before.output / "checkpoints" / "step-000003")}
+    elif value == "reward model":
+        save_reward_model(tmp_path / "reward")
+        own["value"] = {"path": str(tmp_path / "reward")}
+    config, others = make_config("one", **own), make_config("many", **own)
+    train(config, show_progress=False)
+
+    def refused(*arguments, **options):
+        raise AssertionError("weights are read")
+
+    def work(rank):
+        if rank > 0:
+            for kind in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+                kind.from_pretrained = refused
+            value_source.load_file = refused
+        train(others, show_progress=False)
+
+    on_ranks(2, work)
+    assert_equal_runs(Run(config.output), Run(others.output))
+
+
+def test_weights_that_only_the_first_rank_finds_wanting_are_one_line_on_all(make_config, tmp_path):
+    save_reward_model(tmp_path / "reward")
+    (tmp_path / "reward" / "model.safetensors").write_bytes(b"no weights")
+    config = make_config("run", **settings_of("tppo"), value={"path": str(tmp_path / "reward")})
+
+    def work(rank):
+        with pytest.raises(ConfigError, match=r"value.path: .*reward holds no value model for this policy"):
+            train(config, show_progress=False)
+
+    on_ranks(2, work)
+    assert not config.output.exists()
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_in_another_directory(make_config, capsys):

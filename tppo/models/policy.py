@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError  # its name alone, nothing is unpickled here # nosec B403
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -36,16 +38,21 @@ def looks_local(path: str) -> bool:
 
 
 def load_policy(
-    path: str, *, attention: str = "sdpa", trust_remote_code: bool = False
+    path: str, *, attention: str = "sdpa", trust_remote_code: bool = False, weights: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (float32, on the CPU) and tokenizer from a local directory or a hub name. attention: sdpa,
-    flash_attention_2 or eager. trust_remote_code: execute modelling code that comes with the model. Raises
-    ConfigError when there is none."""
+    flash_attention_2 or eager. trust_remote_code: execute modelling code that comes with the model. weights: False:
+    none are read, the model is on the meta device. Raises ConfigError when there is none."""
     trust = {"trust_remote_code": trust_remote_code}
     if looks_local(path) and not Path(path).expanduser().exists():
         raise ConfigError(f"model.path = {path!r}: no such directory")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention, **trust)
+        how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention, **trust}
+        if weights:
+            model = AutoModelForCausalLM.from_pretrained(path, **how)
+        else:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **trust), **how).eval()
         tokenizer = AutoTokenizer.from_pretrained(path, **trust)
     except ImportError as error:
         reason = str(error).splitlines()[0]
@@ -60,6 +67,10 @@ def load_policy(
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.path = {path!r}: its tokenizer has no end-of-sequence token")
     return model, tokenizer
+
+
+def is_without_weights(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def reason_of(error: BaseException) -> str:

@@ -1,6 +1,8 @@
 """Where the value model comes from: the policy's backbone, another run's checkpoint, or a reward model."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +21,7 @@ from transformers import (
 from profiling.errors import ConfigError
 from tppo.checkpoints.manifest import MANIFEST
 from tppo.config import RunConfig
-from tppo.models.policy import input_layer, reason_of
+from tppo.models.policy import input_layer, is_without_weights, reason_of
 from tppo.models.value import VALUE_CONFIG, VALUE_MODEL, ValueModel
 
 CLASSES = {
@@ -30,18 +32,26 @@ CLASSES = {
 
 
 def value_model_of(config: RunConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ValueModel:
-    """As value.path says. Nothing is executed on reading: weights come from safetensors. Raises ConfigError naming
-    value.path when it holds neither kind of value model, or one of another vocabulary."""
+    """As value.path says; without weights where the policy has none. Nothing is executed on reading: weights come from
+    safetensors. Raises ConfigError naming value.path when it holds neither kind of value model, or one of another
+    vocabulary."""
+    with torch.device("meta") if is_without_weights(policy) else nullcontext():
+        return _value_model_of(config, policy, tokenizer)
+
+
+def _value_model_of(config: RunConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ValueModel:
+    weights = not is_without_weights(policy)
     path = config.value.path
     if not path:
         return ValueModel(policy)
     if (Path(path) / VALUE_MODEL).exists() or (Path(path) / MANIFEST).exists():
         own = Path(path) / VALUE_CONFIG
         value_model = ValueModel(_random_model(own) if own.is_dir() else policy)
-        load_value_model(value_model, Path(path))
+        if weights:
+            load_value_model(value_model, Path(path))
         return value_model
     attention, trust = config.model.attention, config.model.trust_remote_code
-    return from_reward_model(path, tokenizer, attention=attention, trust_remote_code=trust)
+    return from_reward_model(path, tokenizer, attention=attention, trust_remote_code=trust, weights=weights)
 
 
 def _random_model(folder: Path) -> PreTrainedModel:
@@ -59,10 +69,12 @@ def load_value_model(value_model: ValueModel, checkpoint: Path) -> None:
 
 
 def from_reward_model(
-    path: str, tokenizer: PreTrainedTokenizerBase, *, attention: str = "sdpa", trust_remote_code: bool = False
-) -> ValueModel:
+    path: str, tokenizer: PreTrainedTokenizerBase, *, attention: str = "sdpa", trust_remote_code: bool = False,
+    weights: bool = True,
+) -> ValueModel:  # fmt: skip
     """Backbone and head of a reward model: its scalar, read at the last token it saw, is the first guess of V. Its
-    sizes may be others than the policy's, its tokens may not. Raises ConfigError."""
+    sizes may be others than the policy's, its tokens may not. weights: False: none are read, on the meta device.
+    Raises ConfigError."""
 
     def fault(reason: str) -> ConfigError:
         return ConfigError(f"value.path: {path} {reason}")
@@ -78,10 +90,11 @@ def from_reward_model(
             )
         if settings.num_labels != 1:
             raise fault(f"has {settings.num_labels} outputs; a value model needs one with num_labels = 1")
-        model, facts = kinds[0].from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attention, use_safetensors=True, output_loading_info=True,
-            **trust,
-        )  # fmt: skip
+        how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention, **trust}
+        if weights:
+            model, facts = kinds[0].from_pretrained(path, use_safetensors=True, output_loading_info=True, **how)
+        else:
+            model, facts = kinds[0].from_config(settings, **how).eval(), {"missing_keys": [], "mismatched_keys": []}
         own = AutoTokenizer.from_pretrained(path, **trust)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise fault(f"holds no value model for this policy: {reason_of(error)}") from None

@@ -72,6 +72,12 @@ class Ranks:
             raise fault or faults[0]
         return [value for value, _ in results]  # type: ignore[misc]
 
+    def each(self, work: Callable[[], T]) -> T:
+        """What `work` gives on this rank, once all have done theirs. Errors are as of `everyones`."""
+        own: list[T] = []
+        self.everyones(lambda: own.append(work()))
+        return own[0]
+
     def from_main(self, value: T) -> T:
         if self.world == 1:
             return value

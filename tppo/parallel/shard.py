@@ -4,7 +4,8 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 
 from tppo.models.policy import SCORE, score_tokens
 from tppo.parallel.ranks import Ranks
@@ -20,8 +22,9 @@ from tppo.parallel.ranks import Ranks
 def shard(model: nn.Module, ranks: Ranks, *, compute: torch.dtype, cpu_offload: bool = False) -> None:
     """Shard `model` in place; weights and gradients become float32 on the ranks' devices, passes compute in `compute`.
 
-    The same weights on every rank, on the CPU. cpu_offload: shards, their gradients and the optimiser stay on the
-    CPU between passes. Layers are moved one by one, so that no device ever holds the whole model.
+    The first rank has the weights, on the CPU; what the others have is not looked at, and may be on the meta device.
+    cpu_offload: shards, their gradients and the optimiser stay on the CPU between passes. Layers are moved one by one,
+    so that no device ever holds the whole model, and no other rank's memory.
     """
     assert ranks.mesh is not None, "these ranks shard nothing"
     options: dict[str, Any] = {
@@ -31,15 +34,40 @@ def shard(model: nn.Module, ranks: Ranks, *, compute: torch.dtype, cpu_offload: 
     }
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy()
+    home = torch.device("cpu") if cpu_offload else ranks.device
     for layer in layers_of(model):
-        fully_shard(layer.float(), **options)
-    fully_shard(model.float(), **options)
+        bring_weights(layer.float(), ranks, home)
+        fully_shard(layer, **options)
+    bring_weights(model.float(), ranks, home)
+    fully_shard(model, **options)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):  # rotary frequencies are no parameters
             setattr(module, name, buffer.to(ranks.device))
     if hasattr(model, "get_output_embeddings"):
         setattr(model, SCORE, MethodType(score_tokens, model))
         register_fsdp_forward_method(model, SCORE)
+
+
+@torch.no_grad()
+def bring_weights(model: nn.Module, ranks: Ranks, home: torch.device) -> None:
+    """The first rank's weights and buffers, to all ranks, on `home`; what is sharded stays as it is."""
+    brought: dict[int, Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None or isinstance(tensor, DTensor):
+                    continue
+                if id(tensor) not in brought:  # tied weights stay one
+                    here = torch.empty_like(tensor, device=ranks.device)
+                    if ranks.main:
+                        here.copy_(tensor)
+                    if ranks.world > 1:
+                        dist.broadcast(here, src=0)
+                    here = here.to(home)
+                    if isinstance(tensor, nn.Parameter):
+                        here = nn.Parameter(here, requires_grad=tensor.requires_grad)
+                    brought[id(tensor)] = here
+                table[name] = brought[id(tensor)]  # type: ignore[assignment]
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

@@ -56,7 +56,9 @@ def make_engine(
     check_cache_fits(model, slots, max_tokens)
     cannot_decode = needs_a_plain_copy(model, config)
     own, needs_a_copy = model, cannot_decode or dtype != model.dtype or rollout.schedule == "asynchronous"
-    if cannot_decode:
+    if is_sharded(model):
+        own = without_numbers(model, model_path, config, device, dtype)
+    elif cannot_decode:
         own = load_policy(model_path, trust_remote_code=config.model.trust_remote_code)[0]
         own.to(device)  # type: ignore[arg-type]
     elif needs_a_copy:
@@ -69,6 +71,21 @@ def make_engine(
         own, slots=slots, max_tokens=max_tokens, pad_token_id=padding_of(tokenizer), generator=generator, clock=clock,
         trained=model if needs_a_copy else None, keep_kv=rollout.keep_kv, compiled=rollout.compile,
     )  # fmt: skip
+
+
+def without_numbers(
+    model: PreTrainedModel, model_path: str, config: RunConfig, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A whole model for the shards of `model` to be gathered into (`update_weights`): what it holds until then is
+    arbitrary, and nothing was read for it."""
+    own, _ = load_policy(model_path, trust_remote_code=config.model.trust_remote_code, weights=False)
+    for weight in own.parameters():
+        weight.data = weight.data.to(dtype)
+    own.to_empty(device=device)
+    buffers = dict(own.named_buffers())
+    for name, buffer in model.named_buffers():
+        buffers[name].copy_(buffer)
+    return own
 
 
 def needs_a_plain_copy(model: PreTrainedModel, config: RunConfig) -> bool:
