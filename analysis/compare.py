@@ -69,7 +69,8 @@ def left_out(run: Run) -> int:
 
 def steps_of(run: Run, notes: list[str]) -> pd.DataFrame:
     """By step: seconds of its training phases and of what lies between them, finished rows and trained tokens (null
-    for a run without rollout records). Only whole steps after `left_out`; of a run of so few steps, all of them."""
+    for a run without rollout records). Only whole steps after `left_out`; of a run of so few steps, all of them.
+    Raises DataError."""
     phases = run.phases
     inside = phases[(phases.step >= 1) & ~phases.name.isin(NOT_TRAINING)]
     if inside.empty:

@@ -34,7 +34,7 @@ def causes_per_step(run: Run, after: int = 0) -> pd.Series:
 
 def ledger_table(runs: Sequence[Run], names: dict[str, tuple[str, str]]) -> pd.DataFrame:
     """A row per cause that occurs, and per arm its GPU-seconds per step and their share of all: means over the arm's
-    runs that have ended. names: cause -> (colour, name)."""
+    runs that have ended. names: cause -> (colour, name). Raises DataError."""
     columns: dict[str, pd.Series] = {}
     for arm, members in by_arm(runs).items():
         ended = [causes_per_step(run, _startup(run)) for run in members if run.ledger is not None]

@@ -48,7 +48,7 @@ def _from_metrics(run: Run) -> pd.DataFrame:
 
 def responses(run: Run) -> pd.DataFrame:
     """tokens, finished: a row per response of steps 1 and later. Of one that the run did not finish (it carries over,
-    or was dropped), tokens is how long it had become: a lower bound."""
+    or was dropped), tokens is how long it had become: a lower bound. Raises DataError."""
     rows = run.rollouts[run.rollouts.step >= 1]
     if rows.empty:
         raise DataError(f"{run.path}: has no rollout records; lengths need them")

@@ -59,7 +59,7 @@ def roofline_points(runs: Sequence[Run]) -> pd.DataFrame:
     """One row per run and kind of work (steps 1 and later): decode, prefill, and the training phases whose passes the
     run has counted. FLOPs and bytes of one GPU, seconds, arithmetic intensity (FLOP per byte), achieved FLOP/s of
     one GPU, and the share of the seconds of all of the run's points. tensor_activity, dram_activity: what the GPUs'
-    own counters say of a phase, decode and prefill together; null without them."""
+    own counters say of a phase, decode and prefill together; null without them. Raises DataError."""
     rows = []
     for run in runs:
         model = model_of(run)

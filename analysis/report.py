@@ -55,6 +55,7 @@ def write_report(
 
     predictions, hardware: files beside the runs by default (predictions.csv, hardware.json).
     advice: by path of the run; default: advice.json of each, where it is there. command: what was typed.
+    Raises DataError.
     """
     if not runs:
         raise DataError("no runs to report on; name at least one run directory")

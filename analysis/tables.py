@@ -44,7 +44,7 @@ def provenance(runs: Sequence[Run]) -> str:
 
 def accuracy_curve(run: Run) -> pd.DataFrame:
     """step, clock_s (training seconds, evaluation left out), trained_tokens (so far; null where not recorded),
-    accuracy: one row per evaluation, in order of steps."""
+    accuracy: one row per evaluation, in order of steps. Raises DataError."""
     metrics = run.metrics
     accuracy = numbers(metrics["val/accuracy"]) if "val/accuracy" in metrics else pd.Series(dtype=float)
     if accuracy.notna().sum() == 0:
@@ -92,7 +92,7 @@ def steps_to_score(run: Run, target: float = 0.85, consecutive: int = 3) -> int 
 
 
 def training_ledger(run: Run) -> pd.Series:
-    """Seconds by cause of steps 1 and later, evaluation and checkpoints left out."""
+    """Seconds by cause of steps 1 and later, evaluation and checkpoints left out. Raises DataError."""
     if run.ledger is None:
         raise DataError(f"{run.path}: has no ledger yet; the run has not ended")
     ledger = run.ledger

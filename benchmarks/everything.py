@@ -52,11 +52,11 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := {*options.names, *options.skip} - set(BENCHMARKS):
         parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(BENCHMARKS)}")
-    failed = []
+    failed, at = [], commit()  # what is recorded makes the checkout dirty
     for name, commands in BENCHMARKS.items():
         if name in options.skip or (options.names and name not in options.names):
             continue
-        if (line := measured(name, commands)) is None:
+        if (line := measured(name, commands, at)) is None:
             failed.append(name)
         else:
             keep(line)
@@ -66,9 +66,9 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def measured(name: str, commands: list[list[str]]) -> dict[str, object] | None:
+def measured(name: str, commands: list[list[str]], at: str) -> dict[str, object] | None:
     """Run one; what is to be known of it, or None where it failed."""
-    before, start, at = os.getloadavg()[0], time.monotonic(), commit()
+    before, start = os.getloadavg()[0], time.monotonic()
     for words in commands:
         print(f"== {name}: python -m {' '.join(words)}", flush=True)
         if subprocess.run([sys.executable, "-m", *words], cwd=ROOT).returncode != 0:

@@ -102,6 +102,7 @@ def main() -> None:
     print(text)
     if options.record:
         RESULTS.mkdir(parents=True, exist_ok=True)
+        found.to_csv(RESULTS / "explore.csv", index=False)
         (RESULTS / "README.md").write_text(text + "\n")
 
 

@@ -35,7 +35,8 @@ def profile_command(
     links: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> int:
-    """Run `argv`, sample meanwhile, write a run directory, print what was seen. Returns the command's exit code."""
+    """Run `argv`, sample meanwhile, write a run directory, print what was seen. Returns the command's exit code.
+    Raises ConfigError."""
     check_interval(interval_s)
     if shutil.which(argv[0]) is None:
         raise ConfigError(f"{argv[0]}: no such command")
@@ -63,7 +64,8 @@ def profile_command(
 
 
 def profile_process(pid: int, *, interval_s: float, output: Path, links: bool = False) -> int:
-    """Sample while the process with this id runs, or until Ctrl-C; it is left alone. Its phases are not known."""
+    """Sample while the process with this id runs, or until Ctrl-C; it is left alone. Its phases are not known.
+    Raises ConfigError."""
     check_interval(interval_s)
     try:
         process = psutil.Process(pid)

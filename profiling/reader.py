@@ -153,7 +153,7 @@ class Run:
 
     @cached_property
     def summary(self) -> dict[str, Any] | None:
-        """None for a run that has not ended."""
+        """None for a run that has not ended. Raises DataError."""
         path = self.path / "summary.json"
         if not path.exists():
             return None

@@ -62,7 +62,8 @@ def load_settings(path: Path, model: type[Model]) -> Model:
 
 
 def check_settings(values: Mapping[str, Any], model: type[Model], *, where: str) -> Model:
-    """`values` as a `model`; the first fault becomes one line naming file, field, fault and remedy."""
+    """`values` as a `model`; the first fault becomes one line naming file, field, fault and remedy.
+    Raises ConfigError."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -146,7 +147,8 @@ def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> d
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Command-line words `--section.key value` or `--section.key=value`; values are TOML, or else plain text."""
+    """Command-line words `--section.key value` or `--section.key=value`; values are TOML, or else plain text.
+    Raises ConfigError."""
     overrides: dict[str, Any] = {}
     words = iter(arguments)
     for word in words:

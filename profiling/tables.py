@@ -62,7 +62,7 @@ def check_size(path: Path, facts: pq.FileMetaData, expected: pa.Schema) -> None:
 
 
 def checked(path: Path, field: pa.Field, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column in the expected type."""
+    """The column in the expected type. Raises DataError."""
     if column.null_count and not field.nullable:
         raise DataError(f"{path}: column '{field.name}' has a null")
     if (

@@ -51,7 +51,7 @@ class RunWriter:
         """Go on writing a run as it was at a checkpoint: append-only files are cut back to `offsets` (bytes), part
         files of later steps and device samples after `last_t_s` are removed; ledger and summary stay until new ones
         replace them. Raises DataError when the files are shorter than the checkpoint says, before anything is
-        changed."""
+        changed. Raises RunError."""
         writer = cls.__new__(cls)
         writer.path = Path(path)
         for name, offset in offsets.items():
@@ -81,7 +81,8 @@ class RunWriter:
         return {name: (self.path / name).stat().st_size for name in APPEND_ONLY if (self.path / name).exists()}
 
     def sync(self) -> None:
-        """Wait until the disk has everything that was written: what a checkpoint refers to must not be younger."""
+        """Wait until the disk has everything that was written: what a checkpoint refers to must not be younger.
+        Raises RunError."""
         folders = [self.path, *(self.path / name for name in schema.PART_NAMES if (self.path / name).is_dir())]
         try:
             for path in (*(self.path / name for name in self.offsets()), *folders):

@@ -283,7 +283,8 @@ class TrainingRun:
             yield "checkpoint", costs.checkpoint_s
 
     def check_rows(self) -> None:
-        """Every step was trained on. Rows in = finished + carried; every finished row has its whole length."""
+        """Every step was trained on. Rows in = finished + carried; every finished row has its whole length.
+        Raises ConservationError."""
         if self.trained != self.experiment.workload.steps:
             raise ConservationError(
                 f"the run stalled after step {self.trained} of {self.experiment.workload.steps}: "

@@ -193,7 +193,7 @@ class Engine:
         return stopped
 
     def check_empty(self) -> None:
-        """At the end of a step nothing may be left behind."""
+        """At the end of a step nothing may be left behind. Raises ConservationError."""
         waiting = len(self.queue) + len(self._shared)
         if self.running or waiting or self.kv.used or self._context:
             raise ConservationError(

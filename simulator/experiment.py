@@ -223,7 +223,8 @@ def load_experiment(source: Path | str | Mapping[str, Any], overrides: Mapping[s
 
 
 def check_a_row_fits(experiment: Experiment, where: str) -> None:
-    """The longest row that may occur must fit an engine's KV cache alone, or the run could never end."""
+    """The longest row that may occur must fit an engine's KV cache alone, or the run could never end.
+    Raises ConfigError."""
     kv_tokens = experiment.cluster.kv_tokens_per_engine
     workload = experiment.workload
     longest = workload.prompt_tokens + workload.max_response_tokens

@@ -130,7 +130,7 @@ def quantile(lengths: Drawn | MixtureLengths, u: np.ndarray, cap: float) -> np.n
 
 
 def lognormal_mu(lengths: LognormalLengths, cap: float) -> float:
-    """Mean of the logarithm. With `mean_capped`, solved so that E[min(X, cap)] is that mean."""
+    """Mean of the logarithm. With `mean_capped`, solved so that E[min(X, cap)] is that mean. Raises ConfigError."""
     sigma = lengths.sigma
     if lengths.mean is not None:
         return float(np.log(lengths.mean) - sigma**2 / 2)

@@ -163,7 +163,8 @@ def _of_tensorboard(path: Path) -> Iterator[dict[str, float]]:
 
 
 def calibrate_logs(kind: str, paths: Sequence[Path], *, engines: int, rows_per_step: int | None = None) -> Calibration:
-    """One cost model for logs of one kind. engines: rollout engines that shared the rows of a step."""
+    """One cost model for logs of one kind. engines: rollout engines that shared the rows of a step.
+    Raises DataError."""
     tables = [read_log(kind, path) for path in paths]
     together = _verl if kind == "verl" else _trl
     parts = [

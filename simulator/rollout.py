@@ -111,7 +111,7 @@ class Rollout:
             self._over_at = self.now + (self._training_s(self._records) if self._training_s else 0.0)
 
     def check_it_ended(self) -> None:
-        """Nothing runs any more: the step must have its rows, or it stalled."""
+        """Nothing runs any more: the step must have its rows, or it stalled. Raises ConservationError."""
         if self._state.ended:
             return
         waiting = [*self._shared, *(job for engine in self._engines for job in engine.queue)]

@@ -38,7 +38,8 @@ class Cell:
 
 
 def parse_vary(words: Sequence[str]) -> dict[str, list[Any]]:
-    """`schedule.window=4096,8192` -> {"schedule.window": [4096, 8192]}; values are TOML, or else plain text."""
+    """`schedule.window=4096,8192` -> {"schedule.window": [4096, 8192]}; values are TOML, or else plain text.
+    Raises ConfigError."""
     varied: dict[str, list[Any]] = {}
     for word in words:
         name, equals, text = word.partition("=")

@@ -39,7 +39,8 @@ class Transfer:
 
 def transfer(run: Run, calibration: Calibration, model: Model, gpu: Gpu, start: Efficiency, *, tensor_parallel: int,
              trainer_gpus: int) -> Transfer:  # fmt: skip
-    """Factors that give the run's own totals. Raises DataError when the run has no engine records."""
+    """Factors that give the run's own totals. Raises DataError when the run has no engine records, ConfigError when
+    model, GPU and sizes cannot be what it ran on."""
     spans = run.engine[run.engine.step >= 1]
     if spans.empty:
         raise DataError(f"{run.path}: has no engine records of training steps; factors cannot be taken from it")

@@ -99,6 +99,7 @@ def lengths_of_run(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     A row that was still unfinished when the run ended is given the mean length of the run's finished rows that were
     longer than what it had, or one token more than it had where there are none: an assumption, for few rows.
+    Raises DataError.
     """
     rollouts = Run(path).rollouts
     if rollouts[rollouts.step >= 1].empty:

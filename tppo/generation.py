@@ -79,7 +79,8 @@ class EveryRanksEngine:
     ranks: Ranks
 
     def run(self, schedule: Schedule, plan: StepPlan, rows: Mapping[int, Row]) -> Records:
-        """Each rank with its own engine and rows; then every rank hears of all ends, in the order of their times."""
+        """Each rank with its own engine and rows; then every rank hears of all ends, in the order of their times.
+        Raises EngineError."""
         ranks, requests = self.ranks, requests_of(plan, rows)
         for place, request in enumerate(requests):
             rows[request.row].engine = place % ranks.world

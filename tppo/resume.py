@@ -88,7 +88,8 @@ def _in_words(cluster: Cluster) -> str:
 
 
 def check_problems_are_the_same(directory: Path, problems: Problems) -> None:
-    """Raises ConfigError when a data set gives other problems than when the run was started."""
+    """Raises ConfigError when a data set gives other problems than when the run was started, DataError when what they
+    were cannot be read."""
     if problems.fingerprint is None:
         return
     path = directory / DATA_JSON

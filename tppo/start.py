@@ -59,7 +59,7 @@ def train(config: RunConfig, *, resume: bool | Path = False, show_progress: bool
 
 @contextmanager
 def trainer_for(config: RunConfig, *, resume: bool | Path = False) -> Iterator[Trainer]:
-    """A trainer that is ready for its next step, its run directory and its profiler."""
+    """A trainer that is ready for its next step, its run directory and its profiler. Raises ConfigError."""
     if config.output is None:
         raise ConfigError('output: no run directory is given; add `output = "runs/NAME"` or --output')
     steps_of(config.profile.torch_steps)

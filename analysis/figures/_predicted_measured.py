@@ -45,7 +45,7 @@ def read_predictions(path: Path) -> pd.DataFrame:
 
 def data(runs: Sequence[Run]) -> pd.DataFrame:
     """predictions.csv beside the runs: its rows with an error, and each target's arm. Those corrected for drift are
-    not drawn."""
+    not drawn. Raises DataError."""
     if not runs:
         raise DataError("no runs to draw; name at least one run directory")
     path = Path(runs[0].path).parent / "predictions.csv"

@@ -38,7 +38,8 @@ COLUMNS = [
 
 
 def data(runs: Sequence[Run]) -> pd.DataFrame:
-    """what: speedup (a row per schedule and setting) or published (value in per_response, with label and source)."""
+    """what: speedup (a row per schedule and setting) or published (value in per_response, with label and source).
+    Raises DataError."""
     if not any(schedule_kind(run) == "synchronous" for run in runs):
         raise DataError(
             f"{_place(runs)}: none of {len(runs)} runs is synchronous; a speed-up needs one to compare with"
@@ -71,7 +72,7 @@ def lacks_twin(run: Run, runs: Sequence[Run]) -> str | None:
 
 
 def read_published(path: Path) -> pd.DataFrame:
-    """figure, label, value, source of the lines about this figure; none without the file."""
+    """figure, label, value, source of the lines about this figure; none without the file. Raises DataError."""
     if not path.exists():
         return pd.DataFrame()
     try:

@@ -68,7 +68,7 @@ ASSUMED_UNCERTAINTY = 0.3
 
 
 def load_efficiency(family: str, engine: str, own: Path | None = None) -> tuple[Efficiency, str | None]:
-    """(factors, the family that they are borrowed from, or None). own: a file to use instead."""
+    """(factors, the family that they are borrowed from, or None). own: a file to use instead. Raises ConfigError."""
     if own is not None:
         if not own.is_file():
             raise ConfigError(f"{own}: no such file of efficiency factors")

@@ -1,4 +1,6 @@
-"""First-order linear recurrences over time, without a loop over time. Shapes: rows, time; rows are independent."""
+"""First-order linear recurrences over time, without a loop over time. Shapes: rows, time; rows are independent.
+
+A blocked scan: within blocks, over blocks, and back into them (Blelloch, Prefix sums and their applications, 1990)."""
 
 from collections.abc import Iterator
 

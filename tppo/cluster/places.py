@@ -127,7 +127,8 @@ def bundles_of(config: RunConfig, *, on_gpus: bool, hosts: Sequence[str]) -> lis
 
 
 def hosts_of_engines(config: RunConfig, *, on_gpus: bool, hosts: Sequence[str]) -> list[str]:
-    """Of colocated engines: those of n GPUs are on the hosts of n ranks each, one after the other."""
+    """Of colocated engines: those of n GPUs are on the hosts of n ranks each, one after the other.
+    Raises ConfigError."""
     own, each, ranks = config.ray, config.gpus_per_engine, len(hosts)
     if not hosts:
         raise ConfigError(

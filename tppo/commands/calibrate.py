@@ -43,7 +43,7 @@ def run_calibration(
     rows_per_step: int | None = None,
     target: Target | None = None,
 ) -> None:
-    """sources: run directories, or logs of one other trainer (`verl:FILE`, `trl:FILE`)."""
+    """sources: run directories, or logs of one other trainer (`verl:FILE`, `trl:FILE`). Raises ConfigError."""
     kinds = {kind for source in sources if (kind := source.partition(":")[0]) in KINDS}
     if kinds and not all(source.partition(":")[0] in kinds for source in sources):
         raise ConfigError("tppo calibrate: run directories and logs of other trainers need calibrations of their own")

@@ -32,7 +32,7 @@ from tppo.warmstart import warm_start
 def run_demo(output: Path, *, regime: str, seeds: Sequence[int], arms: Sequence[str] = ARMS) -> list[Run]:
     """The whole loop. Runs that are finished are kept, so a second call is quick and an interrupted one goes on.
 
-    Returns the runs, arm by arm. Everything it wrote, report.html first, lies under `output`.
+    Returns the runs, arm by arm. Everything it wrote, report.html first, lies under `output`. Raises ConfigError.
     """
     quieten_libraries()
     console = Console()

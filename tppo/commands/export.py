@@ -54,7 +54,7 @@ def run_export(
 
 
 def steps_of(text: str) -> tuple[int, int | None]:
-    """`FIRST:LAST`, `FIRST:` or one step."""
+    """`FIRST:LAST`, `FIRST:` or one step. Raises InputError."""
     found = re.fullmatch(r"(\d+)(:(\d+)?)?", text)
     if not found or (found[3] and int(found[3]) < int(found[1])):
         raise InputError(f"--steps {text}: write FIRST:LAST, FIRST: or one step")

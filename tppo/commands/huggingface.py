@@ -80,7 +80,8 @@ def export_huggingface(source: Path, target: Path, name: str | None) -> Path:
 
 def value_model_of(checkpoint: Path) -> PreTrainedModel:
     """The value model as a token classifier with one label, whose logit at a token is V there: the library's class
-    of that name is our backbone and linear head, bias included, and dropout of which there must be none."""
+    of that name is our backbone and linear head, bias included, and dropout of which there must be none.
+    Raises ConfigError."""
     own = checkpoint / VALUE_CONFIG
     config = AutoConfig.from_pretrained(own if own.is_dir() else checkpoint / POLICY)
     text = config.get_text_config()

@@ -26,7 +26,8 @@ FORMATS = ("pdf", "png")
 def run_paper(
     output: Path, *, demo: Path, settings_file: Path = SETTINGS, jobs: int | None = None, train: bool = False
 ) -> Path:
-    """Simulate what is not there yet, draw, write CAPTIONS.md and return its path. train: the demo runs first."""
+    """Simulate what is not there yet, draw, write CAPTIONS.md and return its path. train: the demo runs first.
+    Raises ConfigError or RunError."""
     if jobs is not None and jobs < 1:
         raise ConfigError(f"--jobs {jobs}: must be at least 1")
     settings = load_paper(settings_file)

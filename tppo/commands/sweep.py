@@ -25,7 +25,7 @@ def run_sweep(
     ray: str | None,
     as_json: bool,
 ) -> int:
-    """Simulate every combination. Returns the exit code: 1 when a cell failed."""
+    """Simulate every combination. Returns the exit code: 1 when a cell failed. Raises ConfigError."""
     if not vary:
         raise ConfigError("tppo sweep: nothing varies; write --vary section.key=value,value")
     if jobs is not None and jobs < 1:

@@ -1,0 +1,1 @@
+"""Problems: the built-in task, data sets, prompts, tokenizers."""

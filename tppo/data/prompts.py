@@ -21,7 +21,8 @@ class Prompter:
     """Whether the tokenizer's chat template is applied."""
 
     def prompt(self, problem: str | list[dict[str, str]]) -> str:
-        """problem: text, or chat messages of which the last is the problem and a system message gives way to ours."""
+        """problem: text, or chat messages of which the last is the problem and a system message gives way to ours.
+        Raises ConfigError."""
         messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
         if self.system:
             others = [message for message in messages if message["role"] != "system"]

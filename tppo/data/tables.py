@@ -54,7 +54,8 @@ def open_tables(path: str, *, split: str, subset: str, key: str) -> list[Table]:
 
 def files_of(folder: Path, *, split: str, subset: str, key: str) -> list[Path]:
     """The folder's data files of one subset and split, told by the words of their names and sub-folders, as in a
-    snapshot of a data set from the hub: main/train-00000-of-00001.parquet. Files that name no split belong to all."""
+    snapshot of a data set from the hub: main/train-00000-of-00001.parquet. Files that name no split belong to all.
+    Raises DataError."""
     found = [
         file
         for file in sorted(folder.rglob("*"))

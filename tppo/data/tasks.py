@@ -58,7 +58,8 @@ def arithmetic_task(config: RunConfig, seed: int | None = None) -> ArithmeticTas
 
 
 def dataset_problems(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Problems:
-    """The data set less what is held out: that of [evaluation], or else a part of it that `evaluation.seed` draws."""
+    """The data set less what is held out: that of [evaluation], or else a part of it that `evaluation.seed` draws.
+    Raises ConfigError."""
     data, evaluation = config.data, config.evaluation
     prompter = prompter_of(tokenizer, data.system_prompt, data.prompt_template, data.chat_template)
     entries, counts = read_entries(data, prompter, data.max_prompt_tokens, key="data")

@@ -188,7 +188,7 @@ def _add_answers(app: FastAPI, uploads: Uploads) -> None:
 
 
 def places(query: Mapping[str, str], name: str) -> list[int]:
-    """Rows of the answer, with commas."""
+    """Rows of the answer, with commas. Raises ConfigError."""
     text = query.get(name, "")
     if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in text.split(",")):
         raise ConfigError(f"{name} = {text[:40]!r}: write places in the answer, from 0, with commas")

@@ -38,7 +38,8 @@ class Built:
 
 
 def build(values: Mapping[str, Any], config: RunConfig) -> Built:
-    """values: of a config.json. The value model has the policy's backbone, whatever value.path will bring."""
+    """values: of a config.json. The value model has the policy's backbone, whatever value.path will bring.
+    Raises ConfigError."""
     kind, others = str(values["model_type"]), {key: own for key, own in values.items() if key != "model_type"}
     AttentionInterface.register(SHAPES, _flash_like)
     try:

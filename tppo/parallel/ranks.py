@@ -131,7 +131,8 @@ def joined_ranks(
 
 @contextmanager
 def joined_processes(*, device: str = "auto", dtype: str = "auto", replicas: int = 1) -> Iterator[Ranks]:
-    """Ranks that can talk, and have no device yet: who gets which may be something to talk about."""
+    """Ranks that can talk, and have no device yet: who gets which may be something to talk about.
+    Raises ConfigError or RunError."""
     world, rank = _from_environment("WORLD_SIZE", 1), _from_environment("RANK", 0)
     kind = device_of(device)
     if world % replicas:

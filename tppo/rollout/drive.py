@@ -34,7 +34,7 @@ def run_rollout(
 ) -> tuple[StepState, list[Completion]]:
     """Generate the plan's tokens into `rows`, until the schedule ends the step; what still runs then is aborted and
     comes back with what it has. Rows have begun their window. Returns the schedule's state at the end, and what
-    brought it there: every row's end, in order."""
+    brought it there: every row's end, in order. Raises EngineError."""
     with engine_faults(plan.step):
         engine.submit(requests_of(plan, rows), sampling)
     state = StepState.of(plan)
