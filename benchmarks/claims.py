@@ -110,11 +110,26 @@ def busy_shares() -> str:
     )
 
 
+def report() -> str:
+    rows = table("report").set_index("quantity")
+    return (
+        f"{rows['median']['tppo report, s']:.0f} s to write (goal: {rows.goal['tppo report, s']:.0f}), "
+        f"{rows['median']['opening in Chromium, s']:.1f} s to open, {rows['median']['size, MB']:.1f} MB"
+    )
+
+
+def explore() -> str:
+    row = table("explore").set_index("change of").loc["window"]
+    return f"{row['pictures, s']} s to new numbers and pictures (goal: 1)"
+
+
 FINDINGS: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("simulator", "simulating a step of 8,192 rows", simulated),
     ("cost_model", "analytic costs against another tool's, error", predicted_by_another_tool),
     ("published", "other people's published results, simulated", published),
     ("profiler", "how busy GPUs were in a phase of a second (1 s sensor window)", busy_shares),
+    ("report", "the report of a run of 1,000 steps and 512,000 rows", report),
+    ("explore", "the planner's page, another window", explore),
     ("advantages", "advantages and returns", advantages),
     ("rollout", "the torch engine, equal batch on a CPU", rollouts),
     ("training_step", "a whole PPO step on a CPU", training_step),

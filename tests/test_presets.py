@@ -13,6 +13,7 @@ from profiling.settings import check_settings, read_toml
 from simulator.hardware import load_gpu
 from simulator.models import load_model
 from tests.tppo.families import SIZES
+from tests.tppo.test_value_source import save_reward_model
 from tppo.cli import main
 from tppo.commands.check import config_json_of, parts_of, run_check
 from tppo.config import RunConfig
@@ -172,6 +173,18 @@ def test_adapters_references_and_offloading_change_the_states_as_counted_by_hand
     assert states(algorithm={"name": "ppo-ewma"})[0] == plain + 8 * policy
     assert states(algorithm={"name": "dapo"}, rollout={"samples_per_prompt": 2})[0] == 16 * policy
     assert states(parallel={"cpu_offload": True})[0] == 0
+
+
+def test_a_value_model_from_elsewhere_is_counted_with_its_own_sizes(tmp_path):
+    reward_model = save_reward_model(tmp_path / "reward")
+    own = sum(p.numel() for p in reward_model.base_model.parameters()) + reward_model.config.hidden_size + 1
+    values = {"model_type": "qwen2", "vocab_size": 64, **SIZES}
+    config = RunConfig.model_validate({"model": {"path": "it"}, "value": {"path": str(tmp_path / "reward")}})
+    built = memory.build(values, config)
+    assert sum(p.numel() for p in built.value_model.parameters()) == own
+    missing = RunConfig.model_validate({"model": {"path": "it"}, "value": {"path": str(tmp_path / "none")}})
+    with pytest.raises(ConfigError, match=r"value.path: .*none holds no value model"):
+        memory.build(values, missing)
 
 
 def test_activations_counted_on_the_meta_device_are_those_that_a_real_pass_keeps(tiny_model):

@@ -124,9 +124,9 @@ def parts_of(config: RunConfig, card: Gpu, gpu: str, gpus: int) -> list[Part]:
     )  # fmt: skip
     activations = memory.activation_bytes(built.policy, tokens, checkpointed=checkpointed)
     training, rollout = plan.training_memory().needs, plan.rollout_memory(row_tokens).needs
-    # The plan knows no adapters, averages, offloading and float32 references.
+    # The plan knows no adapters, averages, offloading, float32 references, and no value model of other sizes.
     states_alike = not (
-        config.model.lora_rank or config.parallel.cpu_offload or config.algorithm.kl_coef
+        config.value.path or config.model.lora_rank or config.parallel.cpu_offload or config.algorithm.kl_coef
         or config.algorithm.name == "ppo-ewma"
     )  # fmt: skip
     apart = on_ray and config.ray.layout == "separate"

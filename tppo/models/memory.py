@@ -15,6 +15,7 @@ from tppo.config import RunConfig
 from tppo.models.lora import add_adapters, is_adapter
 from tppo.models.policy import describe_model
 from tppo.models.value import ValueModel
+from tppo.models.value_source import backbone_settings
 from tppo.parallel.shard import layers_of
 
 BF16, FP32 = 2, 4
@@ -38,20 +39,26 @@ class Built:
 
 
 def build(values: Mapping[str, Any], config: RunConfig) -> Built:
-    """values: of a config.json. The value model has the policy's backbone, whatever value.path will bring.
-    Raises ConfigError."""
+    """values: of a config.json. The value model has the backbone that value.path names. Raises ConfigError."""
     kind, others = str(values["model_type"]), {key: own for key, own in values.items() if key != "model_type"}
     AttentionInterface.register(SHAPES, _flash_like)
     try:
         with torch.device("meta"):
             settings = AutoConfig.for_model(kind, **others)
             policy = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation=SHAPES)
-            value_model = ValueModel(policy) if RECIPES[config.algorithm.name].has_value_model else None
+            value_model = _value_model(config, policy) if RECIPES[config.algorithm.name].has_value_model else None
             if config.model.lora_rank:
                 add_adapters(policy, config.model, seed=0)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"model.path: its config.json builds no model: {str(error).splitlines()[0]}") from None
     return Built(policy, value_model)
+
+
+def _value_model(config: RunConfig, policy: PreTrainedModel) -> ValueModel:
+    own = backbone_settings(config.value.path) if config.value.path else None
+    if own is None:
+        return ValueModel(policy)
+    return ValueModel(AutoModelForCausalLM.from_config(own, dtype=torch.float32, attn_implementation=SHAPES))
 
 
 def state_bytes(built: Built, config: RunConfig, shards: int) -> float:

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -52,6 +53,17 @@ def _value_model_of(config: RunConfig, policy: PreTrainedModel, tokenizer: PreTr
         return value_model
     attention, trust = config.model.attention, config.model.trust_remote_code
     return from_reward_model(path, tokenizer, attention=attention, trust_remote_code=trust, weights=weights)
+
+
+def backbone_settings(path: str) -> PreTrainedConfig | None:
+    """Of the value model at value.path; None: those of the policy. No weights are read. Raises ConfigError."""
+    own = Path(path) / VALUE_CONFIG
+    if not own.is_dir() and ((Path(path) / VALUE_MODEL).exists() or (Path(path) / MANIFEST).exists()):
+        return None
+    try:
+        return AutoConfig.from_pretrained(own if own.is_dir() else path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"value.path: {path} holds no value model: {reason_of(error)}") from None
 
 
 def _random_model(folder: Path) -> PreTrainedModel:
