@@ -48,13 +48,14 @@ def write_report(
     predictions: Path | None = None,
     hardware: Path | None = None,
     target: float = 0.85,
-    advice: Mapping[Path, Advice] | None = None,
+    advice: Callable[[], Mapping[Path, Advice]] | Mapping[Path, Advice] | None = None,
     command: str | None = None,
 ) -> Path:
     """Write `output`, a page that needs no network and no script. What a run lacks is left out, with the reason.
 
     predictions, hardware: files beside the runs by default (predictions.csv, hardware.json).
-    advice: by path of the run; default: advice.json of each, where it is there. command: what was typed.
+    advice: by path of the run, or what gives it, asked last; default: advice.json of each, where it is there.
+    command: what was typed.
     Raises DataError.
     """
     if not runs:
@@ -74,7 +75,7 @@ def write_report(
             headline=_headline(runs, target, predictions),
             provenance=provenance(runs),
             simulated=[f"{run.name} ({run.kind})" for run in runs if run.simulated],
-            warnings=_warnings(runs, advice),
+            warnings=_warnings(runs, advice() if callable(advice) else advice),
             caveat=CAVEAT,
             command=command,
             tables=tables,

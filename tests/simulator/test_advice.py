@@ -14,6 +14,7 @@ from simulator import load_experiment, simulate
 from simulator.advice import advise, tail_of
 from simulator.calibrate import calibrate, resampled_costs
 from tests.analysis.made_runs import make_run, simulated_run
+from tppo.commands import report
 from tppo.commands.report import advice_of
 
 COST = {
@@ -173,6 +174,29 @@ def test_a_directory_that_cannot_be_written_is_warned_of_and_the_advice_is_there
     assert found[run.path].withheld is None
     assert "advice.json: cannot be written" in capsys.readouterr().err
     assert not (run.path / "advice.json").exists()
+
+
+def test_another_process_computes_the_same_advice_of_a_large_run(synchronous, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "LARGE_BYTES", 0)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    run = as_measured(synchronous, tmp_path / "ppo-s0")
+    with report.advice_beside([run]) as advice:
+        beside = advice()
+    (run.path / "advice.json").unlink()
+    assert beside == advice_of([run])
+
+
+def end_this_process(paths):
+    os._exit(1)
+
+
+def test_a_process_that_is_ended_costs_the_advice_and_not_the_report(synchronous, monkeypatch, capsys):
+    monkeypatch.setattr(report, "LARGE_BYTES", 0)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(report, "_advice_at", end_this_process)
+    with report.advice_beside([synchronous]) as advice:
+        assert advice() == {}
+    assert "the process that simulates was ended" in capsys.readouterr().err
 
 
 def test_costs_are_drawn_anew_around_the_fitted_ones(synchronous):
