@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from profiling.errors import ConservationError
+from profiling.errors import ConfigError, ConservationError
 from simulator import load_experiment, simulate
 from simulator.cluster import TrainingRun
 from simulator.engine import Engine
@@ -24,6 +24,18 @@ def experiment(rows, length, engines=1, prompt=100, **cluster):
             "cluster": {"engines": engines, "trainer": "none", **cluster}, "cost": COSTS,
         }
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"rows": 25_000_001}, "= 50,000,002 rows: more than 50,000,000; simulate fewer steps"),
+        ({"rows": 8, "engines": 100_001}, "cluster.engines = 100001: .* less than or equal to 100000"),
+    ],
+)
+def test_what_no_machine_could_keep_is_refused_before_it_tries(own, message):
+    with pytest.raises(ConfigError, match=message):
+        experiment(length=1, **own)
 
 
 def test_equal_lengths_have_no_tail():
