@@ -23,6 +23,7 @@ from tests.tppo.test_value_source import save_reward_model
 from tppo.models import value_source
 from tppo.parallel.clocks import Offset, notes_of, offsets_to_main
 from tppo.parallel.ranks import SINGLE, Ranks, joined_ranks
+from tppo.parallel.shard import bring_weights
 from tppo.rollout.torch_engine import TorchEngine
 from tppo.start import train
 
@@ -129,6 +130,23 @@ def test_only_the_first_rank_reads_weights(make_config, tmp_path, value):
 
     on_ranks(2, work)
     assert_equal_runs(Run(config.output), Run(others.output))
+
+
+def test_what_is_brought_to_other_ranks_is_all_tensors_and_tied_ones_stay_one():
+    def work(rank):
+        with joined_ranks(device="cpu") as ranks, torch.device("meta" if rank else "cpu"):
+            model = torch.nn.Linear(3, 2)
+            model.tied, model.plain = model.weight, torch.arange(4) + 1
+            model.register_buffer("mask", torch.tensor([True, False]))
+            bring_weights(model, ranks, torch.device("cpu"))
+            assert model.tied is model.weight
+            assert (model.weight.shape, model.weight.requires_grad) == ((2, 3), True)
+            own = (model.weight, model.bias, model.plain, model.mask)
+            everyones = ranks.gather([tensor.tolist() for tensor in own])
+            assert everyones[0] == everyones[1]
+            assert everyones[1][2:] == [[1, 2, 3, 4], [True, False]]
+
+    on_ranks(2, work)
 
 
 def test_weights_that_only_the_first_rank_finds_wanting_are_one_line_on_all(make_config, tmp_path):

@@ -50,12 +50,13 @@ def shard(model: nn.Module, ranks: Ranks, *, compute: torch.dtype, cpu_offload: 
 
 @torch.no_grad()
 def bring_weights(model: nn.Module, ranks: Ranks, home: torch.device) -> None:
-    """The first rank's weights and buffers, to all ranks, on `home`; what is sharded stays as it is."""
+    """The first rank's weights, buffers and other tensors, to all ranks, on `home`; what is sharded stays as it is."""
     brought: dict[int, Tensor] = {}
     for module in model.modules():
-        for table in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+        for table in tables:
             for name, tensor in table.items():
-                if tensor is None or isinstance(tensor, DTensor):
+                if not isinstance(tensor, Tensor) or isinstance(tensor, DTensor):
                     continue
                 if id(tensor) not in brought:  # tied weights stay one
                     here = torch.empty_like(tensor, device=ranks.device)
@@ -67,7 +68,7 @@ def bring_weights(model: nn.Module, ranks: Ranks, home: torch.device) -> None:
                     if isinstance(tensor, nn.Parameter):
                         here = nn.Parameter(here, requires_grad=tensor.requires_grad)
                     brought[id(tensor)] = here
-                table[name] = brought[id(tensor)]  # type: ignore[assignment]
+                table[name] = brought[id(tensor)]
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
