@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -312,6 +313,11 @@ def _wrapped(text: str, figure: Figure, share: float, size: str = "medium") -> s
 
 
 def _columns_that_fit(figure: Figure, labels: Sequence[str], most: int) -> int:
-    em = _points("small")
-    entry = em * (0.6 * max(map(len, labels)) + _style.get().rc["legend.handlelength"] + 2.8)
-    return max(1, min(most, len(labels), int(figure.get_figwidth() * 72 / entry)))
+    """Filled one after the other, as a legend does it: each is as wide as its own longest label."""
+    em, handle, gap = _points("small"), _style.get().rc["legend.handlelength"] + 0.8, 2.0
+    letters = [len(label) for label in labels]
+    for columns in range(min(most, len(labels)), 1, -1):
+        width = em * (sum(0.55 * part.max() + handle + gap for part in np.array_split(letters, columns)) - gap)
+        if width <= figure.get_figwidth() * 72:
+            return columns
+    return 1
