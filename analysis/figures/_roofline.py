@@ -194,6 +194,7 @@ def _draw_trajectory(
                 arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 0.8, "mutation_scale": 12},
             )  # fmt: skip
     axes.set(xlim=(x[0], x[-1]), ylim=(lines.flops_per_s.min() / 2, roof_of(hardware.highest, x).max() * 1.5))
+    style.log_scale(axes, "x")  # often less than a power of ten
     few, many = (unit.format(value) for value in (lines["from"].min(), lines["to"].max()))
     axes.set_title(f"Decode by {over}, {few.split()[0]} to {many}", fontsize="small")
 
