@@ -1,5 +1,6 @@
 """Reads a run directory, live, killed or finished, and validates every record on the way in."""
 
+import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ class Run:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
+        if not os.path.isdir(self.path):  # unlike Path.is_dir, of a name that is too long, too
             raise DataError(f"{self.path}: no such run directory")
         if not (self.path / "trace.jsonl").is_file():
             raise DataError(f"{self.path}: not a run directory: it has no trace.jsonl")

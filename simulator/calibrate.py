@@ -187,11 +187,17 @@ def fit_prefill(observed: Observations) -> Fit | None:
 
 
 def _solve(observed: Observations) -> np.ndarray:
-    """NNLS on columns of unit norm, so that pairs (millions) and bases (ones) weigh alike."""
+    """NNLS on columns of unit norm, so that pairs (millions) and bases (ones) weigh alike. Raises DataError."""
     weighted = observed.work * observed.weight[:, None]
-    norms = np.linalg.norm(weighted, axis=0)
+    target = observed.seconds * observed.weight
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.linalg.norm(weighted, axis=0)
+        if not np.isfinite([*norms, np.linalg.norm(target)]).all():
+            raise DataError(
+                f"{', '.join(observed.names)}: records hold numbers too large for a fit; the run is damaged"
+            )
     norms[norms == 0] = 1.0
-    solution, _ = nnls(weighted / norms, observed.seconds * observed.weight)
+    solution, _ = nnls(weighted / norms, target)
     return solution / norms
 
 

@@ -1,5 +1,6 @@
 """The experiment file of `tppo simulate`. A field's docstring is its help; a cost that is left out is 0."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -251,7 +252,7 @@ def _with_absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]
             table = table.get(name) if isinstance(table, Mapping) else None
         known_by_name = dotted in ("cost.model", "cost.gpu")
         if isinstance(table, Mapping) and isinstance(table.get(key), str):
-            if known_by_name and not (folder / table[key]).exists():
+            if known_by_name and not os.path.exists(folder / table[key]):
                 continue
             values = with_overrides(values, {dotted: str(folder / table[key])})
     return values

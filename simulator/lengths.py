@@ -166,7 +166,10 @@ def read_lengths(path: Path, column: str) -> np.ndarray:
         raise DataError(f"{path}: cannot be read: {reason}") from None
     if found is None:
         raise DataError(f"{path}: no column '{column}'; it has {', '.join(names)}")
-    values = pd.to_numeric(found, errors="coerce").to_numpy(float)
+    try:
+        values = pd.to_numeric(found, errors="coerce").to_numpy(float)
+    except OverflowError:
+        raise DataError(f"{path}: column '{column}': holds a number that is too large") from None
     bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
     if len(values) == 0:
         raise DataError(f"{path}: column '{column}' is empty")

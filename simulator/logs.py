@@ -86,11 +86,19 @@ def _lines(path: Path) -> Iterator[str]:
 def _numbers(values: Any) -> dict[str, float]:
     if not isinstance(values, dict):
         return {}
-    return {
-        str(key): float(value)
-        for key, value in values.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    }
+    found = {str(key): _number(value) for key, value in values.items()}
+    return {key: number for key, number in found.items() if number is not None}
+
+
+def _number(value: Any) -> float | None:
+    """None for what is no number, or none that is finite."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _of_lines(kind: str, path: Path) -> Iterator[dict[str, float]]:
@@ -103,9 +111,9 @@ def _of_lines(kind: str, path: Path) -> Iterator[dict[str, float]]:
         elif (start := line.find("{")) >= 0 and (values := _literal(line[start:].strip())):
             data = _numbers(values.get("data", values))
             place += 1
-            step = values.get("step", place)
-            if isinstance(step, (int, float)) and any(name in data for name in NEEDED[kind]):
-                yield {"step": float(step), **data}
+            step = _number(values.get("step", place))
+            if step is not None and any(name in data for name in NEEDED[kind]):
+                yield {**data, "step": step}
 
 
 def _literal(text: str) -> dict[str, Any] | None:

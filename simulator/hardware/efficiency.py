@@ -1,6 +1,7 @@
 """What of a data sheet's peaks is reached, and what is spent beside: named factors with their source, one set for each
 family of GPUs and engine, never for a model."""
 
+import os
 from pathlib import Path
 
 from pydantic import Field, NonNegativeFloat
@@ -70,7 +71,7 @@ ASSUMED_UNCERTAINTY = 0.3
 def load_efficiency(family: str, engine: str, own: Path | None = None) -> tuple[Efficiency, str | None]:
     """(factors, the family that they are borrowed from, or None). own: a file to use instead. Raises ConfigError."""
     if own is not None:
-        if not own.is_file():
+        if not os.path.isfile(own):
             raise ConfigError(f"{own}: no such file of efficiency factors")
         return load_settings(own, Efficiency), None
     path = FILES / f"{family}-{engine}.toml"

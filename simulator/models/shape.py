@@ -5,6 +5,7 @@ is counted per attended pair of query and key, so causal attention over n tokens
 """
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,11 +159,11 @@ def load_model(source: str | Path) -> Model:
     if not str(source).strip() or len(str(source)) > 1000:
         raise ConfigError(f"model {str(source)[:40]!r}: name a config.json, its folder, or a bundled model")
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "config.json"
         if not path.is_file():
             raise ConfigError(f"{path.parent}: holds no config.json")
-    if path.is_file():
+    if os.path.isfile(path):
         return model_from_config(_read(path), name=path.parent.name if path.name == "config.json" else path.stem,
                                  where=str(path))  # fmt: skip
     names = {name.lower(): name for name in bundled_names()}

@@ -220,13 +220,13 @@ def table_changed(content: bytes, changes: Sequence[Change]) -> bytes:
         at = place % table.num_columns
         field, column = table.field(at), table.column(at)
         if what in ("cell", "column", "none"):
-            values = column.to_pylist()
+            values = values_of(column)
             junk = None if what == "none" else junk
             values = [junk if what != "cell" or row == place % len(values) else own for row, own in enumerate(values)]
             column = as_column(values, field.type)
             table = table.set_column(at, pa.field(field.name, column.type), column)
         elif what == "cast":
-            column = as_column(column.to_pylist(), TYPES[place % len(TYPES)])
+            column = as_column(values_of(column), TYPES[place % len(TYPES)])
             table = table.set_column(at, pa.field(field.name, column.type), column)
         elif what == "drop":
             table = table.remove_column(at)
@@ -244,6 +244,11 @@ def table_changed(content: bytes, changes: Sequence[Change]) -> bytes:
     except pa.ArrowException:  # a type that Parquet does not know
         return content[: len(content) // 2]
     return sink.getvalue()
+
+
+def values_of(column: pa.ChunkedArray) -> list[Any]:
+    """A timestamp as its number: Python's dates end in the year 9999."""
+    return (column.cast(pa.int64()) if pa.types.is_timestamp(column.type) else column).to_pylist()
 
 
 def as_column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:

@@ -19,9 +19,10 @@ from profiling.reader import Run
 from profiling.schema import EVALUATIONS, fault_in
 from profiling.settings import read_toml
 from profiling.watch import snapshot
-from simulator.calibrate import Calibration
+from simulator import load_experiment, simulate
+from simulator.calibrate import Calibration, calibrate
 from simulator.lengths import read_lengths
-from simulator.logs import calibrate_logs
+from simulator.logs import calibrate_logs, read_log
 from tests.analysis.made_runs import RISING, make_run
 from tests.fuzz.checkpoint_files import FOLDER, Canary, fitting_manifest, fresh_state, whole_checkpoint, with_pickle
 from tests.fuzz.oracle import write_files
@@ -295,3 +296,50 @@ def test_a_compressed_archive_is_not_unpacked(checkpoint):
     with zipfile.ZipFile(checkpoint / "random.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("random/data.pkl", bytes(1000))
     refused(lambda: restore(fresh_state(), checkpoint), "random.pt is compressed")
+
+
+BEYOND_FLOATS = "1" + "0" * 400
+
+
+def test_a_length_beyond_floats_is_refused(tmp_path):
+    (tmp_path / "l.csv").write_text(f"n,other\n3,a\n{BEYOND_FLOATS}\n")
+    refused(lambda: read_lengths(tmp_path / "l.csv", "n"), "l.csv", "column 'n'", "too large")
+
+
+def test_numbers_of_a_log_beyond_floats_are_no_numbers(tmp_path):
+    lines = ['{"step": 1, "data": {"timing_s/gen": BIG, "response_length/mean": 5.0, "response_length/max": 9.0, "x": 1}}',
+             '{"step": BIG, "data": {"timing_s/gen": 3.0, "response_length/mean": 5.0, "response_length/max": 9.0, "x": 1}}',
+             '{"step": 3, "data": {"timing_s/gen": 3.0, "response_length/mean": 5.0, "response_length/max": 9.0, "x": BIG}}']  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("\n".join(lines).replace("BIG", BEYOND_FLOATS))
+    table = read_log("verl", tmp_path / "log.jsonl")
+    assert table.step.tolist() == [1.0, 3.0]
+    assert table["timing_s/gen"].isna().tolist() == [True, False]
+    assert table["x"].isna().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("field", ["response_tokens", "model", "gpu", "efficiency"])
+def test_a_name_longer_than_any_file_is_refused_where_an_experiment_names_one(tmp_path, capsys, field):
+    long = "9" * 700
+    lengths = f'{{ kind = "run", path = "{long}" }}' if field == "response_tokens" else '{ kind = "fixed", value = 5 }'
+    named = {"model": "Qwen2.5-0.5B", "gpu": "H100-SXM"} | (
+        {field: f"{long}.toml"} if field != "response_tokens" else {}
+    )
+    costs = "\n".join(f'{name} = "{value}"' for name, value in named.items())
+    (tmp_path / "e.toml").write_text(
+        f"[workload]\nsteps = 1\nprompts_per_step = 1\nmax_response_tokens = 9\nresponse_tokens = {lengths}\n"
+        f'[schedule]\nkind = "synchronous"\n[cost]\nkind = "analytic"\n{costs}\n'
+    )
+    with pytest.raises((ConfigError, DataError)) as error:
+        simulate(load_experiment(tmp_path / "e.toml"))
+    assert "99999" in str(error.value)
+
+
+def test_a_run_whose_numbers_no_fit_can_take_is_refused(run):
+    def huge(table):
+        return table.set_column(
+            table.schema.get_field_index("t_end"), "t_end", pa.array([1e200] * len(table), pa.float64())
+        )
+
+    for path in (run / "engine").glob("*.parquet"):
+        rewrite(path, huge)
+    refused(lambda: calibrate([Run(run)]), "too large for a fit")
