@@ -307,10 +307,12 @@ def test_a_length_beyond_floats_is_refused(tmp_path):
 
 
 def test_numbers_of_a_log_beyond_floats_are_no_numbers(tmp_path):
-    lines = ['{"step": 1, "data": {"timing_s/gen": BIG, "response_length/mean": 5.0, "response_length/max": 9.0, "x": 1}}',
-             '{"step": BIG, "data": {"timing_s/gen": 3.0, "response_length/mean": 5.0, "response_length/max": 9.0, "x": 1}}',
-             '{"step": 3, "data": {"timing_s/gen": 3.0, "response_length/mean": 5.0, "response_length/max": 9.0, "x": BIG}}']  # fmt: skip
-    (tmp_path / "log.jsonl").write_text("\n".join(lines).replace("BIG", BEYOND_FLOATS))
+    lines = [
+        f'{{"step": {step}, "data": {{"timing_s/gen": {seconds}, "response_length/mean": 5.0, '
+        f'"response_length/max": 9.0, "x": {x}}}}}'
+        for step, seconds, x in ((1, BEYOND_FLOATS, 1), (BEYOND_FLOATS, 3.0, 1), (3, 3.0, BEYOND_FLOATS))
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
     table = read_log("verl", tmp_path / "log.jsonl")
     assert table.step.tolist() == [1.0, 3.0]
     assert table["timing_s/gen"].isna().tolist() == [True, False]
