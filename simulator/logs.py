@@ -87,7 +87,7 @@ def _numbers(values: Any) -> dict[str, float]:
     if not isinstance(values, dict):
         return {}
     found = {str(key): _number(value) for key, value in values.items()}
-    return {key: number for key, number in found.items() if number is not None}
+    return {key: number for key, number in found.items() if number is not None and key.isprintable()}
 
 
 def _number(value: Any) -> float | None:

@@ -306,6 +306,14 @@ def test_a_length_beyond_floats_is_refused(tmp_path):
     refused(lambda: read_lengths(tmp_path / "l.csv", "n"), "l.csv", "column 'n'", "too large")
 
 
+def test_names_in_a_log_that_no_table_can_hold_are_left_out(tmp_path):
+    entries = '"timing_s/gen": 3.0, "response_length/mean": 5.0, "response_length/max": 9.0, "\\ud800": 1'
+    (tmp_path / "log.jsonl").write_text(f'{{"step": 1, "data": {{{entries}}}}}\n')
+    assert sorted(read_log("verl", tmp_path / "log.jsonl")) == [
+        "response_length/max", "response_length/mean", "step", "timing_s/gen",
+    ]  # fmt: skip
+
+
 def test_numbers_of_a_log_beyond_floats_are_no_numbers(tmp_path):
     lines = [
         f'{{"step": {step}, "data": {{"timing_s/gen": {seconds}, "response_length/mean": 5.0, '
