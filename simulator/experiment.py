@@ -113,7 +113,7 @@ ScheduleSettings = (
 class ClusterSettings(Settings):
     engines: int = Field(1, ge=1, le=100_000)
     """Rollout engines."""
-    gpus_per_engine: PositiveInt = 1
+    gpus_per_engine: int = Field(1, ge=1, le=1024)
     """GPUs of each engine."""
     max_rows_per_engine: PositiveInt | None = None
     """Rows that run at once on an engine; left out: unlimited."""
@@ -132,7 +132,7 @@ class ClusterSettings(Settings):
     """Rows are graded as they finish, while others still run; else after the rollout."""
     trainer: Literal["colocated", "separate", "none"] = "colocated"
     """colocated: training runs on the engines' GPUs. none: no training phases."""
-    trainer_gpus: NonNegativeInt = 0
+    trainer_gpus: int = Field(0, ge=0, le=100_000)
     """GPUs of a separate trainer."""
 
     @property

@@ -30,6 +30,10 @@ def experiment(rows, length, engines=1, prompt=100, **cluster):
     ("own", "message"),
     [
         ({"rows": 25_000_001}, "= 50,000,002 rows: more than 50,000,000; simulate fewer steps"),
+        (
+            {"rows": 8, "trainer": "separate", "trainer_gpus": 100_001},
+            "cluster.trainer_gpus = 100001: .* less than or",
+        ),
         ({"rows": 8, "engines": 100_001}, "cluster.engines = 100001: .* less than or equal to 100000"),
     ],
 )
