@@ -9,7 +9,8 @@ seconds add up to the measured ones. Slow outliers, which a shared machine produ
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ def calibrate(runs: Sequence[Run]) -> Calibration:
         if run.engine[run.engine.step >= 1].empty:
             raise DataError(f"{run.path}: has no engine records of training steps; it cannot be calibrated on")
     observed = observations(runs)
-    fits = {name: fit_prefill(own) if name == "prefill" else fit(own) for name, own in observed.items()}
+    with numbers_that_fit(", ".join(str(run.path) for run in runs)):
+        fits = {name: fit_prefill(own) if name == "prefill" else fit(own) for name, own in observed.items()}
     costs = {key: value for f in fits.values() if f for key, value in f.coefficients.items()}
     probes = pd.concat([run.probes for run in runs]).seconds
     evaluations = pd.concat([run.phases[run.phases.name == "evaluation"] for run in runs])
@@ -151,6 +153,19 @@ def resampled_costs(run: Run, calibration: Calibration, count: int) -> list[dict
     return drawn
 
 
+class TooLarge(ArithmeticError):
+    """Observations whose squares no float can hold."""
+
+
+@contextmanager
+def numbers_that_fit(where: str) -> Iterator[None]:
+    """where: the files that are fitted. Raises DataError."""
+    try:
+        yield
+    except TooLarge as error:
+        raise DataError(f"{where}: holds numbers too large for a fit of {error}; it is damaged") from None
+
+
 def fit(observed: Observations) -> Fit | None:
     """Weighted non-negative least squares, scaled to the measured total; None without observations or work."""
     if len(observed.seconds) == 0:
@@ -187,15 +202,13 @@ def fit_prefill(observed: Observations) -> Fit | None:
 
 
 def _solve(observed: Observations) -> np.ndarray:
-    """NNLS on columns of unit norm, so that pairs (millions) and bases (ones) weigh alike. Raises DataError."""
+    """NNLS on columns of unit norm, so that pairs (millions) and bases (ones) weigh alike. Raises TooLarge."""
     weighted = observed.work * observed.weight[:, None]
     target = observed.seconds * observed.weight
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.linalg.norm(weighted, axis=0)
         if not np.isfinite([*norms, np.linalg.norm(target)]).all():
-            raise DataError(
-                f"{', '.join(observed.names)}: records hold numbers too large for a fit; the run is damaged"
-            )
+            raise TooLarge(", ".join(observed.names))
     norms[norms == 0] = 1.0
     solution, _ = nnls(weighted / norms, target)
     return solution / norms

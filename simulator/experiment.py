@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from profiling.errors import ConfigError
+from profiling.schema import MOST_GPUS
 from profiling.settings import Settings, check_settings, read_toml, with_overrides
 from simulator.cost_settings import AffineCostSettings, CostSettings
 from simulator.lengths import EmpiricalLengths, Lengths, PromptLengths
@@ -111,9 +112,9 @@ ScheduleSettings = (
 
 
 class ClusterSettings(Settings):
-    engines: int = Field(1, ge=1, le=100_000)
+    engines: int = Field(1, ge=1, le=MOST_GPUS)
     """Rollout engines."""
-    gpus_per_engine: int = Field(1, ge=1, le=1024)
+    gpus_per_engine: int = Field(1, ge=1, le=MOST_GPUS)
     """GPUs of each engine."""
     max_rows_per_engine: PositiveInt | None = None
     """Rows that run at once on an engine; left out: unlimited."""
@@ -132,7 +133,7 @@ class ClusterSettings(Settings):
     """Rows are graded as they finish, while others still run; else after the rollout."""
     trainer: Literal["colocated", "separate", "none"] = "colocated"
     """colocated: training runs on the engines' GPUs. none: no training phases."""
-    trainer_gpus: int = Field(0, ge=0, le=100_000)
+    trainer_gpus: int = Field(0, ge=0, le=MOST_GPUS)
     """GPUs of a separate trainer."""
 
     @property
@@ -140,6 +141,14 @@ class ClusterSettings(Settings):
         """GPUs that train; 0: none."""
         colocated = self.engines * self.gpus_per_engine if self.trainer == "colocated" else 0
         return colocated or self.trainer_gpus
+
+    @model_validator(mode="after")
+    def check_a_run_can_hold_it(self) -> "ClusterSettings":
+        gpus = self.engines * self.gpus_per_engine + self.trainer_gpus
+        if gpus > MOST_GPUS:
+            raise ValueError(f"{self.engines} engines of {self.gpus_per_engine} GPUs and {self.trainer_gpus} of the "
+                             f"trainer are {gpus}: more than {MOST_GPUS}")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def check_the_trainer(self) -> "ClusterSettings":

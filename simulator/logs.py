@@ -18,7 +18,7 @@ import pandas as pd
 
 from profiling.errors import ConfigError, DataError
 from profiling.files import read_json, read_whole
-from simulator.calibrate import Calibration, Observations, fit
+from simulator.calibrate import Calibration, Observations, fit, numbers_that_fit
 from simulator.costs import PHASE_COSTS
 
 LONGEST_LINE = 1 << 20
@@ -179,8 +179,9 @@ def calibrate_logs(kind: str, paths: Sequence[Path], *, engines: int, rows_per_s
         together(table, engines, rows_per_step, place, str(path))
         for place, (table, path) in enumerate(zip(tables, paths, strict=True))
     ]
-    fits = {name: fit(_joined([part[name] for part in parts if name in part])) for name in
-            dict.fromkeys(name for part in parts for name in part)}  # fmt: skip
+    names = dict.fromkeys(name for part in parts for name in part)
+    with numbers_that_fit(", ".join(map(str, paths))):
+        fits = {name: fit(_joined([part[name] for part in parts if name in part])) for name in names}
     decode = fits.get("decode")
     if decode is not None and decode.observations <= len(decode.coefficients) + 1:
         raise DataError(

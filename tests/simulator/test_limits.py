@@ -30,11 +30,9 @@ def experiment(rows, length, engines=1, prompt=100, **cluster):
     ("own", "message"),
     [
         ({"rows": 25_000_001}, "= 50,000,002 rows: more than 50,000,000; simulate fewer steps"),
-        (
-            {"rows": 8, "trainer": "separate", "trainer_gpus": 100_001},
-            "cluster.trainer_gpus = 100001: .* less than or",
-        ),
-        ({"rows": 8, "engines": 100_001}, "cluster.engines = 100001: .* less than or equal to 100000"),
+        ({"rows": 8, "trainer": "separate", "trainer_gpus": 16_385}, "cluster.trainer_gpus = 16385: .* less than"),
+        ({"rows": 8, "engines": 16_385}, "cluster.engines = 16385: .* less than or equal to 16384"),
+        ({"rows": 8, "engines": 4097, "gpus_per_engine": 4}, "4097 engines of 4 GPUs .* are 16388: more than 16384"),
     ],
 )
 def test_what_no_machine_could_keep_is_refused_before_it_tries(own, message):
