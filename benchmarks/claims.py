@@ -123,6 +123,11 @@ def explore() -> str:
     return f"{row['pictures, s']} s to new numbers and pictures (goal: 1)"
 
 
+def scaling() -> str:
+    own = table("scaling").set_index("phase").efficiency
+    return f"efficiency {own['rollout']:.0%} in the rollout, {own['step']:.0%} over a step"
+
+
 FINDINGS: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("simulator", "simulating a step of 8,192 rows", simulated),
     ("cost_model", "analytic costs against another tool's, error", predicted_by_another_tool),
@@ -132,6 +137,7 @@ FINDINGS: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("explore", "the planner's page, another window", explore),
     ("advantages", "advantages and returns", advantages),
     ("rollout", "the torch engine, equal batch on a CPU", rollouts),
+    ("scaling", "a second rank on two shared CPU cores", scaling),
     ("training_step", "a whole PPO step on a CPU", training_step),
 )
 """Folder of docs/results, what was asked, what was found."""
