@@ -112,9 +112,9 @@ ScheduleSettings = (
 
 
 class ClusterSettings(Settings):
-    engines: int = Field(1, ge=1, le=MOST_GPUS)
+    engines: int = Field(1, gt=0, le=MOST_GPUS)
     """Rollout engines."""
-    gpus_per_engine: int = Field(1, ge=1, le=MOST_GPUS)
+    gpus_per_engine: int = Field(1, gt=0, le=MOST_GPUS)
     """GPUs of each engine."""
     max_rows_per_engine: PositiveInt | None = None
     """Rows that run at once on an engine; left out: unlimited."""
