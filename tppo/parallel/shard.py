@@ -24,7 +24,7 @@ def shard(model: nn.Module, ranks: Ranks, *, compute: torch.dtype, cpu_offload: 
 
     The first rank has the weights, on the CPU; what the others have is not looked at, and may be on the meta device.
     cpu_offload: shards, their gradients and the optimiser stay on the CPU between passes. Layers are moved one by one,
-    so that no device ever holds the whole model, and no other rank's memory.
+    and then what is outside of them, so that no device ever holds the whole model, and no other rank's memory.
     """
     assert ranks.mesh is not None, "these ranks shard nothing"
     options: dict[str, Any] = {
