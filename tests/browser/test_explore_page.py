@@ -48,7 +48,8 @@ def drawn(page):
 
 
 def after(page, change):
-    """Do what changes the question; wait for the next answer's pictures."""
+    """Do what changes the question; wait for the next answer's pictures. A file is sent before the question changes:
+    then no answer may be on its way."""
     page.evaluate_handle("() => { delete document.body.dataset.numbers; delete document.body.dataset.pictures; }")
     change()
     drawn(page)
@@ -199,6 +200,23 @@ def test_a_fault_stands_beside_its_field_and_goes_with_it(faulty_page, address):
     assert page.inner_text("#error-gpus") == ""
     page.fill("[name=prompts_per_step]", "90000")
     page.wait_for_selector("#faults:has-text('360000 responses a step')", timeout=WAIT_MS)
+
+
+def test_an_answer_is_given_up_as_soon_as_the_question_changes(page, address):
+    """In the pause of typing, too, when the next one is not yet asked."""
+    page.goto(address + SMALL)
+    drawn(page)
+    left = page.evaluate_handle(
+        """() => {
+          const field = document.querySelector("[name=windows]");
+          field.value = "700";
+          field.dispatchEvent(new Event("input", {bubbles: true}));
+          return Object.keys(document.body.dataset);
+        }"""
+    )
+    assert left.json_value() == []
+    drawn(page)
+    assert "windows=700" in page.url
 
 
 def test_only_the_last_question_is_shown(page, address):

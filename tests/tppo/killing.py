@@ -14,6 +14,7 @@ import torch
 
 from profiling.errors import DataError
 from profiling.reader import Run
+from tests.tppo import forked
 from tppo.checkpoints.store import checkpoints_of, newest_usable
 from tppo.start import train
 
@@ -22,30 +23,28 @@ TIMES = ("time", "clock", "perf/throughput")
 
 
 def train_in_child(config, *, resume=False, kill_after_s=None, kill_at=None):
-    """Train in a fork of this process. Returns its exit status: WHOLE, KILLED, or 3 where there is nothing to resume.
+    """Train in a process of its own. Returns its exit status: WHOLE, KILLED, or 3 where there is nothing to resume.
 
     kill_at(event, path): SIGKILL just before the first file operation for which it is true. Events are those of
     sys.addaudithook: open, os.rename, os.remove, os.rmdir, os.mkdir, shutil.rmtree.
     """
-    child = os.fork()
-    if child == 0:
-        status = 1
+
+    def work():
+        if kill_at is not None:
+            sys.addaudithook(lambda event, arguments: _kill_if(kill_at, event, arguments))
         try:
-            if kill_at is not None:
-                sys.addaudithook(lambda event, arguments: _kill_if(kill_at, event, arguments))
-            try:
-                train_seeded(config, resume=resume)
-                status = WHOLE
-            except DataError as error:
-                status = 3 if "has no checkpoint" in str(error) else 4
-            except BaseException as error:
-                print(repr(error), file=sys.stderr)
-        finally:
-            os._exit(status)
+            train_seeded(config, resume=resume)
+        except DataError as error:
+            raise SystemExit(3 if "has no checkpoint" in str(error) else 4) from error
+
+    crash = config.output.with_suffix(".crash")
+    child = forked.start(work, crash_file=crash)
     if kill_after_s is not None:
         time.sleep(kill_after_s)
-        os.kill(child, signal.SIGKILL)  # not yet waited for: the number is still this child's
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        child.kill()
+    child.join()
+    assert child.exitcode >= 0 or child.exitcode == KILLED, crash.read_text()
+    return child.exitcode
 
 
 def train_seeded(config, *, resume=False):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from profiling.errors import ConfigError, DataError, RunError
+from tests.tppo import forked
 from tests.tppo.killing import assert_same_run, train_seeded
 from tppo.checkpoints.content import restore, save_checkpoint
 from tppo.checkpoints.folders import put_in_place, tidy
@@ -221,24 +222,24 @@ def test_a_directory_that_became_read_only_keeps_its_checkpoints(config, tmp_pat
 
 
 def as_nobody(work, error: Path):
-    """Exit status and standard error of `work` in a fork that has no rights."""
-    with error.open("wb") as file:
-        child = os.fork()
-        if child == 0:
-            status = 0
-            try:
-                os.dup2(file.fileno(), 2)
-                if os.geteuid() == 0:
-                    os.setgroups([])
-                    os.setgid(65534)
-                    os.setuid(65534)
-                work()
-            except BaseException as fault:
-                os.write(2, f"{type(fault).__name__}: {fault}\n".encode())
-                status = 1
-            finally:
-                os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), error.read_text()
+    """Exit status and standard error of `work` in a process that has no rights."""
+
+    def without_rights():
+        with error.open("wb") as file:
+            os.dup2(file.fileno(), 2)
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        try:
+            work()
+        except BaseException as fault:
+            os.write(2, f"{type(fault).__name__}: {fault}\n".encode())
+            raise SystemExit(1) from fault
+
+    child = forked.start(without_rights)
+    child.join()
+    return child.exitcode, error.read_text()
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(make_config, withstood):

@@ -1,45 +1,42 @@
 """A trainer in a process that a test watches and harms from outside."""
 
 import contextlib
-import os
 import signal
 import time
 from dataclasses import dataclass, field
 
 import psutil
 
+from tests.tppo import forked
 from tests.tppo.killing import train_seeded
 
 
 @dataclass
 class TrainerProcess:
-    """A trainer in a fork, and what was seen of it from outside."""
+    """A trainer in a process of its own, and what was seen of it from outside."""
 
     config: object
     resume: bool = False
-    pid: int = 0
     memory: list[tuple[int, int]] = field(default_factory=list)
     """(steps done, resident bytes)"""
 
     def start(self):
-        self.pid = os.fork()
-        if self.pid == 0:
-            status = 1
-            try:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                outcome = train_seeded(self.config, resume=self.resume)
-                status = 0 if outcome.signal is None else 128 + outcome.signal
-            finally:
-                os._exit(status)
+        def work():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            outcome = train_seeded(self.config, resume=self.resume)
+            raise SystemExit(0 if outcome.signal is None else 128 + outcome.signal)
+
+        self.process = forked.start(work)
+        self.pid = self.process.pid
         return self
 
     def status(self):
         """Exit status, or None while it runs."""
-        pid, code = os.waitpid(self.pid, os.WNOHANG)
-        return os.waitstatus_to_exitcode(code) if pid else None
+        return self.process.exitcode
 
     def wait(self):
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.process.join()
+        return self.process.exitcode
 
     def run_until(self, steps):
         """True when so many steps are done, False when it has ended before."""

@@ -8,8 +8,15 @@ const PAUSE_MS = 120; // of typing, before a question is asked
 const at = (id) => document.getElementById(id);
 let form, choices, found = null, shown = [], asking = new AbortController(), pause = 0, clock = 0;
 
-async function ask() {
+// What is on its way answers a question that is no longer asked; what is shown does, too.
+function giveUp() {
   asking.abort();
+  delete document.body.dataset.numbers;
+  delete document.body.dataset.pictures;
+}
+
+async function ask() {
+  giveUp();
   asking = new AbortController();
   const own = asking, query = form.query(), began = performance.now();
   shown = chosenFromAddress();
@@ -149,6 +156,7 @@ function wireActions() {
 
 choices = await get("/api/choices");
 form = new Form(at("question"), choices, () => {
+  giveUp();
   clearTimeout(pause);
   pause = setTimeout(ask, PAUSE_MS);
 });
