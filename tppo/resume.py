@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from profiling.errors import ConfigError, DataError
-from profiling.files import read_json
+from profiling.errors import ConfigError
+from profiling.files import read_json_table
 from profiling.ledger import Cluster
 from profiling.reader import Run
 from profiling.settings import check_settings
@@ -33,12 +33,7 @@ def checkpoint_of(config: RunConfig, source: Path | None, ranks: Ranks) -> Found
         return None
     found = newest_usable(source, to_resume=True)
     path = source / "model.json"
-    try:
-        model = read_json(path)
-    except FileNotFoundError:
-        model = None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+    model = read_json_table(path) if path.exists() else None
     before = check_it_can_go_on(config, source)
     if found.manifest.step > config.train.steps:
         raise ConfigError(f"train.steps = {config.train.steps}: {source} has done {found.manifest.step}; raise it")
@@ -93,10 +88,7 @@ def check_problems_are_the_same(directory: Path, problems: Problems) -> None:
     if problems.fingerprint is None:
         return
     path = directory / DATA_JSON
-    try:
-        before = read_json(path)["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; start another run instead") from None
+    before = read_json_table(path, "start another run instead").get("fingerprint")
     if before != problems.fingerprint:
         raise ConfigError(
             "data: the problems are not those that the run was started with; put the data set and [evaluation] back "

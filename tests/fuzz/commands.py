@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 
 from profiling.advice import NAME as ADVICE
 from simulator.experiment import MOST_ROWS
-from tests.fuzz.checkpoint_files import FOLDER, whole_checkpoint
-from tests.fuzz.foreign_files import PROBLEMS, VERL, console_text
-from tests.fuzz.mutations import hostile_text, json_text, lines_text, one_or_two, toml_text
+from tests.fuzz.foreign_files import VERL, console_text
+from tests.fuzz.mutations import one_or_two, toml_text
 from tests.fuzz.oracle import Refused, check_message
 from tests.fuzz.reader import Reader
 from tests.fuzz.run_files import RUN, hostile_run, whole_run
-from tests.fuzz.settings_files import CALIBRATION, CONFIG, EXPERIMENTS, LENGTHS, csv_text, texts
+from tests.fuzz.settings_files import CONFIG, EXPERIMENTS, LENGTHS, csv_text, texts
 from tppo.cli import main
 
 CODES = (0, 1, 2)
@@ -116,12 +115,4 @@ READERS = (
                    "--max-response-tokens", "1024", "--draws", "10", "--json"), share=0.005),
     Reader("tppo train --check", texts("t.toml", (TRAINING,), toml_text),
            command("train", "{in}/t.toml", "--check", "--gpu", "H100-SXM"), share=0.1),
-    Reader("tppo train --resume", st.deferred(lambda: one_or_two(
-               {f"{RUN}/{name}": content for name, content in (whole_run() | whole_checkpoint()).items()},
-               {f"{RUN}/{FOLDER}/manifest.json": hostile_text(CALIBRATION, json_text),
-                f"{RUN}/config.toml": hostile_text(TRAINING, toml_text),
-                f"{RUN}/trace.jsonl": hostile_text([{"type": "header"}], lines_text)})),
-           command("train", "--resume", f"{{in}}/{RUN}"), share=0.1),
-    Reader("tppo eval --data", texts("d.jsonl", (PROBLEMS,), lines_text),
-           command("eval", "{in}/no-model", "--data", "{in}/d.jsonl"), share=0.1),
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """Every way in, and how many generated cases each gets: in `make test` always the same few, in `make fuzz` many."""
 
-from tests.fuzz import checkpoint_files, commands, foreign_files, run_files, settings_files
+from tests.fuzz import checkpoint_files, commands, foreign_files, run_files, settings_files, trained_files
 from tests.fuzz.reader import Reader
 
 TEST_CASES = 2_000
@@ -12,7 +12,7 @@ FEWEST = 5
 
 READERS: dict[str, Reader] = {
     reader.name: reader
-    for module in (settings_files, run_files, foreign_files, checkpoint_files, commands)
+    for module in (settings_files, run_files, foreign_files, checkpoint_files, commands, trained_files)
     for reader in module.READERS
 }
 

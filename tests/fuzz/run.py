@@ -77,7 +77,8 @@ def fuzz_apart(name: str, cases: int, first_seed: int) -> Outcome:
     """In another process."""
     words = [sys.executable, "-W", "ignore", "-m", "tests.fuzz.run", "--one", name, "--cases", str(cases), "--seed",
              str(first_seed)]  # fmt: skip
-    done = subprocess.run(words, capture_output=True, text=True, cwd=RECORD.parents[3], check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=RECORD.parents[3], check=False, env=environment)
     last = (done.stdout.strip().splitlines() or [""])[-1]
     try:
         return Outcome(**json.loads(last))

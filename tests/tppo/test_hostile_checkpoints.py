@@ -127,12 +127,14 @@ def test_weights_that_are_a_pickle_with_code_are_refused_in_one_line(tiny_model,
     shutil.copytree(tiny_model, model)
     (model / "model.safetensors").unlink()
     mark = tmp_path / "executed"
+    size = (tiny_model / "model.safetensors").stat().st_size  # of fewer bytes nothing is read at all
+    padded = {"weight": Writes(mark), "padding": bytes(size)}
     with (model / "pytorch_model.bin").open("wb") as file:
-        pickle.dump({"weight": Writes(mark)}, file, protocol=2)
+        pickle.dump(padded, file, protocol=2)
     with pytest.raises(ConfigError, match=r"a pickle of more than tensors, which is not executed") as error:
         load_policy(str(model))
     assert "\n" not in str(error.value)
-    torch.save({"weight": Writes(mark)}, model / "pytorch_model.bin")
+    torch.save(padded, model / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"a pickle of more than tensors, which is not executed"):
         load_policy(str(model))
     assert not mark.exists()

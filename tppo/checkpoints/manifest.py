@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from profiling.errors import ConfigError, DataError
-from profiling.files import read_json
+from profiling.files import read_json_table
 from profiling.writer import APPEND_ONLY
 
 SCHEMA = 1
@@ -77,14 +77,10 @@ def read_manifest(checkpoint: Path) -> Manifest:
     The checksum comes first: its rule holds for every schema, so that a flipped bit is never taken for a new version.
     """
     path = checkpoint / MANIFEST
-    try:
-        values = read_json(path)
-        checksum = values.pop("checksum")
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{path} cannot be read: {_line(error)}") from None
-    if checksum != _checksum(values):
+    if not path.exists():
+        raise DataError(f"{path} is missing")
+    values = read_json_table(path)
+    if values.pop("checksum", None) != _checksum(values):
         raise DataError(f"{path} is damaged: its checksum differs")
     if values.get("schema") != SCHEMA:
         raise ConfigError(

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from profiling.console import table_console
 from profiling.errors import ConfigError
-from profiling.files import read_json
+from profiling.files import read_json_table
 from simulator.analytic import AnalyticCosts
 from simulator.cost_settings import AnalyticCostSettings
 from simulator.hardware import Gpu, load_gpu
@@ -102,10 +102,7 @@ def parts_of(config: RunConfig, card: Gpu, gpu: str, gpus: int) -> list[Part]:
     from tppo.models import memory
 
     source = config_json_of(config.model.path)
-    try:
-        values = read_json(source)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{source}: cannot be read: {error}") from None
+    values = read_json_table(source)
     built, prompt = memory.build(values, config), prompt_tokens_of(config)
     shards = gpus_that_train(config, gpus) // config.parallel.replicas
     on_ray = config.ray.address != ""

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForTokenClassification, PreTrainedModel
+from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 from profiling.errors import ConfigError, RunError
 from profiling.settings import read_toml
@@ -16,6 +16,7 @@ from tppo.checkpoints.content import POLICY
 from tppo.checkpoints.folders import empty_folder_for, hidden, put_in_place, remove
 from tppo.checkpoints.manifest import Manifest
 from tppo.checkpoints.store import chosen_checkpoint
+from tppo.models.reading import reading_model, settings_of
 from tppo.models.value import VALUE_CONFIG, VALUE_MODEL
 
 CARD = """---
@@ -83,24 +84,28 @@ def value_model_of(checkpoint: Path) -> PreTrainedModel:
     of that name is our backbone and linear head, bias included, and dropout of which there must be none.
     Raises ConfigError."""
     own = checkpoint / VALUE_CONFIG
-    config = AutoConfig.from_pretrained(own if own.is_dir() else checkpoint / POLICY)
-    text = config.get_text_config()
-    config.num_labels = 1
-    for part in {id(config): config, id(text): text}.values():
-        part.classifier_dropout = 0.0
-        part.token_classification_bias = True
-    try:
-        model = AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
-        head = next(n for n, layer in model.named_children() if isinstance(layer, nn.Linear))
-        names = {"backbone": model.base_model_prefix, "head": head}
-        weights = {_renamed(name, names): weight for name, weight in load_file(checkpoint / VALUE_MODEL).items()}
-        model.load_state_dict(weights)
-    except (ValueError, RuntimeError, StopIteration, OSError, SafetensorError) as error:
-        reason = (str(error).splitlines() or ["it has no linear head"])[0]
-        raise ConfigError(
+
+    def fault(reason: str) -> ConfigError:
+        return ConfigError(
             f"{checkpoint / VALUE_MODEL}: transformers has no token classifier that it fits: {reason}; the policy "
             f"alone is the folder {checkpoint / POLICY}"
-        ) from None
+        )
+
+    with reading_model(fault):
+        config = settings_of(own if own.is_dir() else checkpoint / POLICY)
+        text = config.get_text_config()
+        config.num_labels = 1
+        for part in {id(config): config, id(text): text}.values():
+            part.classifier_dropout = 0.0
+            part.token_classification_bias = True
+        with torch.device("meta"):
+            model = AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
+        head = next((n for n, layer in model.named_children() if isinstance(layer, nn.Linear)), None)
+        if head is None:
+            raise fault("it has no linear head")
+        names = {"backbone": model.base_model_prefix, "head": head}
+        weights = {_renamed(name, names): weight for name, weight in load_file(checkpoint / VALUE_MODEL).items()}
+        model.load_state_dict(weights, assign=True)
     model.config.architectures = [type(model).__name__]
     model.config.id2label, model.config.label2id = {0: "value"}, {"value": 0}
     return model

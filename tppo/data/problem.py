@@ -5,6 +5,8 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from profiling.errors import DataError, shown
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -27,4 +29,11 @@ class Task(Protocol):
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
-    return tokenizer(problem.prompt, add_special_tokens=problem.special_tokens)["input_ids"]
+    """Raises DataError where the tokenizer makes nothing of the prompt: an engine has nothing to go on from."""
+    ids = tokenizer(problem.prompt, add_special_tokens=problem.special_tokens)["input_ids"]
+    if not ids:
+        raise DataError(
+            f"{tokenizer.name_or_path}: the tokenizer makes no tokens of the prompt {shown(problem.prompt)}; "
+            "is its tokenizer.json whole?"
+        )
+    return ids

@@ -14,6 +14,7 @@ from tppo.algorithms.recipes import RECIPES
 from tppo.config import RunConfig
 from tppo.models.lora import add_adapters, is_adapter
 from tppo.models.policy import describe_model
+from tppo.models.reading import check_counts, reading_model
 from tppo.models.value import ValueModel
 from tppo.models.value_source import backbone_settings
 from tppo.parallel.shard import layers_of
@@ -40,25 +41,28 @@ class Built:
 
 def build(values: Mapping[str, Any], config: RunConfig) -> Built:
     """values: of a config.json. The value model has the backbone that value.path names. Raises ConfigError."""
-    kind, others = str(values["model_type"]), {key: own for key, own in values.items() if key != "model_type"}
     AttentionInterface.register(SHAPES, _flash_like)
-    try:
-        with torch.device("meta"):
-            settings = AutoConfig.for_model(kind, **others)
-            policy = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation=SHAPES)
-            value_model = _value_model(config, policy) if RECIPES[config.algorithm.name].has_value_model else None
-            if config.model.lora_rank:
-                add_adapters(policy, config.model, seed=0)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"model.path: its config.json builds no model: {str(error).splitlines()[0]}") from None
+
+    def fault(reason: str) -> ConfigError:
+        return ConfigError(f"model.path = {config.model.path!r}: its config.json builds no model: {reason}")
+
+    with reading_model(fault), torch.device("meta"):
+        check_counts(values)
+        kind, others = str(values["model_type"]), {key: own for key, own in values.items() if key != "model_type"}
+        settings = AutoConfig.for_model(kind, **others)
+        policy = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation=SHAPES)
+        value_model = _value_model(config, policy) if RECIPES[config.algorithm.name].has_value_model else None
+        if config.model.lora_rank:
+            add_adapters(policy, config.model, seed=0)
     return Built(policy, value_model)
 
 
 def _value_model(config: RunConfig, policy: PreTrainedModel) -> ValueModel:
-    own = backbone_settings(config.value.path) if config.value.path else None
+    trust = {"trust_remote_code": config.model.trust_remote_code}
+    own = backbone_settings(config.value.path, **trust) if config.value.path else None
     if own is None:
         return ValueModel(policy)
-    return ValueModel(AutoModelForCausalLM.from_config(own, dtype=torch.float32, attn_implementation=SHAPES))
+    return ValueModel(AutoModelForCausalLM.from_config(own, dtype=torch.float32, attn_implementation=SHAPES, **trust))
 
 
 def state_bytes(built: Built, config: RunConfig, shards: int) -> float:

@@ -4,15 +4,12 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError  # its name alone, nothing is unpickled here # nosec B403
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -24,6 +21,7 @@ from transformers import (
 
 from profiling.errors import ConfigError
 from tppo.models.prefix import behind_a_detached_prefix
+from tppo.models.reading import read_model, reading_model, settings_of
 
 # Shapes: rows = sequences of a micro-batch, time = their padded length, picked = positions with a loss.
 
@@ -46,24 +44,20 @@ def load_policy(
     trust = {"trust_remote_code": trust_remote_code}
     if looks_local(path) and not Path(path).expanduser().exists():
         raise ConfigError(f"model.path = {path!r}: no such directory")
-    try:
-        how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention, **trust}
-        if weights:
-            model = AutoModelForCausalLM.from_pretrained(path, **how)
-        else:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **trust), **how).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path, **trust)
-    except ImportError as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"model.attention = {attention!r}: {reason}; install it, or set sdpa") from None
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        reason = reason_of(error)
+
+    def fault(reason: str) -> ConfigError:
         if "attn_implementation" in reason:
-            raise ConfigError(
-                f'model.attention = {attention!r}: this model has none; set model.attention = "eager"'
-            ) from None
-        raise ConfigError(f"model.path = {path!r}: no model can be loaded from it: {reason}") from None
+            return ConfigError(f'model.attention = {attention!r}: this model has none; set model.attention = "eager"')
+        if "flash_attn" in reason or "FlashAttention" in reason:
+            return ConfigError(f"model.attention = {attention!r}: {reason}; install it, or set sdpa")
+        return ConfigError(f"model.path = {path!r}: no model can be loaded from it: {reason}")
+
+    with reading_model(fault):
+        settings = settings_of(path, **trust)
+        how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention, **trust}
+        model = read_model(AutoModelForCausalLM, path, settings, weights=weights, **how)
+        tokenizer = AutoTokenizer.from_pretrained(path, **trust)
+        tokenizer.decode(tokenizer("1")["input_ids"])  # what its settings break in use, they break here
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.path = {path!r}: its tokenizer has no end-of-sequence token")
     return model, tokenizer
@@ -71,16 +65,6 @@ def load_policy(
 
 def is_without_weights(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
-
-
-def reason_of(error: BaseException) -> str:
-    """transformers' message in one line, which names our setting where it names an argument of its own."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    if "custom code" in reason:
-        return "it comes with modelling code of its own; set model.trust_remote_code = true if you trust its author"
-    if isinstance(error, UnpicklingError):  # torch's own words advise to execute it
-        return "its weights are a pickle of more than tensors, which is not executed; take a model with safetensors"
-    return reason
 
 
 def new_qwen2(

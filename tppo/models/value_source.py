@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -22,7 +20,8 @@ from transformers import (
 from profiling.errors import ConfigError
 from tppo.checkpoints.manifest import MANIFEST
 from tppo.config import RunConfig
-from tppo.models.policy import input_layer, is_without_weights, reason_of
+from tppo.models.policy import input_layer, is_without_weights
+from tppo.models.reading import check_the_weights_can_be_there, read_model, reading_model, settings_of
 from tppo.models.value import VALUE_CONFIG, VALUE_MODEL, ValueModel
 
 CLASSES = {
@@ -45,7 +44,7 @@ def _value_model_of(config: RunConfig, policy: PreTrainedModel, tokenizer: PreTr
     path = config.value.path
     if not path:
         return ValueModel(policy)
-    if (Path(path) / VALUE_MODEL).exists() or (Path(path) / MANIFEST).exists():
+    if is_checkpoint(Path(path)):
         own = Path(path) / VALUE_CONFIG
         value_model = ValueModel(_random_model(own) if own.is_dir() else policy)
         if weights:
@@ -55,29 +54,36 @@ def _value_model_of(config: RunConfig, policy: PreTrainedModel, tokenizer: PreTr
     return from_reward_model(path, tokenizer, attention=attention, trust_remote_code=trust, weights=weights)
 
 
-def backbone_settings(path: str) -> PreTrainedConfig | None:
+def is_checkpoint(path: Path) -> bool:
+    """Rather than a reward model."""
+    return (path / VALUE_MODEL).exists() or (path / MANIFEST).exists()
+
+
+def backbone_settings(path: str, *, trust_remote_code: bool = False) -> PreTrainedConfig | None:
     """Of the value model at value.path; None: those of the policy. No weights are read. Raises ConfigError."""
     own = Path(path) / VALUE_CONFIG
-    if not own.is_dir() and ((Path(path) / VALUE_MODEL).exists() or (Path(path) / MANIFEST).exists()):
+    if is_checkpoint(Path(path)) and not own.is_dir():
         return None
-    try:
-        return AutoConfig.from_pretrained(own if own.is_dir() else path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"value.path: {path} holds no value model: {reason_of(error)}") from None
+    with reading_model(lambda reason: ConfigError(f"value.path: {path} holds no value model: {reason}")):
+        return settings_of(own if own.is_dir() else path, trust_remote_code=trust_remote_code)
 
 
 def _random_model(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    with reading_model(lambda reason: ConfigError(f"value.path: {folder} describes no model: {reason}")):
+        settings = settings_of(folder)
+        with torch.device("meta"):
+            shapes = AutoModelForCausalLM.from_config(settings)
+        check_the_weights_can_be_there(folder.parent, shapes)
+        return AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
 
 
 def load_value_model(value_model: ValueModel, checkpoint: Path) -> None:
     """Weights from another run's checkpoint. Raises ConfigError naming the file when they do not fit."""
     path = checkpoint / VALUE_MODEL
-    try:
+    with reading_model(
+        lambda reason: ConfigError(f"value.path: {path} holds no value model for this policy: {reason}")
+    ):
         value_model.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"value.path: {path} holds no value model for this policy: {reason}") from None
 
 
 def from_reward_model(
@@ -92,8 +98,8 @@ def from_reward_model(
         return ConfigError(f"value.path: {path} {reason}")
 
     trust = {"trust_remote_code": trust_remote_code}
-    try:
-        settings = AutoConfig.from_pretrained(path, **trust)
+    with reading_model(lambda reason: fault(f"holds no value model for this policy: {reason}")):
+        settings = settings_of(path, **trust)
         kinds = [kind for name in settings.architectures or () for end, kind in CLASSES.items() if name.endswith(end)]
         if not kinds:
             raise fault(
@@ -103,15 +109,8 @@ def from_reward_model(
         if settings.num_labels != 1:
             raise fault(f"has {settings.num_labels} outputs; a value model needs one with num_labels = 1")
         how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention, **trust}
-        if weights:
-            model, facts = kinds[0].from_pretrained(path, use_safetensors=True, output_loading_info=True, **how)
-        else:
-            model, facts = kinds[0].from_config(settings, **how).eval(), {"missing_keys": [], "mismatched_keys": []}
+        model = read_model(kinds[0], path, settings, weights=weights, use_safetensors=True, **how)
         own = AutoTokenizer.from_pretrained(path, **trust)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise fault(f"holds no value model for this policy: {reason_of(error)}") from None
-    if facts["missing_keys"] or facts["mismatched_keys"]:
-        raise fault(f"lacks weights: {sorted(map(str, facts['missing_keys'] or facts['mismatched_keys']))[0]}")
     head = next((layer for _, layer in model.named_children() if isinstance(layer, nn.Linear)), None)
     if head is None or head.out_features != 1:
         raise fault("has a head that is no linear layer with one output")

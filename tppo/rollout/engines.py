@@ -163,10 +163,11 @@ def check_rows_fit(
                 f"rollout.window = {rollout.window}: {config.model.path} has only {positions} positions; lower it"
             )
     table = model.get_input_embeddings()
-    rows = len(tokenizer) if not isinstance(table, nn.Embedding) else table.weight.shape[0]
-    if len(tokenizer) > rows:
+    tokens = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    rows = tokens if not isinstance(table, nn.Embedding) else table.weight.shape[0]
+    if tokens > rows:
         raise ConfigError(
-            f"model.path = {config.model.path!r}: its tokenizer has {len(tokenizer)} tokens, its model only {rows}; "
+            f"model.path = {config.model.path!r}: its tokenizer has {tokens} tokens, its model only {rows}; "
             "the two do not belong together"
         )
     beyond = [token for token in rollout.stop_token_ids if token >= rows]

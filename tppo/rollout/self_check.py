@@ -21,7 +21,7 @@ a scaled, capped or shifted logit 1e-3 and more."""
 
 def check_it_can_be_served(model: PreTrainedModel, path: str, *, cached: bool = True) -> None:
     """Raises ConfigError when the trainer's pass or (cached) the torch engine's slots give other logits than the
-    model. Takes some milliseconds for a small model; nothing is drawn at random."""
+    model, or these are no numbers. Takes some milliseconds for a small model; nothing is drawn at random."""
     if not isinstance(model.get_input_embeddings(), nn.Embedding):
         raise _refusal(model, path, "it has no table of input embeddings")
     if not isinstance(model.get_output_embeddings(), nn.Linear):
@@ -31,6 +31,7 @@ def check_it_can_be_served(model: PreTrainedModel, path: str, *, cached: bool = 
     try:
         with torch.inference_mode():
             own = model(input_ids=ids, use_cache=False).logits.float()  # (rows, tokens, vocabulary)
+            finite = bool(own.isfinite().all())
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             scaled = _differs(output_layer(model)(hidden).float(), own)
             strays = False
@@ -40,6 +41,8 @@ def check_it_can_be_served(model: PreTrainedModel, path: str, *, cached: bool = 
     except Exception as error:  # somebody else's modelling code may fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise _refusal(model, path, f"its layers do not work with a cache of keys and values: {reason}") from None
+    if not finite:
+        raise ConfigError(f"model.path = {path!r}: its logits are not finite numbers; are its weights whole?")
     if scaled:
         raise _refusal(model, path, "it scales or caps its logits after the output layer, which training does not")
     if strays:
