@@ -19,6 +19,7 @@ from analysis.ledgers import ledger_table
 from analysis.svg import alt_text, to_svg
 from analysis.tables import (
     alarm_table,
+    arm_named,
     arm_of,
     by_arm,
     comparison_tables,
@@ -46,14 +47,13 @@ def write_report(
     output: Path,
     *,
     predictions: Path | None = None,
-    hardware: Path | None = None,
     target: float = 0.85,
     advice: Callable[[], Mapping[Path, Advice]] | Mapping[Path, Advice] | None = None,
     command: str | None = None,
 ) -> Path:
     """Write `output`, a page that needs no network and no script. What a run lacks is left out, with the reason.
 
-    predictions, hardware: files beside the runs by default (predictions.csv, hardware.json).
+    predictions: a table; predictions.csv beside the runs by default.
     advice: by path of the run, or what gives it, asked last; default: advice.json of each, where it is there.
     command: what was typed.
     Raises DataError.
@@ -190,7 +190,7 @@ def _headline(runs: Sequence[Run], target: float, predictions: Path) -> list[str
         for source, group in table[~table.drift_corrected.astype(bool)].groupby("calibrated_on", sort=False):
             for kind in ("forecast", "replay"):
                 wall = group[(group.kind == kind) & (group.quantity == "training_seconds")]
-                names = ", ".join(dict.fromkeys(style.arm_name(_arm(target_run)) for target_run in wall.target))
+                names = ", ".join(dict.fromkeys(style.arm_name(arm_named(target_run)) for target_run in wall.target))
                 lines.append(
                     f"Calibrated on {style.arm_name(str(source))} alone, a {kind} of {names} misses the training time "
                     f"by {wall.error.abs().median():.1%} on the median of {len(wall)} runs "
@@ -210,10 +210,6 @@ def _speedup_line(runs: Sequence[Run], arm: str, target: float) -> str:
         f"{name} reaches {target:.0%} {ratio['median']:.2f} times as fast as PPO on the median of {ratio['pairs']} "
         f"seed{'s' if ratio['pairs'] != 1 else ''}{interval}, faster in {ratio['wins']} of them{unreached}."
     )
-
-
-def _arm(name: str) -> str:
-    return name.rsplit("-s", 1)[0]
 
 
 def _prediction_tables(path: Path) -> list[dict[str, Any]]:

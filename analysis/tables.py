@@ -19,8 +19,12 @@ WAITING = ("wait_tail", "wait_rollout", "wait_train", "wait_other", "decode_unde
 
 
 def arm_of(run: Run) -> str:
-    """The run's name without its seed: `tppo-s3` belongs to the arm `tppo`."""
-    return re.sub(r"-s\d+$", "", run.name)
+    return arm_named(run.name)
+
+
+def arm_named(name: str) -> str:
+    """A run's name without its seed: `tppo-s3` belongs to the arm `tppo`."""
+    return re.sub(r"-s\d+$", "", name)
 
 
 def seed_of(run: Run) -> int | None:
@@ -201,7 +205,7 @@ def comparison_tables(predictions: pd.DataFrame) -> dict[tuple[str, str], pd.Dat
     by the drift probe. The range is that of the forecast's error over the runs.
     """
     frame = predictions.assign(
-        arm=predictions.target.str.replace(r"-s\d+$", "", regex=True),
+        arm=predictions.target.map(arm_named),
         drift_corrected=predictions.drift_corrected.astype(bool),
     )
     tables = {}

@@ -11,8 +11,8 @@ from profiling.files import read_json
 from profiling.reader import Run
 
 TORCH_FOLDER = "torch"
-LARGEST_TORCH_TRACE_BYTES = 2**31
 """Of a run directory: torch.profiler's traces, on the run's clock."""
+LARGEST_TORCH_TRACE_BYTES = 2**31
 PHASES_PID = 0
 TORCH_PIDS = 1_000_000
 """Added to the process numbers of torch's own events."""

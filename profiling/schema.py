@@ -2,7 +2,8 @@
 
     config.toml             the resolved configuration
     metrics.jsonl           a row per training step
-    trace.jsonl             header, phases, schedule decisions, probes, trailer (append only)
+    trace.jsonl             header, phases, device phases, counted work, schedule decisions, probes, notes, trailer
+                            (append only)
     rollouts/step-N.parquet ROLLOUTS: a row per (response, step)
     engine/step-N.parquet   ENGINE: decode spans of constant batch, and prefills
     evaluations/step-N.parquet EVALUATIONS: a row per graded response of an evaluation; absent where there is none
@@ -11,6 +12,9 @@
     windows/part-N.parquet  WINDOWS: what drivers and counters averaged themselves
     ledger.parquet          LEDGER: GPU-seconds by step, GPU and cause
     summary.json            totals
+    model.json, hardware.json  the model's dimensions and the device's ceilings, where they are known
+    data.json               fingerprint of a data set's problems
+    advice.json             what another window would save (profiling.advice)
 
 Unmeasured is null, never 0.
 """
@@ -89,7 +93,7 @@ ROLLOUTS = _columns(
     ("prompt_tokens", _INT),
     ("context_before", _INT),  # prompt + all earlier response tokens
     ("tokens", _INT),  # generated in this step
-    ("trained_tokens", _INT),  # of this row that trained the policy in this step; all its windows' under some recipes
+    ("trained_tokens", _INT),  # of this row, for the first time, in this step; all its windows' under some recipes
     ("finished", _BOOL),
     ("discarded", _BOOL),  # dropped for good, untrained
     ("preempted", _INT),  # times, in this step
@@ -107,7 +111,7 @@ ENGINE = _columns(
     ("t_end", _FLOAT),
     ("steps", _INT),  # decode: iterations; prefill: 1
     ("batch", _INT),  # rows running, or admitted together
-    ("context_tokens", _INT),  # sum over the rows, before the first iteration
+    ("context_tokens", _INT),  # decode: sum over the rows, before the first iteration; prefill: tokens computed
     ("attended_pairs", _INT),  # decode: sum over iterations of the total context; prefill: query-key pairs
     ("fresh_tokens", _INT),  # prefill: of rows never run before
     ("resumed_tokens", _INT),  # prefill: of rows carried over from an earlier step

@@ -43,7 +43,7 @@ def _uncounted(model: Model) -> str | None:
         return "experts"
     if model.latent_dim:
         return "latent attention"
-    return "sliding windows" if model.window_layers else None
+    return "layers that look back less far" if model.window_layers else None
 
 
 def _hardware(costs: AnalyticEngineCosts) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from scipy.stats import t as student
 from profiling.advice import Advice, Option, Tail, trace_bytes_of
 from profiling.errors import DataError, InputError
 from profiling.reader import Run
-from simulator.calibrate import calibrate, resampled_costs
+from simulator.calibrate import calibrate, resampled_costs, whole_responses_train
 from simulator.cluster import TrainingRun
 from simulator.experiment import Experiment, load_experiment
 from simulator.run import no_garbage_collection
@@ -116,6 +116,8 @@ class Replay:
         if self.schedule.get("kind") not in SCHEDULES:
             raise Withheld(f"schedule '{self.schedule.get('kind')}' is neither synchronous nor truncated")
         rows = run.rollouts[run.rollouts.step >= 1]
+        if self.schedule["kind"] == "truncated" and whole_responses_train(run):
+            raise Withheld("its responses train when they are whole, and a replay trains every step's tokens")
         if rows.empty or run.engine.empty:
             raise Withheld("the run has no rollout records")
         steps = int(rows.step.nunique()) - int(run.summary.get("startup_steps") or 0)

@@ -24,6 +24,8 @@ from simulator.models import Model, load_model
 BF16 = 2
 STATE_BYTES = 16
 """Of a trained parameter: bf16 weight and gradient, fp32 weight and two Adam moments."""
+TRAINING_USABLE = 0.95
+"""Of a GPU's memory: the rest is the context's and lost to fragments."""
 OPTIMIZER_TRAFFIC = 30
 """Bytes that an Adam step reads and writes per parameter: fp32 weight, gradient and moments; then all but the
 gradient, and the bf16 weight."""
@@ -270,7 +272,7 @@ class AnalyticCosts:
             needs["weights, gradients and optimizer"] = (
                 trained * 2 * BF16 / split + (trained * (STATE_BYTES - 2 * BF16) + frozen) / self.trainer_gpus
             )
-        return Memory("training", needs, self.gpu.memory_bytes * 0.95)
+        return Memory("training", needs, self.gpu.memory_bytes * TRAINING_USABLE)
 
     def _pass_s(self, passes: float, gathers: float, *, logits: bool) -> tuple[float, float]:
         """(per token, per attended pair) of `passes` forward passes' worth of work, all training GPUs together."""

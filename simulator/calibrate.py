@@ -60,7 +60,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Costs of simulator.experiment.AffineCostSettings, where they come from and how well they fit."""
+    """Costs of simulator.cost_settings.AffineCostSettings, where they come from and how well they fit."""
 
     costs: dict[str, float]
     fits: dict[str, Fit | None]
@@ -252,18 +252,25 @@ def prefill_observations(run: Run) -> Observations:
 
 
 def phase_observations(run: Run, phase: str) -> Observations:
-    """A phase's seconds against the tokens it processed: of all rows that train, or of finished ones for update_value.
+    """A phase's seconds against the tokens it processed: of the step's rows, or of the finished ones, for update_value
+    and where whole responses train.
 
     A recipe that trains batches again (geppo) spends that on the tokens of the step's own rows.
     """
     prefix = PHASE_COSTS[phase]
     rows = run.rollouts[~run.rollouts.discarded]
-    rows = rows[rows.finished] if phase == "update_value" else rows
+    rows = rows[rows.finished] if phase == "update_value" or whole_responses_train(run) else rows
     tokens = (rows.context_before + rows.tokens).groupby(rows.step).sum()
     seconds = _phase_seconds(run, phase)
     steps = seconds.index.intersection(tokens.index)
     work = np.column_stack([np.ones(len(steps)), tokens.loc[steps]]).astype(float)
     return _observations((f"{prefix}_base_s", f"{prefix}_per_token_s"), work, seconds.loc[steps], steps)
+
+
+def whole_responses_train(run: Run) -> bool:
+    """Rather than every step's tokens: no row has trained that was not finished."""
+    rows = run.rollouts
+    return not (rows.trained_tokens[~rows.finished] > 0).any()
 
 
 def reward_observations(run: Run) -> Observations:

@@ -293,7 +293,7 @@ class Engine:
         resumed = sum(n for job, n in parts if job.resumed and not job.preempted)
         return Span(
             PREFILL, self.costs.prefill_s(tokens=tokens, pairs=pairs), 1, len(parts),
-            sum(job.prefilled for job, _ in parts), pairs, tokens - recomputed - resumed, resumed, recomputed,
+            tokens, pairs, tokens - recomputed - resumed, resumed, recomputed,
             self._waiting(),
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ from profiling.errors import ConfigError
 from profiling.schema import MOST_GPUS
 from profiling.settings import Settings, check_settings, read_toml, with_overrides
 from simulator.cost_settings import AffineCostSettings, CostSettings
+from simulator.kv import BLOCK_TOKENS
 from simulator.lengths import EmpiricalLengths, Lengths, PromptLengths
 from tppo.schedule import Asynchronous, Oversample, Schedule, Synchronous, TailBatching, Truncated
 
@@ -237,11 +238,11 @@ def check_a_row_fits(experiment: Experiment, where: str) -> None:
     Raises ConfigError."""
     kv_tokens = experiment.cluster.kv_tokens_per_engine
     workload = experiment.workload
-    longest = workload.prompt_tokens + workload.max_response_tokens
-    if kv_tokens is not None and -(-longest // 16) > kv_tokens // 16:
+    longest = workload.longest_prompt + workload.max_response_tokens
+    if kv_tokens is not None and -(-longest // BLOCK_TOKENS) > kv_tokens // BLOCK_TOKENS:
         raise ConfigError(
             f"{where}: cluster.kv_tokens_per_engine = {kv_tokens} cannot hold one row of {longest} tokens "
-            f"(in blocks of 16); raise it, or lower workload.max_response_tokens"
+            f"(in blocks of {BLOCK_TOKENS}); raise it, or lower workload.max_response_tokens"
         )
 
 

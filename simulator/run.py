@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from profiling.errors import ConfigError
 from profiling.ledger import Cluster, build_ledger
-from profiling.schema import ENGINE, ROLLOUTS
+from profiling.schema import ENGINE, LARGEST, ROLLOUTS
 from profiling.settings import to_toml
 from profiling.summary import summarise
 from profiling.writer import RunWriter
@@ -28,13 +29,16 @@ def simulate(experiment: Experiment, *, skipped_steps: int = 0) -> "Result":
     """Play the experiment on a virtual clock.
 
     skipped_steps: the first ones leave their unfinished rows behind and take no time (schedules whose rows all run to
-    their ends or windows); rates and totals are of the others. Raises ConfigError when a row cannot fit the KV memory,
-    and ConservationError when rows, tokens, KV blocks or GPU-seconds do not add up (a fault of ours).
+    their ends or windows); rates and totals are of the others. Raises ConfigError when a row cannot fit the KV memory
+    or the clock goes beyond a trace's numbers, and ConservationError when rows, tokens, KV blocks or GPU-seconds do
+    not add up (a fault of ours).
     """
     start = time.perf_counter()
     with no_garbage_collection():
         run = TrainingRun(experiment, skipped_steps=skipped_steps)
         run.run()
+        if run.wall_s > LARGEST:
+            raise ConfigError(f"the run takes {run.wall_s:.1e} s, more than a trace can hold; look at [cost] again")
         result = Result(run)
         _ = result.ledger
     result.simulator_seconds = time.perf_counter() - start

@@ -104,6 +104,9 @@ def test_the_paper_s_settings_are_those_of_its_section():
         ("--gpu H100-SXM --gpus 8 --parallel.replicas 3", "does not divide"),
         ("--gpu H100-SXM --gpus 8 --model.path me/unknown", "--check needs its config.json"),
         ("--gpu NOTHING --gpus 8", "NOTHING"),
+        ("--gpu H100-SXM --gpus 8 --data.task arithmetic --data.sigma -1", "data.sigma"),
+        ("--gpu H100-SXM --gpus 8 --rollout.engine vllm", "vLLM is one engine of 1 GPUs in a process that trains on"),
+        ("--gpu H100-SXM --gpus 8 --ray local --ray.engines 4", "4 engines of 1 must be on the GPUs that train"),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_exit_code_2(words, expected, capsys):
@@ -133,6 +136,24 @@ def test_gpus_of_a_cluster_hold_shards_and_parts_of_engines_or_one_of_both():
     assert apart[engine] == (55.59, ("rollout",))
     assert apart[states] == (pytest.approx(2 * both[states][0], abs=0.02), ("training",))
     assert apart[weight] == (3.11, ("training",))
+
+
+def test_a_model_is_known_by_the_names_that_the_plan_knows():
+    for name in ("Qwen2.5-7B", "Qwen/Qwen2.5-7B-Instruct", "qwen/qwen2.5-7b"):
+        assert config_json_of(name) == config_json_of("Qwen2.5-7B")
+
+
+def test_the_cache_has_room_for_the_rows_that_a_schedule_starts():
+    config, card = config_at(ROOT / "configs" / "qwen2.5-7b-8gpu.toml"), load_gpu("H100-SXM")
+    more = config.rollout.model_copy(update={"schedule": "oversample", "oversample_factor": 1.5})
+    more = more.model_copy(update={"max_rows_per_engine": None})
+    whole = config.rollout.model_copy(update={"max_rows_per_engine": None})
+
+    def rows_in(rollout):
+        parts = parts_of(config.model_copy(update={"rollout": rollout}), card, "H100-SXM", 8)
+        return next(int(part.name.split()[2]) for part in parts if part.name.startswith("KV cache"))
+
+    assert rows_in(more) == 1.5 * rows_in(whole)
 
 
 @pytest.mark.parametrize(

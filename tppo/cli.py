@@ -233,7 +233,10 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     if options.check:
         gpus = 1 if options.gpus is None else options.gpus
-        check_training(options.config, rest, resume=options.resume, gpu=options.gpu, gpus=gpus)
+        check_training(
+            options.config, rest, output=options.output, resume=options.resume, ray=options.ray, gpu=options.gpu,
+            gpus=gpus,
+        )  # fmt: skip
         return 0
     for flag, given in (("--gpu", options.gpu), ("--gpus", options.gpus)):
         if given is not None:

@@ -106,8 +106,8 @@ class RewardConfig(Settings):
     format_reward: float = 0.1
     """Added where format_pattern matches."""
     timeout_s: PositiveFloat | None = None
-    """For one answer, or one request; left out: 5 for math and formats, 60 for python, 30 for http. An answer whose
-    check takes longer is wrong; a function that takes longer ends the run."""
+    """For one answer, its format's check too, or one request; left out: 5 (final_answer, math), 60 (python), 30
+    (http). An answer whose check takes longer is wrong; a function that takes longer ends the run."""
     workers: PositiveInt = 2
     """Processes that check answers."""
     function: str = ""
@@ -182,7 +182,8 @@ class RolloutConfig(Settings):
     max_response_tokens: PositiveInt = 256
     """A response of this length ends and is graded."""
     window: PositiveInt = 85
-    """New tokens per row and step under tppo; longer responses carry over. At or above the maximum: synchronous."""
+    """New tokens per row and step under tppo and partial-rollout; longer responses carry over. At or above the
+    maximum: synchronous."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature."""
     top_p: float = Field(1.0, gt=0, le=1)

@@ -98,8 +98,11 @@ def model_flops_utilisation(
 ) -> dict[str, float | None]:
     """perf/mfu: FLOPs of the training passes / (their phases' seconds x peak), all of them and the two updates alone
     (PaLM, arXiv 2204.02311, appendix B, with causal attention; profiling.model_flops). work, seconds: by phase.
-    peak_flops: of all devices together; null without one, and where nothing was computed."""
+    peak_flops: of all devices together; null without one, where nothing was computed, and for a model whose FLOPs
+    are not known."""
     found: dict[str, float | None] = {}
+    if model.get("uncounted"):
+        return dict.fromkeys(UTILISATIONS)
     for name, phases in UTILISATIONS.items():
         done = [phase for phase in phases if phase in work and seconds.get(phase)]
         flops = sum([training_flops(model, asdict(work[p]), policy=p not in VALUE_PHASES) for p in done])

@@ -103,8 +103,9 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks, place
     goes_on_here = found is not None and same_directory(found.run, config.output)
     time_s = restored.time_s if restored and goes_on_here else 0.0
     schedule = schedule_of(config)
+    engines = config.ray.engines if config.ray.address else ranks.world
     engine = engine_of(
-        config, state, places, ranks, model_path=model_path, slots=slots_of(config, schedule, ranks),
+        config, state, places, ranks, model_path=model_path, slots=slots_of(config, schedule, engines),
         max_tokens=row_tokens, clock=lambda: profiler.now(),
     )  # fmt: skip
     engine.update_weights(state.policy_version)
@@ -237,9 +238,9 @@ def schedule_of(config: RunConfig) -> Schedule:
     return Truncated(window=config.rollout.window) if recipe_of(config).truncated else Synchronous()
 
 
-def slots_of(config: RunConfig, schedule: Schedule, ranks: Ranks) -> int:
-    """Rows that an engine runs at once."""
-    rows = -(-config.rows_per_step // (config.ray.engines if config.ray.address else ranks.world))
+def slots_of(config: RunConfig, schedule: Schedule, engines: int) -> int:
+    """Rows that each of the engines runs at once."""
+    rows = -(-config.rows_per_step // engines)
     if isinstance(schedule, Oversample):
         rows = schedule.rows_started(rows)
     return config.rollout.max_rows_per_engine or rows

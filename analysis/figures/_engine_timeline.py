@@ -12,6 +12,7 @@ from analysis import style
 from analysis.chosen import beyond, lacks_engine_records, left_out, step_bounds, typical_step, usable
 from analysis.lanes import TRAINER, coarse, lanes, with_slots
 from analysis.tables import by_arm, provenance
+from profiling.errors import DataError
 from profiling.reader import Run
 
 STEPS = 2
@@ -45,6 +46,8 @@ def data(runs: Sequence[Run]) -> pd.DataFrame:
         start, end = bounds.start[step], bounds.end[shown[-1]]
         spans = with_slots(run.steps_of("engine", range(max(step - 2, 1), step + STEPS + 2)))
         pieces = lanes(run, spans, start, end, some_engines(spans, step))
+        if pieces.empty:
+            raise DataError(f"{run.path}: no engine has a record of step {step}, the one that would be drawn")
         pieces = coarse(pieces, (end - start) / PIECES)
         pieces = pieces.assign(t_start=pieces.t_start - start, t_end=pieces.t_end - start)
         parts.append(pieces.assign(run=run.name, simulated=run.simulated, step=step))

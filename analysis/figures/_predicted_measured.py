@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis import style
-from analysis.tables import QUANTITIES
+from analysis.tables import QUANTITIES, arm_named
 from profiling.errors import DataError
 from profiling.files import read_whole
 from profiling.reader import Run
@@ -54,7 +54,7 @@ def data(runs: Sequence[Run]) -> pd.DataFrame:
     known = known[np.isfinite(known.error.astype(float))]
     if known[~known.drift_corrected.astype(bool)].empty:
         raise DataError(f"{path}: holds no error of a known quantity; `tppo demo` writes it anew")
-    return known.assign(arm=known.target.str.replace(r"-s\d+$", "", regex=True)).reset_index(drop=True)
+    return known.assign(arm=known.target.map(arm_named)).reset_index(drop=True)
 
 
 def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:

@@ -151,6 +151,19 @@ def bundled_names() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.json"))
 
 
+def bundled_config(name: str) -> Path | None:
+    """The bundled config.json of a model's name, with or without organisation and -Instruct; None: there is none."""
+    own = (CONFIGS / f"{known}.json" for known in bundled_names() if known.lower() == _plain(name))
+    return next(own, None)
+
+
+def _plain(name: str) -> str:
+    wanted = name.rsplit("/", 1)[-1].lower()
+    for suffix in ("-instruct", "-base", "-chat", "-hf"):
+        wanted = wanted.removesuffix(suffix)
+    return wanted
+
+
 def load_model(source: str | Path) -> Model:
     """A bundled name ("Qwen2.5-7B", with or without its organisation), a config.json, or a folder that holds one.
 
@@ -166,15 +179,12 @@ def load_model(source: str | Path) -> Model:
     if os.path.isfile(path):
         return model_from_config(_read(path), name=path.parent.name if path.name == "config.json" else path.stem,
                                  where=str(path))  # fmt: skip
-    names = {name.lower(): name for name in bundled_names()}
-    wanted = str(source).rsplit("/", 1)[-1].lower()
-    for suffix in ("-instruct", "-base", "-chat", "-hf"):
-        wanted = wanted.removesuffix(suffix)
-    if wanted in names:
-        own = CONFIGS / f"{names[wanted]}.json"
-        return model_from_config(_read(own), name=names[wanted], where=str(own))
-    near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.4)
-    hint = f"; did you mean '{names[near[0]]}'?" if near else ""
+    own = bundled_config(str(source))
+    if own is not None:
+        return model_from_config(_read(own), name=own.stem, where=str(own))
+    names, wanted = bundled_names(), _plain(str(source))
+    near = difflib.get_close_matches(wanted, [name.lower() for name in names], n=1, cutoff=0.4)
+    hint = f"; did you mean '{next(name for name in names if name.lower() == near[0])}'?" if near else ""
     raise ConfigError(
         f"model {str(source)!r}: no such config.json, and not one of the {len(names)} bundled models{hint}"
     )

@@ -9,6 +9,7 @@ from analysis.model_costs import roofline_points
 from analysis.plot import plot
 from analysis.tables import (
     accuracy_curve,
+    arm_named,
     arm_of,
     comparison_tables,
     device_table,
@@ -184,3 +185,11 @@ def test_devices_by_phase_have_intervals(tmp_path):
     assert joules == pytest.approx(300 * 1.2 * len(RISING), rel=0.05)
     with pytest.raises(DataError, match="no device samples"):
         device_table([make_run(tmp_path / "tppo-s0", accuracies=RISING)])
+
+
+@pytest.mark.parametrize(
+    ("name", "arm"),
+    [("tppo-s3", "tppo"), ("my-server", "my-server"), ("tppo-small", "tppo-small"), ("a-s1-s2", "a-s1")],
+)
+def test_the_arm_is_the_name_without_its_seed(name, arm):
+    assert arm_named(name) == arm

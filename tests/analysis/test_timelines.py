@@ -123,6 +123,13 @@ def test_a_run_without_engine_records_is_left_out_with_a_word_or_refused(name, s
         FIGURES[name].data([bare])
 
 
+def test_a_step_without_engine_records_is_named(tmp_path):
+    run = make_run(tmp_path / "ppo-s0", accuracies=RISING[:2])
+    (run.path / "engine" / "step-000001.parquet").unlink()
+    with pytest.raises(DataError, match=r"ppo-s0: no engine has a record of step 1, the one that would be drawn"):
+        FIGURES["engine_timeline"].data([Run(run.path)])
+
+
 @pytest.mark.parametrize("name", ["idle_ledger", "idle_ledger_steps"])
 def test_a_run_that_has_not_ended_is_left_out_with_a_word_or_refused(name, simulated, tmp_path):
     live = make_run(tmp_path / "live", accuracies=RISING, finish=False)

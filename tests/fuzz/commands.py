@@ -21,6 +21,8 @@ from tests.fuzz.settings_files import CONFIG, EXPERIMENTS, LENGTHS, csv_text, te
 from tppo.cli import main
 
 CODES = (0, 1, 2)
+NAMED = ("tppo ", "--", "ledger", "figure", "runs", "value.path", "too long for a file")
+"""What a line may name in place of a file."""
 
 
 class Unforeseen(Exception):
@@ -52,7 +54,7 @@ def check_end(code: int, said: Sequence[str], errors: str, folder: Path) -> None
         assert len(said) >= 1, errors
         if "--debug for the traceback" in said[-1]:
             raise Unforeseen(said[-1])
-        check_message(said[-1], folder, (folder.name, "tppo ", "--", "ledger", "figure", "runs"))
+        check_message(said[-1], folder, (folder.name, *NAMED))
 
 
 @contextlib.contextmanager

@@ -1,11 +1,14 @@
 """Files of other programs: logs of verl and TRL, data sets, tables of predictions, rows that a schedule logged."""
 
+import functools
 import io
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from hypothesis import strategies as st
+from torch.utils.tensorboard import SummaryWriter
 
 from analysis.figures._predicted_measured import read_predictions
 from analysis.hardware import hardware_of
@@ -112,6 +115,21 @@ def problems_parquet() -> bytes:
     return content.getvalue()
 
 
+@functools.cache
+def events(values: tuple[tuple[str, float, int], ...] = ()) -> bytes:
+    """A TensorBoard file of verl's metrics with whole checksums. values: (tag, value, step) after those."""
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
+            whole = [(tag, value, step) for step, row in enumerate(VERL, start=1) for tag, value in row.items()]
+            for tag, value, step in (*whole, *values):
+                writer.add_scalar(tag, value, step)
+        (file,) = Path(folder).iterdir()
+        return file.read_bytes()
+
+
+EVENT_VALUES = st.lists(
+    st.tuples(st.sampled_from((*VERL[0], "", "\x1b[31m", "x" * 3000)), st.floats(width=32),
+              st.integers(-(2**63), 2**63 - 1) | st.integers(1, 9)), max_size=4).map(tuple)  # fmt: skip
 PREDICTIONS = pd.DataFrame(
     [{"target": "tppo-s0", "calibrated_on": "ppo", "kind": kind, "drift_corrected": False,
       "quantity": "training_seconds", "unit": "s", "predicted": 10.0, "measured": 10.0, "error": 0.0}
@@ -136,8 +154,10 @@ READERS = (
     Reader("TRL printed log", texts("trl.log", (TRL,), literal_text), log("trl", "trl.log")),
     Reader("TRL trainer_state.json", texts("trainer_state.json", (TRL,), state_text),
            log("trl", "trainer_state.json")),
-    Reader("TensorBoard events", named("events.out.tfevents.1", st.binary(max_size=400)),
-           log("verl", "events.out.tfevents.1"), share=0.2),
+    Reader("TensorBoard events", named("events.out.tfevents.1", st.deferred(lambda: st.one_of(
+               st.builds(bytes_changed, st.just(events()), BYTE_CHANGES), EVENT_VALUES.map(events),
+               st.binary(max_size=400)))),
+           log("verl", "events.out.tfevents.1"), share=0.5),
     Reader("data set JSON lines", texts("data.jsonl", (PROBLEMS,), lines_text), problems_of("data.jsonl")),
     Reader("data set JSON", texts("data.json", (PROBLEMS,), json_text), problems_of("data.json")),
     Reader("data set CSV", named("data.csv", st.one_of(

@@ -140,10 +140,10 @@ READERS = (
            writes=("manifest.json",)),
     Reader("tppo train --resume, its settings", st.deferred(lambda: st.builds(
                lambda own: {**trained(), f"{RUN}/config.toml": own}, settings_of_the_run())),
-           command(*RESUME, "--train.steps", "1"), share=0.2, names=(RUN, "value.path", "too long for a file")),
+           command(*RESUME, "--train.steps", "1"), share=0.2, names=(RUN,)),
     Reader("tppo eval RUN", hostile_run(FOLDER), fitting(*EVAL), share=0.2, names=(RUN,),
            writes=("manifest.json",)),
-    Reader("tppo eval --data", st.deferred(lambda: texts("d.jsonl", (PROBLEMS,), lines_text)),
+    Reader("tppo eval --data", st.deferred(lambda: model() and texts("d.jsonl", (PROBLEMS,), lines_text)),
            command("eval", f"{PLACE.name}/model", "--data", "{in}/d.jsonl", *QUICK), share=0.2),
     Reader("tppo export huggingface", hostile_run(FOLDER), fitting(*EXPORT), share=0.2, names=(RUN,),
            writes=("manifest.json",)),

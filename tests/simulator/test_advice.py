@@ -118,6 +118,15 @@ def test_a_run_that_lacks_what_advice_needs_is_told_so(tmp_path, synchronous):
     assert reason(simulated_run(tmp_path / "ahead", ahead)) == (
         "schedule 'oversample' is neither synchronous nor truncated"
     )
+    whole = simulated_run(tmp_path / "whole", {"schedule": {"kind": "truncated", "window": 256}, "cost": COST,
+                                               "workload": WORKLOAD})  # fmt: skip
+    for part in (whole.path / "rollouts").iterdir():  # as partial-rollout records: a row trains when it is finished
+        rows = pd.read_parquet(part)
+        rows["trained_tokens"] = rows.trained_tokens.where(rows.finished, 0)
+        write_parquet(part, rows.to_dict("list"), ROLLOUTS)
+    assert (
+        reason(Run(whole.path)) == "its responses train when they are whole, and a replay trains every step's tokens"
+    )
     bare = as_measured(synchronous, tmp_path / "bare")
     for part in (bare.path / "rollouts").iterdir():
         part.unlink()

@@ -63,6 +63,30 @@ def test_a_calibrated_simulation_of_another_window_equals_one_with_the_true_cost
     assert calibrated.run.wall_s == pytest.approx(simulate(experiment(COSTS, window=100)).run.wall_s, rel=1e-6)
 
 
+def run_of(tmp_path, **changes):
+    values = experiment(COSTS).model_dump(mode="json")
+    for name, value in changes.items():
+        values[name] = value if name == "schedule" else {**values[name], **value}
+    simulate(load_experiment(values)).write(tmp_path / "other")
+    return Run(tmp_path / "other")
+
+
+def test_where_whole_responses_train_the_costs_are_those_of_finished_rows(tmp_path):
+    run = run_of(tmp_path, schedule={"kind": "oversample", "factor": 1.5})
+    assert (~run.rollouts.finished & ~run.rollouts.discarded).any()
+    calibration = calibrate([run])
+    for name in ("policy_update_base_s", "policy_update_per_token_s", "value_forward_per_token_s"):
+        assert calibration.costs[name] == pytest.approx(COSTS[name], rel=1e-6), name
+
+
+@pytest.mark.parametrize("engine", [{"prefill": "chunked", "chunk_tokens": 16}, {}])
+def test_prefill_costs_are_those_of_the_tokens_that_were_computed(tmp_path, engine):
+    run = run_of(tmp_path, cluster=engine)
+    spans = run.engine[run.engine.kind == "prefill"]
+    assert (spans.context_tokens == spans.fresh_tokens + spans.resumed_tokens + spans.recomputed_tokens).all()
+    assert calibrate([run]).costs["prefill_per_token_s"] == pytest.approx(COSTS["prefill_per_token_s"], rel=1e-6)
+
+
 def test_a_saved_calibration_reads_back_and_scales(run, tmp_path):
     calibration = calibrate([run])
     calibration.save(tmp_path / "c.json")

@@ -73,6 +73,31 @@ def test_more_engines_never_lengthen_a_rollout_without_a_tail(
     assert more <= fewer * (1 + 1e-12)
 
 
+def test_a_clock_beyond_a_traces_numbers_is_one_line():
+    schedule, cluster = {"kind": "synchronous"}, {"max_rows_per_engine": 4}
+    own = load_experiment(
+        {"workload": WORKLOAD, "schedule": schedule, "cluster": cluster, "cost": {"decode_base_s": 1e18}}
+    )
+    with pytest.raises(ConfigError, match=r"the run takes .*e\+.* s, more than a trace can hold"):
+        simulate(own)
+
+
+def test_the_longest_prompt_decides_whether_a_row_fits():
+    def with_prompts(prompt_tokens, length):
+        return {"workload": {**WORKLOAD, "prompt_tokens": prompt_tokens,
+                             "prompt_lengths": {"kind": "fixed", "value": length}},
+                "schedule": {"kind": "synchronous"}, "cluster": {"kv_tokens_per_engine": 1000},
+                "cost": {"decode_base_s": 1.0}}  # fmt: skip
+
+    load_experiment(with_prompts(5000, 10))
+    with pytest.raises(ConfigError, match=r"cannot hold one row of 2100 tokens"):
+        load_experiment(with_prompts(10, 2000))
+
+
+WORKLOAD = {"steps": 2, "prompts_per_step": 4, "prompt_tokens": 8, "max_response_tokens": 100,
+            "response_tokens": {"kind": "fixed", "value": 50}}  # fmt: skip
+
+
 class NeverEnds(Synchronous):
     def on_row_end(self, state, event):
         return super().on_row_end(state, event)[:1]

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from profiling.model_flops import training_bytes, training_flops
 from profiling.reader import Run
@@ -122,3 +123,29 @@ def test_a_run_records_the_work_of_its_training_phases(make_config, prefix):
     sums = records[records.step >= 1].groupby("step")[["tokens", "computed"]].sum()
     assert waste == pytest.approx((1 - sums.tokens / sums.computed).to_list())
     json.dumps([record for record in run.trace if record["type"] == "work"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "expected"),
+    [
+        ("qwen2", {}, None),
+        ("qwen3_moe", {"num_experts": 2, "moe_intermediate_size": 8}, "experts"),
+        ("mixtral", {"num_local_experts": 2}, "experts"),
+        ("mistral", {"sliding_window": 4096}, None),  # looked up by its sizes alone
+        ("gemma2", {"head_dim": 8}, "layers that look back less far"),
+    ],
+)
+def test_what_formulas_do_not_count_is_named_and_has_no_utilisation(kind, own, expected):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 8,
+             "num_hidden_layers": 2, "vocab_size": 32}  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **own))
+    about = describe_model(model)
+    assert about["uncounted"] == expected
+    work = {
+        "update_policy": Work(
+            passes=1, tokens=10, pairs=55, backward_passes=1, backward_tokens=10, backward_pairs=55, updates=1
+        )
+    }
+    found = model_flops_utilisation(work, {"update_policy": 1.0}, about, peak_flops=1e9)
+    assert (found["perf/mfu"] is None) == (expected is not None)

@@ -8,17 +8,14 @@ from rich.table import Table
 from profiling.console import table_console
 from profiling.errors import ConfigError
 from profiling.files import read_json_table
-from simulator.analytic import AnalyticCosts
+from simulator.analytic import TRAINING_USABLE, AnalyticCosts
 from simulator.cost_settings import AnalyticCostSettings
 from simulator.hardware import Gpu, load_gpu
-from simulator.models import bundled_names
-from simulator.models.shape import CONFIGS
+from simulator.models.shape import bundled_config, bundled_names
 from tppo.config import RunConfig
 
 TOLERANCE = 0.02
 """By which the modules and `tppo plan` may differ in what both count: weights, gradients, moments and the KV cache."""
-USABLE = 0.95
-"""Of a GPU's memory, as `tppo plan` has it for training: the rest is the context's and lost to fragments."""
 GB = 1e9
 
 
@@ -55,7 +52,7 @@ def run_check(config: RunConfig, *, gpu: str | None, gpus: int, where: str) -> N
                 f"{part.plan / GB:.2f}: more than {TOLERANCE:.0%} apart; report it"
             )
     for phase in ("rollout", "training"):
-        needed, usable = sum(p.built for p in parts if phase in p.phases), USABLE * card.memory_bytes
+        needed, usable = sum(p.built for p in parts if phase in p.phases), TRAINING_USABLE * card.memory_bytes
         if needed > usable:
             raise ConfigError(
                 f"{where}: {phase} needs {needed / GB:.1f} GB of each {card.name}, and {usable / GB:.1f} are usable; "
@@ -68,8 +65,13 @@ def run_check(config: RunConfig, *, gpu: str | None, gpus: int, where: str) -> N
 def gpus_that_train(config: RunConfig, gpus: int) -> int:
     """Of all GPUs: ranks of torchrun. Raises ConfigError when engines on a Ray cluster leave none, or others."""
     ray = config.ray
+    if not ray.address and config.rollout.engine == "vllm" and gpus != config.gpus_per_engine:
+        raise ConfigError(
+            f"--gpus {gpus}: without --ray, vLLM is one engine of {config.gpus_per_engine} GPUs in a process that "
+            f"trains on one of them; take --gpus {config.gpus_per_engine}, or engines on a cluster"
+        )
     if not ray.address:
-        return gpus
+        return 1 if config.rollout.engine == "vllm" else gpus
     engines = ray.engines * config.gpus_per_engine
     if ray.layout == "colocated" and engines != gpus:
         raise ConfigError(
@@ -89,9 +91,9 @@ def config_json_of(path: str) -> Path:
     local = Path(path) / "config.json"
     if local.exists():
         return local
-    name = path.rsplit("/", 1)[-1]
-    if name in bundled_names():
-        return CONFIGS / f"{name}.json"
+    bundled = bundled_config(path)
+    if bundled is not None:
+        return bundled
     raise ConfigError(
         f"model.path = {path!r}: --check needs its config.json, here or among the bundled ones: "
         f"{', '.join(bundled_names())}"
@@ -100,15 +102,15 @@ def config_json_of(path: str) -> Path:
 
 def parts_of(config: RunConfig, card: Gpu, gpu: str, gpus: int) -> list[Part]:
     from tppo.models import memory
+    from tppo.start import schedule_of, slots_of
 
     source = config_json_of(config.model.path)
     values = read_json_table(source)
     built, prompt = memory.build(values, config), prompt_tokens_of(config)
     shards = gpus_that_train(config, gpus) // config.parallel.replicas
-    on_ray = config.ray.address != ""
-    engines, of_an_engine = (config.ray.engines, config.gpus_per_engine) if on_ray else (gpus, 1)
-    row_tokens, rows = prompt + config.rollout.max_response_tokens, -(-config.rows_per_step // engines)
-    rows = config.rollout.max_rows_per_engine or rows
+    on_ray, of_an_engine = config.ray.address != "", config.gpus_per_engine
+    engines = config.ray.engines if on_ray else 1 if config.rollout.engine == "vllm" else gpus
+    row_tokens, rows = prompt + config.rollout.max_response_tokens, slots_of(config, schedule_of(config), engines)
     tokens, picked = memory.tokens_of_a_pass(config, prompt)
     checkpointed = config.model.activation_checkpointing
     plan = AnalyticCosts(
@@ -166,14 +168,10 @@ def parts_of(config: RunConfig, card: Gpu, gpu: str, gpus: int) -> list[Part]:
 
 def prompt_tokens_of(config: RunConfig) -> int:
     """The longest prompt that the settings let through."""
-    from tppo.data.arithmetic import ArithmeticTask
+    from tppo.data.tasks import arithmetic_task
 
     data = config.data
-    if data.task == "dataset":
-        return data.max_prompt_tokens
-    return ArithmeticTask(
-        median_steps=data.median_steps, sigma=data.sigma, max_steps=data.max_steps, seed=data.seed
-    ).max_prompt_tokens  # fmt: skip
+    return data.max_prompt_tokens if data.task == "dataset" else arithmetic_task(config).max_prompt_tokens
 
 
 def table_of(parts: list[Part], title: str) -> Table:

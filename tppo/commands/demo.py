@@ -56,7 +56,6 @@ def run_demo(output: Path, *, regime: str, seeds: Sequence[int], arms: Sequence[
         everything,
         output / "report.html",
         predictions=output / "predictions.csv",
-        hardware=output / "hardware.json",
         advice=advice_of(everything),
     )
     print_frame(console, "Speed, medians over seeds", speed_table(everything))

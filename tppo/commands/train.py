@@ -67,10 +67,11 @@ def read_config(
 
 
 def check_training(
-    config_path: Path | None, words: Sequence[str], *, resume: Path | None, gpu: str | None, gpus: int
-) -> None:
+    config_path: Path | None, words: Sequence[str], *, output: Path | None, resume: Path | None, ray: str | None,
+    gpu: str | None, gpus: int,
+) -> None:  # fmt: skip
     """Whether it fits its GPUs; nothing is read but its config.json, and nothing written. Raises ConfigError."""
-    config = read_config(config_path, words, output=None, resume=resume)
+    config = read_config(config_path, words, output=output, resume=resume, ray=ray)
 
     from tppo.quiet import quieten_libraries
 

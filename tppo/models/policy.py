@@ -165,9 +165,9 @@ def architecture_of(model: PreTrainedModel) -> str:
     return type(model).__name__.removeprefix("FSDP")
 
 
-def describe_model(model: PreTrainedModel) -> dict[str, int]:
-    """The dimensions that cost formulas need. Unit of *_bytes*: bytes. A tied table counts twice: once it is looked
-    up, once it is multiplied with."""
+def describe_model(model: PreTrainedModel) -> dict[str, Any]:
+    """The dimensions that cost formulas need, and what these do not count (null: nothing). Unit of *_bytes*: bytes.
+    A tied table counts twice: once it is looked up, once it is multiplied with."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -187,7 +187,21 @@ def describe_model(model: PreTrainedModel) -> dict[str, int]:
         "vocab_size": weight.shape[0],
         "bytes_per_parameter": size,
         "kv_bytes_per_token": 2 * config.num_hidden_layers * kv_heads * head_dim * size,
+        "uncounted": uncounted(config),
     }
+
+
+def uncounted(config: PreTrainedConfig) -> str | None:
+    """What the FLOPs and bytes of profiling.model_flops do not know about; None for a dense model that looks back as
+    far as it can. config: of the text model."""
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return "experts"
+    if getattr(config, "kv_lora_rank", None):
+        return "latent attention"
+    kinds = getattr(config, "layer_types", None)
+    if kinds and set(kinds) != {"full_attention"}:
+        return "layers that look back less far"
+    return None
 
 
 def _intermediate_size(config: PreTrainedConfig) -> int:

@@ -250,8 +250,8 @@ class VllmEngine:
         pairs = sum(row.context * (row.context + 1) // 2 for row in started)
         pairs -= sum((row.context - n) * (row.context - n + 1) // 2 for row, n in zip(started, new, strict=True))
         self._spans.close(
-            "prefill", at=at, steps=1, batch=len(started), context_tokens=sum(row.context for row in started),
-            attended_pairs=pairs, fresh_tokens=tokens_of("fresh"), resumed_tokens=tokens_of("resumed"),
+            "prefill", at=at, steps=1, batch=len(started), context_tokens=sum(new), attended_pairs=pairs,
+            fresh_tokens=tokens_of("fresh"), resumed_tokens=tokens_of("resumed"),
             recomputed_tokens=tokens_of("recomputed"),
         )  # fmt: skip
 
