@@ -69,7 +69,7 @@ def roofline_points(runs: Sequence[Run]) -> pd.DataFrame:
             raise DataError(f"{run.path}: has no engine records")
         phases = run.phases[run.phases.step.isin(steps)]
         seconds = _seconds(phases, phases.name)
-        engines = spans_work(run, model, spans)
+        engines = spans_work(run.header["gpus_per_engine"], model, spans)
         sums = engines.groupby("kind")[["flops", "bytes", "seconds"]].sum()
         # In seconds of the rollout, in which the engines run side by side.
         side_by_side = run.header["engines"]
@@ -92,10 +92,9 @@ def roofline_points(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def spans_work(run: Run, model: dict[str, Any], spans: pd.DataFrame) -> pd.DataFrame:
+def spans_work(gpus: int, model: dict[str, Any], spans: pd.DataFrame) -> pd.DataFrame:
     """kind, tokens, batch, context (mean of a row), flops and bytes of one GPU of the engine, and seconds, of each of
-    the engines' spans."""
-    gpus = run.header["gpus_per_engine"]
+    the engines' spans. gpus: of an engine."""
     own = {**model, "kv_bytes_per_token": model["kv_bytes_per_token"] * gpus / min(gpus, model["kv_heads"])}
     decode = (spans.kind == "decode").to_numpy()
     tokens = np.where(decode, spans.steps * spans.batch, spans.context_tokens)
@@ -119,7 +118,8 @@ def decode_trajectory(run: Run, over: str, bins: int = 8) -> pd.DataFrame:
     """Decode spans of a run, binned by `over` ("batch" or "context", bins evenly spaced in its logarithm), from few to
     many: from, to, intensity, flops_per_s, seconds. Empty without decodes."""
     model = model_of(run)
-    work = spans_work(run, model, run.steps_of("engine", some_steps(run, MOST_STEPS)))
+    spans = run.steps_of("engine", some_steps(run, MOST_STEPS))
+    work = spans_work(run.header["gpus_per_engine"], model, spans)
     work = work[(work.kind == "decode") & (work.seconds > 0) & (work[over] > 0)]
     if work.empty:
         return pd.DataFrame(columns=["from", "to", "intensity", "flops_per_s", "seconds"])

@@ -99,7 +99,11 @@ def training_ledger(run: Run) -> pd.Series:
     """Seconds by cause of steps 1 and later, evaluation and checkpoints left out. Raises DataError."""
     if run.ledger is None:
         raise DataError(f"{run.path}: has no ledger yet; the run has not ended")
-    ledger = run.ledger
+    return seconds_by_cause(run.ledger)
+
+
+def seconds_by_cause(ledger: pd.DataFrame) -> pd.Series:
+    """Of training steps: evaluation and checkpoints left out."""
     return ledger[(ledger.step >= 1) & ~ledger.cause.isin(NOT_TRAINING)].groupby("cause").seconds.sum()
 
 

@@ -35,6 +35,11 @@ def _cut(text: str) -> str:
     return f"{text[: LONGEST_MESSAGE * 3 // 4]} [...] {text[-LONGEST_MESSAGE // 4 :]}"
 
 
+def first_line(error: BaseException) -> str:
+    """Of another library's message; the error's type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def shown(value: Any, longest: int = 80) -> str:
     """A value as Python writes it, cut; its type where that cannot be written."""
     try:

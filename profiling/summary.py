@@ -105,7 +105,7 @@ def summarise(
         "mean_running_rows": float((spans.batch * span_s).sum()) / engine_s if engine_s and recorded else None,
         "staleness_mean": float(np.average(ages, weights=age_weights)) if age_weights.sum() else None,
         "staleness_max": int(ages[age_weights > 0].max()) if age_weights.sum() else None,
-        "length_bias": _length_bias(rows, finished, rows_in, drawn_mean_tokens),
+        "length_bias": _length_bias(finished, rows_in, drawn_mean_tokens),
         "startup_steps": skipped,
         **{f"seconds_per_{name}": _ratio(step_s, count) for name, count in counts.items()},
         **energy_totals(devices, pieces, timed, counts),
@@ -143,9 +143,7 @@ def staleness(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return ages, np.concatenate([own.trained_tokens, visits.tokens])
 
 
-def _length_bias(
-    rows: pd.DataFrame, finished: pd.DataFrame, rows_in: int, drawn_mean_tokens: float | None
-) -> float | None:
+def _length_bias(finished: pd.DataFrame, rows_in: int, drawn_mean_tokens: float | None) -> float | None:
     """Mean length trained (rows that finished) / mean length drawn."""
     if finished.empty:
         return None

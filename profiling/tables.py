@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from profiling.errors import DataError
+from profiling.errors import DataError, first_line
 from profiling.files import opened
 
 MOST_ROWS = 50_000_000
@@ -34,7 +34,7 @@ def read_table(path: Path, expected: pa.Schema) -> pa.Table:
             raise DataError(f"{path}: has {texts_bytes} bytes of text, more than a part of a run can have")
         columns = [checked(path, field, table.column(field.name)) for field in expected]
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(f"{path}: not a readable Parquet file: {reason}") from None
     return pa.Table.from_arrays(columns, schema=expected)
 

@@ -94,7 +94,6 @@ class Engine:
         self.queue: deque[Job] = deque()
         self._shared = deque() if shared_queue is None else shared_queue
         self.steps_done = 0
-        self.preemptions = 0
         self._running: dict[int, Job] = {}  # by order of admission
         self._ends: list[tuple[int, int, int]] = []  # heap of (steps_done at the end, row, order)
         self._context = 0  # of all rows that decode
@@ -208,7 +207,6 @@ class Engine:
             job = self._running[order]
             self._leave(job)
             job.preempted += 1
-            self.preemptions += 1
             self.queue.appendleft(job)
             preempted = True
         return preempted

@@ -17,7 +17,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from scipy.optimize import brentq
 from scipy.special import gammaincinv, ndtr, ndtri
 
-from profiling.errors import ConfigError, DataError
+from profiling.errors import ConfigError, DataError, first_line
 from profiling.files import opened, read_whole
 from profiling.settings import Settings
 
@@ -162,7 +162,7 @@ def read_lengths(path: Path, column: str) -> np.ndarray:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:  # each reader has its own exceptions
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(f"{path}: cannot be read: {reason}") from None
     if found is None:
         raise DataError(f"{path}: no column '{column}'; it has {', '.join(names)}")

@@ -3,8 +3,6 @@
 import hashlib
 import itertools
 import json
-import logging
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +83,10 @@ def run_cells(
     each: Callable[[], None],
     *,
     jobs: int | None = None,
-    ray: str | None = None,
+    ray: Any = None,
 ) -> pd.DataFrame:
-    """Play what is not in `directory` yet; `each` is called after every cell. Returns the table, a row a cell in
+    """Play what is not in `directory` yet, on this machine's cores or on a cluster (Ray's module, connected); `each`
+    is called after every cell. Returns the table, a row a cell in
     order: the varied fields, `status` (ok or failed), `error`, and the summary. Also written to sweep.parquet."""
     folder = directory / "cells"
     results: dict[str, Values] = {}
@@ -139,31 +138,17 @@ def _on_this_machine(waiting: Mapping[str, str], jobs: int | None) -> Iterator[t
         yield key, _answer(get)
 
 
-def _on_ray(waiting: Mapping[str, str], address: str) -> Iterator[tuple[str, Values]]:
-    """On a Ray cluster, whose hosts have this package installed. Cells are given to it all at once; it queues them."""
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError("--ray: Ray is not installed; install the extra `ray`, or leave --ray out") from None
-    host, colon, port = address.removeprefix("ray://").partition(":")
-    try:
-        if colon:  # Ray itself tries for two minutes
-            socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise ConfigError(f"--ray {address}: no Ray cluster answers there: {reason}") from None
-    try:
-        remote = ray.remote(play)
-        futures = {remote.remote(experiment): key for key, experiment in waiting.items()}
-        left = list(futures)
-        while left:
-            done, left = ray.wait(left, num_returns=1)
-            reference = done[0]
+def _on_ray(waiting: Mapping[str, str], ray: Any) -> Iterator[tuple[str, Values]]:
+    """ray: its module, connected to a cluster whose hosts have this package installed. Cells are given to it all at
+    once; it queues them."""
+    remote = ray.remote(play)
+    futures = {remote.remote(experiment): key for key, experiment in waiting.items()}
+    left = list(futures)
+    while left:
+        done, left = ray.wait(left, num_returns=1)
+        reference = done[0]
 
-            def fetch(reference: Any = reference) -> Values:
-                return ray.get(reference)
+        def fetch(reference: Any = reference) -> Values:
+            return ray.get(reference)
 
-            yield futures[reference], _answer(fetch)
-    finally:
-        ray.shutdown()
+        yield futures[reference], _answer(fetch)

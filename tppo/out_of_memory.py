@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from profiling.errors import RunError
+from profiling.errors import RunError, first_line
 from tppo.config import RunConfig
 
 ON_A_CPU = "can't allocate memory"
@@ -21,7 +21,7 @@ def saying_what_to_lower(config: RunConfig, step: int) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if type(error) is RuntimeError and ON_A_CPU not in str(error):
             raise
-        reason = (str(error).splitlines() or [""])[0].split("] ")[-1]
+        reason = first_line(error).split("] ")[-1]
         instead = "" if config.model.activation_checkpointing else ", or set model.activation_checkpointing = true"
         raise RunError(
             f"step {step}: out of memory ({reason or type(error).__name__}); lower train.micro_batch_tokens = "

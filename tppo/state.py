@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tppo.algorithms.ewma import ProximalPolicy, beta_for
 from tppo.algorithms.recipes import RECIPES
 from tppo.config import RunConfig
+from tppo.learner.ewma import ProximalPolicy, beta_for
 from tppo.models.activations import checkpoint_activations
 from tppo.models.lora import add_adapters
 from tppo.models.policy import load_policy

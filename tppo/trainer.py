@@ -17,7 +17,6 @@ from tppo.checkpoints.content import save_checkpoint
 from tppo.checkpoints.store import prune_checkpoints
 from tppo.collect import Collected, Collector, StepTimes
 from tppo.config import RunConfig
-from tppo.console import Stop, stop_on_signal
 from tppo.data.problem import Problem, Task
 from tppo.evaluation.evaluate import evaluate, evaluation_sampling, evaluation_slots, longest_prompt_of
 from tppo.evaluation.graded import Graded, validation_metrics, validation_names
@@ -43,6 +42,7 @@ from tppo.rollout.protocol import EngineError, RolloutEngine, Sampling
 from tppo.run_records import finish_run, write_step
 from tppo.samples import chosen, sample_records
 from tppo.schedule import Schedule
+from tppo.signals import Stop, stop_on_signal
 from tppo.state import TrainingState
 from tppo.torch_traces import DeviceTimes, TorchProfile, steps_of
 from tppo.tracking.tracker import Tracker

@@ -35,7 +35,7 @@ CAPTION = (
 
 def data(runs: Sequence[Run]) -> pd.DataFrame:
     """run, simulated, step (the first), lane, cause, rest (of a decode's slots), t_start, t_end (seconds from the
-    step's start), fill (of a decode, the share of slots in use)."""
+    step's start), fill (of a decode, the share of slots in use). Raises DataError."""
     parts = []
     for run in drawn_runs(runs):
         bounds = step_bounds(run)

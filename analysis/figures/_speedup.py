@@ -101,7 +101,7 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     colours = style.arm_colours(list(dict.fromkeys(["synchronous", *kinds])))
     shades: dict[str, str] = {}
     for axes, name in zip(panels, facets, strict=True):
-        _draw_facet(axes, points, name, facets, colours, shades)
+        _draw_facet(axes, points, name, colours, shades)
         axes.axhline(1, color="#555555", linewidth=0.9)
         for row in published.itertuples():
             axes.axhline(row.per_response, color="#555555", linewidth=1.1, linestyle=(0, (6, 3)))
@@ -126,9 +126,7 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def _draw_facet(
-    axes: Axes, points: pd.DataFrame, name: str, facets: Sequence[str], colours: dict[str, str], shades: dict[str, str]
-) -> None:
+def _draw_facet(axes: Axes, points: pd.DataFrame, name: str, colours: dict[str, str], shades: dict[str, str]) -> None:
     """Lines along `name` with all else equal; where several of the others vary, lines of more than one point only."""
     others = [other for other in FIELDS_OF if other != name and other != "window"] + ["setting", "schedule"]
     others += ["window"] if name != "window" else []

@@ -103,7 +103,7 @@ def answer(
     return Answer(
         rows,
         assumptions=_assumptions(question, gpu),
-        decides=_what_decides(question, gpu, options, found, draws, rows, possible),
+        decides=_what_decides(question, options, found, draws, rows, possible),
         best_window=_best_window(options, found, possible),
         tail=_where_the_tail_dominates(options, found, possible),
     )
@@ -279,7 +279,7 @@ def _why(option: Option, own: Estimate, twin: Estimate | None) -> str:
 
 
 def _what_decides(
-    question: Question, gpu: Gpu, options: Sequence[Option], estimates: Sequence[Estimate | str], draws: Draws,
+    question: Question, options: Sequence[Option], estimates: Sequence[Estimate | str], draws: Draws,
     rows: Sequence[dict[str, Any]], possible: Sequence[int],
 ) -> str:  # fmt: skip
     """The uncertain quantity that moves the hours of the likeliest option most."""
@@ -288,11 +288,7 @@ def _what_decides(
     assert isinstance(own, Estimate)
     names = {"rollout": "the engine's efficiency factors", "training": "the training efficiency",
              "lengths": "the length of responses"}  # fmt: skip
-    spread = {
-        name: float(np.log(hours_of).std())
-        for name in names
-        if (hours_of := _hours(question, options[best], own, draws.only(name))) is not None
-    }
+    spread = {name: float(np.log(_hours(question, options[best], own, draws.only(name))).std()) for name in names}
     worst = max(spread, key=lambda name: spread[name])
     low, high = np.percentile(_hours(question, options[best], own, draws.only(worst)), [10, 90])
     label = f"{options[best].label} on {options[best].gpus} GPUs"

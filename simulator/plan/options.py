@@ -48,7 +48,7 @@ def options_of(question: Question) -> list[Option]:
     found = [
         option
         for gpus, size in itertools.product(dict.fromkeys(question.gpus), dict.fromkeys(sizes))
-        for option in _with(question, model, gpu, gpus, size)
+        for option in _with(question, gpu, gpus, size)
     ]
     if all(option.fault for option in found):
         raise ConfigError(
@@ -114,7 +114,7 @@ def _schedules(question: Question) -> Iterator[tuple[str, str, dict[str, Any], i
         yield "in_flight", "in flight", {"kind": "asynchronous", "in_flight_update": True}, None
 
 
-def _with(question: Question, model: Model, gpu: Gpu, gpus: int, size: int) -> Iterator[Option]:
+def _with(question: Question, gpu: Gpu, gpus: int, size: int) -> Iterator[Option]:
     for name, label, schedule, window in _schedules(question):
         beside = name in ("asynchronous", "in_flight")
         trainers = 0

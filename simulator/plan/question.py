@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
+from profiling.schema import MOST_GPUS
 from profiling.settings import Settings
 
-Gpus = Annotated[int, Field(ge=1, le=16_384)]
+Gpus = Annotated[int, Field(ge=1, le=MOST_GPUS)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
 Ratio = Annotated[float, Field(gt=0, le=100)]
 Factor = Annotated[float, Field(ge=1, le=100)]

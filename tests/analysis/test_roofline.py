@@ -22,7 +22,7 @@ def decode_span(**changes):
 
 def test_two_gpus_of_an_engine_share_weights_and_flops_but_each_keeps_the_one_head_of_keys_and_values():
     run = SimpleNamespace(header={"gpus_per_engine": 2})
-    work = spans_work(run, MODEL, decode_span()).iloc[0]
+    work = spans_work(run.header["gpus_per_engine"], MODEL, decode_span()).iloc[0]
     # FLOPs 36,000 + 18,240, half each. Bytes: weights 3,600 x 10, half each; keys and values 64 x 210, whole each.
     assert work.flops == 27_120
     assert work.bytes == 18_000 + 13_440

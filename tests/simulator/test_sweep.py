@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 
 import simulator.sweep as sweep
-from profiling.errors import ConfigError
 from simulator import load_experiment, simulate
 from simulator.sweep import cells_of, parse_vary, run_cells
 from tppo.cli import main
+from tppo.cluster.session import joined_cluster
 
 TOML = """
 [workload]
@@ -109,7 +109,8 @@ def test_a_local_ray_head_gives_the_same_table(experiment, tmp_path):
     pytest.importorskip("ray", reason="needs the extra ray")
     words = ["schedule.window=5,40", "cluster.engines=1,2"]
     here = swept(experiment, tmp_path / "here", words, jobs=1)
-    there = swept(experiment, tmp_path / "there", words, ray="local")
+    with joined_cluster("local") as cluster:
+        there = swept(experiment, tmp_path / "there", words, ray=cluster)
     assert there.drop(columns="simulator_seconds").equals(here.drop(columns="simulator_seconds"))
 
 
@@ -131,14 +132,16 @@ def test_bad_sweeps_are_one_line(experiment, tmp_path, capsys, words, message):
     assert not (tmp_path / "s").exists()
 
 
-def test_ray_that_is_not_there_is_one_line(experiment, tmp_path, monkeypatch):
+def test_ray_that_is_not_there_is_one_line(experiment, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match="--ray: Ray is not installed"):
-        swept(experiment, tmp_path / "s", ["schedule.window=5"], ray="auto")
+    words = ["--vary", "schedule.window=5", "--ray", "auto"]
+    assert main(["sweep", str(experiment), "--output", str(tmp_path / "s"), *words]) == 2
+    assert "--ray: Ray is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:port"])
-def test_a_ray_address_where_nobody_answers_is_one_line(experiment, tmp_path, address):
+def test_a_ray_address_where_nobody_answers_is_one_line(experiment, tmp_path, capsys, address):
     pytest.importorskip("ray", reason="needs the extra ray")
-    with pytest.raises(ConfigError, match=rf"--ray {address}: no Ray cluster answers there"):
-        swept(experiment, tmp_path / "s", ["schedule.window=5"], ray=address)
+    words = ["--vary", "schedule.window=5", "--ray", address]
+    assert main(["sweep", str(experiment), "--output", str(tmp_path / "s"), *words]) == 2
+    assert f"--ray {address}: no Ray cluster answers there" in capsys.readouterr().err

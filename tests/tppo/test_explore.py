@@ -154,7 +154,7 @@ def test_a_timeline_holds_the_seconds_of_the_tables():
     question = question_from({**QUESTION, **LAW, "schedules": "asynchronous"}, Uploads(None))
     for option in options_of(question):
         result = simulate(option.experiment)
-        drawn = timeline(option, result)
+        drawn = timeline(result)
         phases = result.phases[result.phases.step == drawn["step"]]
         start = phases[phases.name == "rollout"].t_start.iloc[0]
         for lane in drawn["lanes"]:
@@ -176,7 +176,7 @@ def test_a_timeline_holds_the_seconds_of_the_tables():
 def test_a_mixture_of_experts_has_no_roofline():
     query = {**QUESTION, **LAW, "model": "Qwen3-30B-A3B", "gpus": "32"}
     (option, *_) = options_of(question_from(query, Uploads(None)))
-    assert pictures_of(option, simulate(option.experiment))["roofline"] == {
+    assert pictures_of(simulate(option.experiment))["roofline"] == {
         "missing": "Qwen3-30B-A3B has experts; FLOPs and bytes are counted of dense models only"
     }
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tppo.algorithms.ewma import ProximalPolicy
 from tppo.algorithms.recipes import RECIPES
 from tppo.data.problem import Problem
 from tppo.learner.batch import Spans, forward_spans, mini_batches, pick
 from tppo.learner.estimates import estimate, policy_spans, score_log_probs, score_values
+from tppo.learner.ewma import ProximalPolicy
 from tppo.learner.policy_update import update_policy
 from tppo.learner.value_update import update_value
 from tppo.models.policy import load_policy, token_log_probs

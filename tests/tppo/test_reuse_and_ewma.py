@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from tppo.algorithms.ewma import ProximalPolicy, beta_for
 from tppo.algorithms.geppo import clip_width, next_learning_rate, reuse_weights
+from tppo.learner.ewma import ProximalPolicy, beta_for
 from tppo.models.policy import new_qwen2
 
 

@@ -13,7 +13,7 @@ from profiling.reader import Run
 from tests.tppo.killing import assert_same_run, train_seeded
 from tppo.checkpoints.manifest import verified
 from tppo.checkpoints.store import checkpoints_of, newest_usable
-from tppo.console import SAME_S
+from tppo.signals import SAME_S
 
 
 @pytest.mark.parametrize("schedule", ["recipe", "asynchronous"])

@@ -16,7 +16,7 @@ from tppo.start import train
 from tppo.tracking import packages, tracker
 from tppo.tracking.scalars import scalars_of
 from tppo.tracking.settings import LoggingConfig
-from tppo.tracking.to_mlflow import flat, metric_name
+from tppo.tracking.to_mlflow import metric_name
 from tppo.tracking.to_wandb import check_wandb_key
 from tppo.tracking.tracker import Tracker, Worker
 
@@ -39,10 +39,9 @@ def test_a_row_becomes_numbers_and_what_is_unmeasured_is_left_out():
     assert scalars_of(row) == {"a": 1.0, "b": 0.5, "guards/x": 1.0}
 
 
-def test_names_that_mlflow_does_not_take_and_nested_settings():
+def test_names_that_mlflow_does_not_take():
     assert metric_name("val/pass@4") == "val/pass_4"
     assert metric_name("critic/score/mean") == "critic/score/mean"
-    assert flat({"a": 1, "rollout": {"window": 3, "x": {"y": 2}}}) == {"a": 1, "rollout.window": 3, "rollout.x.y": 2}
 
 
 def scalars_in(folder, name):

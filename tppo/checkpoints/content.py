@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from profiling.errors import DataError, RunError
+from profiling.errors import DataError, RunError, first_line
 from profiling.files import read_json
 from profiling.settings import describe
 from tppo.checkpoints.folders import empty_folder_for, hidden, put_in_place, remove
@@ -256,4 +256,4 @@ def _line(error: BaseException) -> str:
         return f"{PROGRESS}: {describe(error.errors()[0], Progress)}"
     if isinstance(error, UnpicklingError):  # torch's own words advise to execute it
         return f"{OPTIMIZERS} or {RANDOM} holds more than tensors and numbers: not ours, and not executed"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return first_line(error)

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from profiling.errors import ConfigError, DataError
+from profiling.errors import ConfigError, DataError, first_line
 from profiling.files import read_json_table
 from profiling.writer import APPEND_ONLY
 
@@ -90,7 +90,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     try:
         manifest = Manifest(**values)
     except TypeError as error:
-        raise DataError(f"{path} is not a manifest: {_line(error)}") from None
+        raise DataError(f"{path} is not a manifest: {first_line(error)}") from None
     fault = fault_in(manifest)
     if fault:
         raise DataError(f"{path} is not a manifest: {fault}")
@@ -178,7 +178,3 @@ def check_it_fits(checkpoint: Path, manifest: Manifest, *, algorithm: str, model
 
 def _checksum(values: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -36,7 +36,6 @@ class WeightGroup:
             self._group: Any = dist.ProcessGroupNCCL(self._store, rank, meeting.members, options)
         else:
             self._group = dist.ProcessGroupGloo(self._store, rank, meeting.members, limit)
-        self._rank = rank
 
     def broadcast(self, flat: Tensor) -> None:
         """The trainer's numbers into every member's `flat`, which is on the group's device."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from profiling.errors import ToolkitError
+from profiling.errors import ToolkitError, first_line
 from profiling.markers import boot_id
 from tppo.cluster.member import Member, clock_note, measured_offset
 from tppo.cluster.places import Places
@@ -311,5 +311,4 @@ class EnginePool:
 def _reason(error: Exception) -> str:
     """One line of what Ray reports: of an error in the worker, that error."""
     cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [""]
-    return f"{type(cause).__name__}: {lines[0]}"[:200]
+    return f"{type(cause).__name__}: {first_line(cause)}"[:200]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from profiling.errors import ConfigError
+from profiling.errors import ConfigError, first_line
 
 LOCAL, AUTO = "local", "auto"
 CONNECT_TIMEOUT_S = 10
@@ -28,7 +28,7 @@ def joined_cluster(address: str) -> Iterator[Any]:
         options = {"include_dashboard": False} if address == LOCAL else {}
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
     except Exception as error:  # RuntimeError, ConnectionError, ValueError and more, by the version
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if reason.startswith("Failed to connect"):  # something listens there: Ray does not tell the two apart
             reason += " (not Ray, or it asks for a token: set RAY_AUTH_MODE=token)"
         raise ConfigError(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 
-from profiling.errors import ConfigError, RunError
+from profiling.errors import ConfigError, RunError, first_line
 from profiling.settings import read_toml
 from tppo.checkpoints.content import POLICY
 from tppo.checkpoints.folders import empty_folder_for, hidden, put_in_place, remove
@@ -75,7 +75,7 @@ def export_huggingface(source: Path, target: Path, name: str | None) -> Path:
         put_in_place(target)
     except (OSError, RuntimeError, SafetensorError) as error:
         remove(hidden(target, "tmp"))
-        raise RunError(f"{target}: cannot be written: {str(error).splitlines()[0]}") from None
+        raise RunError(f"{target}: cannot be written: {first_line(error)}") from None
     return target
 
 

@@ -39,7 +39,7 @@ def _shown(default: Any) -> str:
 
 def question_of(options: argparse.Namespace) -> Question:
     given: dict[str, Any] = {}
-    for name, field in Question.model_fields.items():
+    for name in Question.model_fields:
         value = getattr(options, name)
         if value is None:
             continue
@@ -48,7 +48,6 @@ def question_of(options: argparse.Namespace) -> Question:
             if "" in value:
                 raise ConfigError(f"--{name.replace('_', '-')}: an empty value between commas")
         given[name] = value
-        _ = field
     try:
         return check_settings(given, Question, where="tppo plan")
     except ConfigError as error:  # there is no file: name the flag

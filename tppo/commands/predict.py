@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from analysis.tables import steps_to_score, time_to_score
+from analysis.tables import DECODE, PREFILL, WAITING, seconds_by_cause, steps_to_score, time_to_score
 from profiling.reader import Run
 from simulator import load_experiment, simulate
 from simulator.calibrate import Calibration
@@ -29,16 +29,10 @@ UNITS = {
     "seconds_to_target": "s, given the measured steps",
 }
 
-PREFILL = ("prefill", "re_prefill", "preempt_recompute")
-DECODE = ("decode_useful", "decode_underfilled", "kv_stall", "decode_discarded")
-WAITING = ("wait_tail", "wait_rollout", "wait_train", "wait_other", "decode_underfilled")
-NOT_TRAINING = ("evaluation", "checkpoint")
-
 
 def quantities(summary: dict[str, Any], ledger: pd.DataFrame) -> dict[str, float]:
     """The compared quantities of steps 1 and later, evaluation and checkpoints left out, measured or simulated."""
-    steps = ledger[(ledger.step >= 1) & ~ledger.cause.isin(NOT_TRAINING)]
-    seconds = steps.groupby("cause").seconds.sum()
+    seconds = seconds_by_cause(ledger)
 
     def total(causes: Sequence[str]) -> float:
         return float(sum(seconds.get(cause, 0.0) for cause in causes))

@@ -1,6 +1,7 @@
 """`tppo sweep`."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from profiling.console import table_console
 from profiling.errors import ConfigError
 from profiling.settings import parse_overrides
 from simulator.sweep import cells_of, parse_vary, run_cells
+from tppo.cluster.session import joined_cluster
 
 SHOWN = ("wall_seconds", "rollout_seconds", "seconds_per_trained_token", "engine_idle_fraction", "staleness_mean")
 
@@ -34,9 +36,12 @@ def run_sweep(
     cells = cells_of(source, parse_overrides(words), varied)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with (
+        joined_cluster(ray) if ray is not None else nullcontext() as cluster,
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+    ):
         task = progress.add_task("simulations", total=len(cells))
-        table = run_cells(cells, output, lambda: progress.advance(task), jobs=jobs, ray=ray)
+        table = run_cells(cells, output, lambda: progress.advance(task), jobs=jobs, ray=cluster)
     failed = table[table.status != "ok"]
     if as_json:
         print(table.to_json(orient="records", indent=1))

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from profiling.errors import DataError
+from profiling.errors import DataError, first_line
 from tppo.data.tables import ROWS_AT_ONCE, Table
 
 PROBE_TIMEOUT_S = 10.0
@@ -67,4 +67,4 @@ def _remedy(error: Exception, offline: bool, key: str) -> str:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:300] or type(error).__name__
+    return first_line(error)[:300]

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from profiling.errors import ConfigError, DataError
+from profiling.errors import ConfigError, DataError, first_line
 
 PLACE = "{problem}"
 
@@ -34,7 +34,7 @@ class Prompter:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # jinja's errors, and those that templates raise themselves
-            reason = (str(error).splitlines() or [""])[0]
+            reason = first_line(error)
             raise ConfigError(
                 f"data.chat_template: the tokenizer's template fails: {type(error).__name__}: {reason}; set data."
                 'system_prompt = "" where it takes no system message, or data.chat_template = "never"'

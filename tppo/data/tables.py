@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TextIO
 
-from profiling.errors import DataError
+from profiling.errors import DataError, first_line
 
 BUNDLED = ("original",)
 ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
@@ -173,13 +173,13 @@ def _parquet(path: Path) -> Table:
     try:
         columns = tuple(pq.read_schema(path).names)
     except pa.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
 
     def rows(names: Sequence[str]) -> Iterator[dict[str, Any]]:
         try:
             for batch in pq.ParquetFile(path).iter_batches(ROWS_AT_ONCE, columns=list(names)):
                 yield from batch.to_pylist()
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+            raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
 
     return Table(str(path), columns, rows)

@@ -44,10 +44,9 @@ def evaluate_model(
     longest_prompt = longest_prompt_of(problems, tokenizer)
     check_rows_fit(config, policy, tokenizer, longest_prompt)
     sampling = evaluation_sampling(config, sampling_of(config, tokenizer), seed)
-    slots = evaluation_slots(config, len(problems))
     engine = make_engine(
         config, policy, tokenizer, model_path=config.model.path,
-        slots=min(slots, config.rollout.max_rows_per_engine or slots),
+        slots=evaluation_slots(config, len(problems)),
         max_tokens=longest_prompt + config.rollout.max_response_tokens,
         generator=torch.Generator().manual_seed(seed), clock=time.perf_counter,
     )  # fmt: skip

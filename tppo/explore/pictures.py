@@ -5,8 +5,7 @@ and the browser draws them.
 """
 
 import json
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,9 +13,7 @@ import pandas as pd
 from analysis.lanes import with_slots
 from analysis.model_costs import spans_work
 from profiling.ledger import WHOLE_CLUSTER
-from profiling.reader import Run
 from simulator.about import files_about
-from simulator.plan.options import Option
 from simulator.run import Result
 
 MOST_LANES = 6
@@ -24,11 +21,11 @@ PIECES = 200
 """Of a lane: what lies in one is added up."""
 
 
-def pictures_of(option: Option, result: Result) -> dict[str, Any]:
-    return {"timeline": timeline(option, result), "roofline": roofline(result)}
+def pictures_of(result: Result) -> dict[str, Any]:
+    return {"timeline": timeline(result), "roofline": roofline(result)}
 
 
-def timeline(option: Option, result: Result) -> dict[str, Any]:
+def timeline(result: Result) -> dict[str, Any]:
     """A step after start-up, from its rollout to the next one's; seconds from its start.
 
     lanes: engines, some of them where there are many, from the one that is done first to the one that is done last.
@@ -90,8 +87,7 @@ def roofline(result: Result) -> dict[str, Any]:
         return {
             "missing": f"{model['name']} has {model['uncounted']}; FLOPs and bytes are counted of dense models only"
         }
-    header = {"gpus_per_engine": result.cluster.gpus_per_engine}
-    work = spans_work(cast(Run, SimpleNamespace(header=header)), model, result.engine)
+    work = spans_work(result.cluster.gpus_per_engine, model, result.engine)
     sums = work.groupby("kind")[["flops", "bytes", "seconds"]].sum()
     return {
         "hardware": hardware,

@@ -37,7 +37,7 @@ def options(question: Question, most: int) -> list[Option]:
 def simulated(option: Option) -> Known:
     try:
         result = played(option)
-        return Known(estimate_of(option, result), pictures_of(option, result))
+        return Known(estimate_of(option, result), pictures_of(result))
     except ToolkitError as error:
         return Known(str(error), {})
 

@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from profiling.errors import RunError, ToolkitError
+from profiling.errors import RunError, ToolkitError, first_line
 from profiling.shell import end_with_the_parent
 
 GRACE_S = 1.0
@@ -68,7 +68,7 @@ def _serve(pipe: Connection, ready_made: str) -> None:
         except MemoryError:
             answer = False, RunError(f"this takes more than {MEMORY_BYTES // 2**30} GiB of memory; ask for less")
         except Exception as error:
-            first = (str(error).splitlines() or [""])[0]
+            first = first_line(error)
             answer = False, RunError(f"a fault of ours: {type(error).__name__}: {first}; please report it")
         pipe.send(answer)
 

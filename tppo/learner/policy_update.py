@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tppo.algorithms.aggregation import token_weights
-from tppo.algorithms.ewma import ProximalPolicy
 from tppo.algorithms.geppo import clip_width, reuse_weights
 from tppo.algorithms.objectives import (
     PolicyLoss,
@@ -25,6 +24,7 @@ from tppo.algorithms.recipes import Recipe
 from tppo.config import RunConfig
 from tppo.learner.batch import MicroBatch, Spans, in_micro_batches, mini_batches, pick
 from tppo.learner.estimates import PolicyBatch, score_log_probs
+from tppo.learner.ewma import ProximalPolicy
 from tppo.learner.finite import Found, check_loss, found_in, of_rows
 from tppo.learner.mismatch import importance_weights, mismatch_metrics
 from tppo.learner.step import step_optimizer

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from profiling.errors import ConfigError
+from profiling.errors import ConfigError, first_line
 from tppo.config import ModelConfig
 from tppo.parallel.tensors import like, whole
 
@@ -53,7 +53,7 @@ def add_adapters(model: PreTrainedModel, settings: ModelConfig, seed: int) -> No
         try:
             inject_adapter_in_model(adapters, model)
         except ValueError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise ConfigError(f"model.lora_targets = {targets!r}: {reason}") from None
     found = {name.rpartition(".")[2] for name, _ in adapted_layers(model)}
     if isinstance(targets, list) and (missing := [name for name in targets if name.rpartition(".")[2] not in found]):

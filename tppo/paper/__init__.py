@@ -77,7 +77,7 @@ def experiments_of(settings: PaperSettings) -> dict[str, Experiment]:
     steps = base.startup_steps + settings.rated_steps
     both = {"synchronous": synchronous, "truncated": truncated}
     # The pair is drawn step by step, so that both take as many steps; of the others only rates count.
-    found = {name: _experiment(values, {"schedule": both[name], "workload.steps": steps}) for name in PAIR}
+    found = {name: load_experiment(values, {"schedule": both[name], "workload.steps": steps}) for name in PAIR}
     rated = {"workload.steps": settings.rated_steps}
     for own in settings.windows:
         found[f"window-{own}"] = _rated(values, {"schedule": truncated | {"window": own}}, settings.rated_steps)
@@ -85,28 +85,12 @@ def experiments_of(settings: PaperSettings) -> dict[str, Experiment]:
     varied = [(f"engines-{own}", {"cluster.engines": own}) for own in settings.engines]
     varied += [(f"sigma-{own:g}", {"workload.response_tokens.sigma": own}) for own in settings.sigmas]
     for name, changes in varied:
-        found[f"{name}-synchronous"] = _experiment(values, {**changes, **rated, "schedule": synchronous})
+        found[f"{name}-synchronous"] = load_experiment(values, {**changes, **rated, "schedule": synchronous})
         found[f"{name}-truncated"] = _rated(values, changes, settings.rated_steps)
     return found
 
 
 def _rated(values: Mapping[str, Any], changes: Mapping[str, Any], rated_steps: int) -> Experiment:
     """With as many steps after the start-up."""
-    own = _experiment(values, changes)
-    return _experiment(values, {**changes, "workload.steps": own.startup_steps + rated_steps})
-
-
-def _experiment(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Experiment:
-    """`values` with whole sections ("schedule") or single fields ("cluster.engines") replaced."""
-    whole = {section: dict(own) for section, own in values.items()}
-    for name, value in changes.items():
-        section, *path = name.split(".")
-        if not path:
-            whole[section] = value
-            continue
-        table = whole[section]
-        for key in path[:-1]:
-            table[key] = dict(table[key])
-            table = table[key]
-        table[path[-1]] = value
-    return load_experiment(whole)
+    own = load_experiment(values, changes)
+    return load_experiment(values, {**changes, "workload.steps": own.startup_steps + rated_steps})

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from profiling.errors import ConfigError, RunError, ToolkitError
+from profiling.errors import ConfigError, RunError, ToolkitError, first_line
 from profiling.shell import end_with_the_parent
 
 T = TypeVar("T")
@@ -147,7 +147,7 @@ def joined_processes(*, device: str = "auto", dtype: str = "auto", replicas: int
     try:
         dist.init_process_group(backend, timeout=TIMEOUT, **alone)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"the {world} ranks cannot join: {reason}; start them with torchrun") from None
     try:
         yield Ranks(rank, world)
@@ -155,7 +155,7 @@ def joined_processes(*, device: str = "auto", dtype: str = "auto", replicas: int
         if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in LOST):
             raise
         raise RunError(
-            f"rank {rank} of {world} lost another: {str(error).splitlines()[0]}; see what that one says, and go on "
+            f"rank {rank} of {world} lost another: {first_line(error)}; see what that one says, and go on "
             "from the last checkpoint with --resume"
         ) from error
     finally:

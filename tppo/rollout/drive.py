@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from profiling.errors import ToolkitError
+from profiling.errors import ToolkitError, first_line
 from tppo.rollout.protocol import Clock, Completion, EngineError, Request, RolloutEngine, Sampling
 from tppo.rollout.rows import Row
 from tppo.schedule import CarriedRow, Demand, Reason, RowEnd, Schedule, StepPlan, StepState
@@ -86,7 +86,7 @@ def engine_faults(step: int | None = None) -> Iterator[None]:
     except ToolkitError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         where = "" if step is None else f"step {step}: "
         raise EngineError(f"{where}the rollout engine failed: {type(error).__name__}: {reason}") from error
 

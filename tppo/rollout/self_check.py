@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from profiling.errors import ConfigError
+from profiling.errors import ConfigError, first_line
 from tppo.models.cached import hidden_states
 from tppo.models.policy import architecture_of, input_layer, output_layer
 from tppo.rollout.slot_cache import SlotCache
@@ -39,7 +39,7 @@ def check_it_can_be_served(model: PreTrainedModel, path: str, *, cached: bool = 
                 logits, places = _decoded(model, ids)
                 strays = _differs(logits, own[torch.arange(ROWS, device=device), places])
     except Exception as error:  # somebody else's modelling code may fail in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise _refusal(model, path, f"its layers do not work with a cache of keys and values: {reason}") from None
     if not finite:
         raise ConfigError(f"model.path = {path!r}: its logits are not finite numbers; are its weights whole?")

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from profiling.settings import flattened
 from tppo.tracking.identity import remember, remembered
 from tppo.tracking.protocol import About
 
@@ -38,7 +39,7 @@ class MlflowSink:
         place = experiment.experiment_id if experiment else self._client.create_experiment(EXPERIMENT)
         self._run = self._client.create_run(place, run_name=about.name).info.run_id
         remember(about.path, "mlflow", self._run)
-        for name, value in flat(about.config).items():
+        for name, value in flattened(about.config).items():
             self._client.log_param(self._run, metric_name(name), str(value)[:PARAMETER_CHARACTERS])
 
     def metrics(self, step: int, unix_s: float, values: Mapping[str, float]) -> None:
@@ -57,11 +58,3 @@ class MlflowSink:
 def metric_name(name: str) -> str:
     """What MLflow does not take in a name becomes an underscore: val/pass@4 is val/pass_4."""
     return re.sub(r"[^\w\-. :/]", "_", name)
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"rollout": {"window": 3}} as {"rollout.window": 3}."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
