@@ -145,7 +145,7 @@ def test_options_reach_the_sampling(capsys, run_directory):
     result = evaluate(capsys, run_directory, *words, "--problems", 5)
     assert [result[name] for name in ("temperature", "top_p", "top_k", "max_response_tokens")] == [0.5, 0.7, 3, 4]
     assert result["mean_response_tokens"] <= 4
-    assert result["truncated_share"] > 0
+    assert result["clip_ratio"] > 0
     narrow = evaluate(capsys, run_directory, "--samples", 2, "--problems", 5, "--rollout.max_rows_per_engine", 3)
     assert narrow["samples"] == 2
 
@@ -273,7 +273,7 @@ def test_problems_are_listed_hardest_first():
     cut = np.array([[False, False], [False, False], [True, False]])
     rows = hardest_first(problems, Graded(tokens, ~cut, cut, correct, [["7", "3"], ["3", "3"], [None, None]]))
     assert [row.problem for row in rows] == [2, 1, 0]
-    assert (rows[0].vote, rows[0].votes, rows[0].mean_tokens, rows[0].truncated) == (None, 0, 8.5, 1)
+    assert (rows[0].vote, rows[0].votes, rows[0].mean_tokens, rows[0].clipped) == (None, 0, 8.5, 1)
     assert rows[1] == replace(rows[0], problem=1, prompt="p1", answer="1", vote="3", votes=2, mean_tokens=3.0,
-                              truncated=0)  # fmt: skip
+                              clipped=0)  # fmt: skip
     assert (rows[2].correct, rows[2].vote, rows[2].votes) == (1, "7", 1)

@@ -89,7 +89,7 @@ def test_metrics_and_the_table_of_responses_say_the_same(make_config):
         assert row["val/pass@4"] == of_step.groupby("problem").correct.any().mean()
         assert row["val/response_length/mean"] == of_step.tokens.mean()
         # no engine of these gave a response up: what did not finish hit the maximum
-        assert row["val/truncated_share"] == (~of_step.finished).mean()
+        assert row["val/response_length/clip_ratio"] == (~of_step.finished).mean()
         assert (of_step[~of_step.finished].tokens == config.rollout.max_response_tokens).all()
     between = rows.loc[[1, 3], [name for name in rows.columns if name.startswith("val/")]]
     assert len(between.columns) == 10

@@ -201,7 +201,7 @@ def test_one_sample_records_no_copies_of_the_accuracy():
         "val/accuracy": 1 / 3,
         "val/accuracy_stderr": pytest.approx((2 / 27) ** 0.5),
         "val/response_length/mean": 1.0,
-        "val/truncated_share": 2 / 3,
+        "val/response_length/clip_ratio": 2 / 3,
     }
 
 

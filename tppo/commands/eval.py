@@ -196,7 +196,7 @@ def as_record(found: "Evaluation", config: RunConfig, source: Source, seed: int,
         "metrics": {name: value and asdict(value) for name, value in graded.estimates.items()},
         "standard_error": graded.stderr,
         "mean_response_tokens": float(graded.tokens.mean()),
-        "truncated_share": float(graded.cut.mean()),
+        "clip_ratio": float(graded.cut.mean()),
         "given_up_share": float((~graded.cut & ~graded.finished).mean()),
     }
 
@@ -222,7 +222,7 @@ def metrics_table(result: Mapping[str, Any]) -> Table:
             interval = "all problems alike" if low is None else f"{low:.1%} to {high:.1%}"
             table.add_row(name, f"{estimate['value']:.1%}", interval)
     table.add_row("tokens of a response", f"{result['mean_response_tokens']:,.1f}", "")
-    table.add_row("cut at the maximum", f"{result['truncated_share']:.1%}", "")
+    table.add_row("cut at the maximum", f"{result['clip_ratio']:.1%}", "")
     if result["given_up_share"]:
         table.add_row("given up by the engine", f"{result['given_up_share']:.1%}", "")
     return table
@@ -238,6 +238,6 @@ def problems_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         vote = "none" if row["vote"] is None else f"{row['vote']} ({row['votes']})"
         table.add_row(
             str(row["problem"]), shown, row["answer"], f"{row['correct']}/{row['samples']}", vote,
-            f"{row['mean_tokens']:,.1f}", str(row["truncated"]),
+            f"{row['mean_tokens']:,.1f}", str(row["clipped"]),
         )  # fmt: skip
     return table

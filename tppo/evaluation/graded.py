@@ -60,12 +60,12 @@ class Graded:
 
 def validation_metrics(graded: Graded) -> dict[str, float | None]:
     """What a row of metrics.jsonl says of an evaluation. val/accuracy is avg@n; with one sample a problem the others
-    would be copies of it and are left out. val/truncated_share: responses that hit the maximum / all."""
+    would be copies of it and are left out. val/response_length/clip_ratio: responses that hit the maximum / all."""
     metrics: dict[str, float | None] = {
         "val/accuracy": graded.mean,
         "val/accuracy_stderr": graded.stderr,
         "val/response_length/mean": float(graded.tokens.mean()),
-        "val/truncated_share": float(graded.cut.mean()),
+        "val/response_length/clip_ratio": float(graded.cut.mean()),
     }
     if graded.samples > 1:
         found = graded.estimates
@@ -75,7 +75,7 @@ def validation_metrics(graded: Graded) -> dict[str, float | None]:
 
 def validation_names(samples: int) -> list[str]:
     """The metrics' names, which are null in a step without an evaluation."""
-    names = ["accuracy", "accuracy_stderr", "response_length/mean", "truncated_share"]
+    names = ["accuracy", "accuracy_stderr", "response_length/mean", "response_length/clip_ratio"]
     if samples > 1:
         votes = [f"maj@{k}" for k in sizes(samples) if k > 1]
         names += [f"avg@{samples}", *(f"pass@{k}" for k in sizes(samples)), *votes]

@@ -21,7 +21,7 @@ class ProblemRow:
     """The most frequent answer, of tied ones the first given; None: no response has one."""
     votes: int
     mean_tokens: float
-    truncated: int
+    clipped: int
     """Responses that hit the maximum."""
 
 
@@ -41,7 +41,7 @@ def hardest_first(problems: Sequence[Problem], graded: Graded) -> list[ProblemRo
                 vote=vote,
                 votes=votes,
                 mean_tokens=float(graded.tokens[number].mean()),
-                truncated=int(graded.cut[number].sum()),
+                clipped=int(graded.cut[number].sum()),
             )
         )
     return sorted(rows, key=lambda row: (row.correct, -row.mean_tokens, row.problem))
