@@ -86,7 +86,8 @@ def limits(run: Run) -> dict[str, int]:
     except DataError:
         return found
     for section in ("rollout", "workload"):
-        cap = config.get(section, {}).get("max_response_tokens")
+        own = config.get(section)
+        cap = own.get("max_response_tokens") if isinstance(own, dict) else None
         if isinstance(cap, int):
             found["cap"] = cap
     return found

@@ -63,7 +63,7 @@ def _save(runs: Sequence[Run], figure: str, formats: Sequence[str], output: Path
             buffer = io.BytesIO()
             drawn.savefig(buffer, format=path.suffix[1:])
             write_atomically(path, buffer.getvalue())
-    write_atomically(output / f"{figure}.csv", table.to_csv(index=False).encode())
+    write_atomically(output / f"{figure}.csv", table.to_csv(index=False).encode(errors="backslashreplace"))
     return [*written, output / f"{figure}.csv"]
 
 

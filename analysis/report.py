@@ -88,7 +88,7 @@ def write_report(
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         )
     )
-    write_atomically(output, page.encode())
+    write_atomically(output, page.encode(errors="backslashreplace"))
     return output
 
 
@@ -277,7 +277,7 @@ def _run_facts(run: Run) -> dict[str, Any]:
         "host": header["host"] or "–",
         "started": _started(header["unix_time_s"]),
         "status": run.trailer["status"] if run.trailer else "live or killed",
-        "versions": ", ".join(f"{name} {version}" for name, version in header.get("versions", {}).items()) or "–",
+        "versions": ", ".join(f"{name} {version}" for name, version in (header.get("versions") or {}).items()) or "–",
         "gpus": f"{header['gpus']} GPUs, {header['engines']} engines of {header['gpus_per_engine']}",
         "devices": ", ".join(dict.fromkeys(str(device.get("name", "?")) for device in header["devices"])) or "–",
         "notes": [record["text"] for record in run.outline if record["type"] == "note"],

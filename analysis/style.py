@@ -7,6 +7,7 @@ and names its font sizes ("small", "x-small"); the style turns both into its own
         figure = figures.accuracy_time(runs)
 """
 
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,11 +19,13 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
 RC: Any = {
+    "text.parse_math": False,  # a `$` in a name begins no formula
     "font.size": 10,
     "font.family": "DejaVu Sans",
     "axes.spines.top": False,
@@ -65,6 +68,7 @@ PAPER_RC: Any = RC | {
 }
 SCREEN_WIDTH_IN = 7.0
 """A figure that asks for more takes both columns of a paper."""
+SUPERSCRIPTS = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 COLUMN_IN, DOUBLE_IN = 3.3, 6.9
 
 
@@ -258,6 +262,25 @@ def log_scale(axes: Axes, which: str) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def powers(axis: Axis, base: int = 10) -> None:
+    """Label a logarithmic axis' powers, 10³, and where it has less than two of them twice and five times one, 2×10³.
+    matplotlib's own labels are formulas, which RC turns off."""
+
+    def label(value: float, _: Any) -> str:
+        if value <= 0:
+            return ""
+        power = math.floor(math.log(value, base) + 1e-9)
+        times = value / float(base) ** power
+        low, high = axis.get_view_interval()
+        shown = (1, 2, 5) if high < base * low else (1,)
+        if not any(math.isclose(times, own, rel_tol=1e-6) for own in shown):
+            return ""
+        return f"{'' if math.isclose(times, 1) else f'{times:.0f}×'}{base}{str(power).translate(SUPERSCRIPTS)}"
+
+    axis.set_major_formatter(FuncFormatter(label))
+    axis.set_minor_formatter(FuncFormatter(label))
 
 
 def title(axes: Axes, text: str) -> None:

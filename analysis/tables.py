@@ -1,5 +1,6 @@
 """Numbers first: tables of one or more runs. Figures and the report draw these and nothing else."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -124,7 +125,8 @@ def _speed(run: Run) -> dict[str, float | None]:
     if run.summary.get("generated_tokens") is None:
         raise DataError(f"{run.path}: has no rollout records: it is not a training run")
     seconds = training_ledger(run)
-    per_step = 1 / run.summary["steps"]
+    steps, rollout_s = run.summary["steps"], run.summary["rollout_seconds"]
+    per_step = 1 / steps if steps else math.nan
     per_token = run.summary["seconds_per_trained_token"]
 
     def total(causes: Sequence[str]) -> float:
@@ -134,10 +136,10 @@ def _speed(run: Run) -> dict[str, float | None]:
         "s per step": run.summary["seconds_per_step"],
         "s per finished response": run.summary["seconds_per_finished_row"],
         "ms per trained token": None if per_token is None else 1e3 * per_token,
-        "rollout s": run.summary["rollout_seconds"] * per_step,
+        "rollout s": None if rollout_s is None else rollout_s * per_step,
         "decode s": total(DECODE) * per_step,
         "prefill s": total(PREFILL) * per_step,
-        "waiting or unfilled": total(WAITING) / float(seconds.sum()),
+        "waiting or unfilled": total(WAITING) / float(seconds.sum()) if seconds.sum() else None,
     }
 
 

@@ -24,6 +24,7 @@ from profiling.phases import Profiler
 from profiling.reader import Run
 from profiling.summary import summarise
 
+SHORTEST_INTERVAL_S = 1e-3
 LONGEST_INTERVAL_S = 3600.0
 
 
@@ -86,8 +87,10 @@ def profile_process(pid: int, *, interval_s: float, output: Path, links: bool = 
 
 
 def check_interval(interval_s: float) -> None:
-    if not 0 < interval_s <= LONGEST_INTERVAL_S:
-        raise ConfigError(f"--interval {interval_s:g}: must be above 0 and at most {LONGEST_INTERVAL_S:g}")
+    if not SHORTEST_INTERVAL_S <= interval_s <= LONGEST_INTERVAL_S:
+        raise ConfigError(
+            f"--interval {interval_s:g}: must be from {SHORTEST_INTERVAL_S:g} to {LONGEST_INTERVAL_S:g} seconds"
+        )
 
 
 def write_totals(profiler: Profiler, wall_s: float) -> None:

@@ -59,7 +59,8 @@ def _torch_events(run: Run, first_us: float, last_us: float) -> Iterator[dict[st
     for path in sorted((run.path / TORCH_FOLDER).glob("steps-*.json")):
         try:
             own = read_json(path, LARGEST_TORCH_TRACE_BYTES)["traceEvents"]
-            inside = [event for event in own if "ts" not in event or first_us <= float(event["ts"]) <= last_us]
+            events = [event for event in own if isinstance(event, dict)]
+            inside = [event for event in events if "ts" not in event or first_us <= float(event["ts"]) <= last_us]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not a trace: {error}") from None
         if any("ts" in event for event in inside):

@@ -46,7 +46,7 @@ class MetricsServer(ThreadingMixIn, TCPServer):
         self._free = threading.BoundedSemaphore(MOST_CONNECTIONS)
         if not 0 <= port <= LAST_PORT:  # getaddrinfo takes what is left after a division
             raise OverflowError(f"ports end at {LAST_PORT}")
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family, address = found[0][0], found[0][4]
         super().__init__(address, _Handler)  # type: ignore[arg-type]
 

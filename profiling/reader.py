@@ -35,12 +35,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        """Of its directory; bytes that are no text are written out."""
+        return os.fsencode(self.path.name).decode(errors="backslashreplace")
 
     @cached_property
     def config(self) -> dict[str, Any]:
         try:
-            return read_toml(self.path / "config.toml")
+            return read_toml(self.path / "config.toml", regular=True)
         except ConfigError as error:
             raise DataError(str(error)) from None
 

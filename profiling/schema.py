@@ -293,7 +293,8 @@ def fault_in(record: Any) -> str | None:
             return f"{kind}.{name} = {shown(value)} is not {' or '.join(k.__name__ for k in accepted)}"
         if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
             return f"{kind}.{name} = {value} is beyond {LARGEST:g}"
-    return fault_in_header(record) if kind == "header" else None
+    checks = {"header": fault_in_header, "trailer": fault_in_trailer}
+    return checks[kind](record) if kind in checks else None
 
 
 def fault_in_header(header: dict[str, Any]) -> str | None:
@@ -302,9 +303,31 @@ def fault_in_header(header: dict[str, Any]) -> str | None:
             return f"header.{name} = {header[name]} is not at least {least}"
     if header["engines"] * header["gpus_per_engine"] + header["trainer_gpus"] > MOST_GPUS:
         return f"header: {header['engines']} engines of {header['gpus_per_engine']} GPUs are more than {MOST_GPUS}"
+    if not all(isinstance(device, dict) for device in header["devices"]):
+        return "header.devices is not a list of tables"
+    if not isinstance(header.get("versions") or {}, dict):
+        return f"header.versions = {shown(header['versions'])} is not a table"
+    if header["schedule"] is not None and not isinstance(header["schedule"].get("kind"), str):
+        return f"header.schedule.kind = {shown(header['schedule'].get('kind'))} is not str"
+    if not is_count(header.get("startup_steps", 0)):
+        return f"header.startup_steps = {shown(header['startup_steps'])} is not a whole number of at least 0"
     if header["schema"] != SCHEMA_VERSION:
         return f"schema version {header['schema']} is not {SCHEMA_VERSION}; use the toolkit that wrote the run"
     return None
+
+
+def fault_in_trailer(trailer: dict[str, Any]) -> str | None:
+    sampler = trailer.get("sampler")
+    for name in ("ticks", "missed_ticks"):
+        value = sampler.get(name) if isinstance(sampler, dict) else None
+        if value is not None and not is_count(value):
+            return f"trailer.sampler.{name} = {shown(value)} is not a whole number of at least 0"
+    return None
+
+
+def is_count(value: Any) -> bool:
+    """A whole number of at least 0, or null."""
+    return value is None or (type(value) is int and 0 <= value <= LARGEST)
 
 
 def fault_in_metrics(row: Any) -> str | None:
@@ -314,20 +337,28 @@ def fault_in_metrics(row: Any) -> str | None:
     if type(row.get("step")) is not int or abs(row["step"]) > LARGEST:
         return f"step = {shown(row.get('step'))} is not a whole number"
     for name, value in row.items():
-        if value is not None and not isinstance(value, (int, float)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             return f"{name} = {shown(value)} is neither a number nor null"
     return None
 
 
 def fault_in_summary(summary: Any) -> str | None:
-    """What is wrong with summary.json, or None: the totals that tables and predictions are made of are numbers or
-    null."""
+    """What is wrong with summary.json, or None: totals are numbers or null, and those that tables and predictions are
+    made of are there."""
     if not isinstance(summary, dict):
         return "not a JSON object"
     for name in SUMMARY_NUMBERS:
         if name not in summary:
             return f"{name} is missing"
-        value = summary[name]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+    for name, value in summary.items():
+        if name == "ledger":
+            if not isinstance(value, dict):
+                return f"ledger = {shown(value)} is not a table"
+        elif value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             return f"{name} = {shown(value)} is neither a number nor null"
+        elif value is not None and not abs(value) <= LARGEST:
+            return f"{name} = {value} is beyond {LARGEST:g}"
+    for name in ("steps", "startup_steps"):
+        if not is_count(summary.get(name)):
+            return f"{name} = {shown(summary[name])} is not a whole number of at least 0"
     return None

@@ -1,6 +1,7 @@
 """TOML files to frozen pydantic models; an unknown key is an error that names the nearest one."""
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from profiling.errors import ConfigError, shown
+from profiling.files import opened
 
 
 class Settings(BaseModel):
@@ -28,10 +30,11 @@ LONG_KEY = re.compile(rf"""(?:\.[ \t]*+(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+)
 """tomllib's time for a dotted key grows with the square of its length: minutes for one of 100 KB."""
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ConfigError when it is missing, not a file, too large or not TOML."""
+def read_toml(path: Path, *, regular: bool = False) -> dict[str, Any]:
+    """The tables of a TOML file, which may be a pipe (tppo simulate <(...)) unless it must be `regular`. Raises
+    ConfigError when it is missing, not a file, too large or not TOML."""
     try:
-        with path.open("rb") as file:  # may be a pipe: tppo simulate <(...)
+        with os.fdopen(opened(path), "rb") if regular else path.open("rb") as file:
             content = file.read(LARGEST_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None

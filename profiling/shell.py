@@ -2,12 +2,13 @@
 
 import ctypes
 import errno
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable
 
-from profiling.errors import InputError, ToolkitError
+from profiling.errors import InputError, ToolkitError, first_line
 
 INTERRUPTED = 130
 _PR_SET_PDEATHSIG = 1
@@ -22,6 +23,9 @@ def end_with_the_parent() -> None:
 def exit_code_of(name: str, work: Callable[[], int], *, debug: bool = False) -> int:
     """Run `work`. 0 or what it returns; 2 for bad input and 1 for a failed run, with one line that starts with
     `name`; 130 on Ctrl-C. debug: raise instead."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be no text, and a terminal may know little
+            stream.reconfigure(errors="backslashreplace")
     try:
         return work()
     except ToolkitError as error:
@@ -41,7 +45,11 @@ def exit_code_of(name: str, work: Callable[[], int], *, debug: bool = False) -> 
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             print(f"{name}: {str(error.filename)[:60]}...: the name is too long for a file", file=sys.stderr)
             return InputError.exit_code
-        reason = str(error).splitlines()[0] if str(error) else ""
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(f"{name}: standard output: {error.strerror}", file=sys.stderr)
+            return 1
+        reason = first_line(error) if str(error) else ""
         hint = "; run again with --debug for the traceback" if name == "tppo" else ""
         print(f"{name}: {type(error).__name__}: {reason}{hint}", file=sys.stderr)
         return 1

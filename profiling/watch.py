@@ -166,11 +166,13 @@ def _text(value: float, form: str, unit: str = "") -> str:
 def serve(path: Path, port: int, host: str, names: Sequence[str] = ()) -> MetricsServer:
     """Serve the run at http://host:port/metrics from a thread. names: under which it may be asked besides addresses.
     Raises ConfigError when the port cannot be had."""
+    if not host:
+        raise ConfigError("--bind: names no address; 127.0.0.1 is this machine alone, 0.0.0.0 every network")
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Metrics(path))
     try:
         server = MetricsServer(host, port, lambda: (CONTENT_TYPE_LATEST, generate_latest(registry)), names=names)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise ConfigError(f"--prometheus {host}:{port}: cannot listen: {error}") from None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server

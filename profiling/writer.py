@@ -150,10 +150,13 @@ class RunWriter:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary name and rename; on failure the old file stays. Raises RunError naming the file."""
+    if not path.name:
+        raise RunError(f"{path}: a directory; name a file")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # a link there would lead what is written elsewhere
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

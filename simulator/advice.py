@@ -235,7 +235,8 @@ class Replay:
         run = self.run
         values: dict[str, Any]
         if run.simulated:
-            cost = {key: value for key, value in run.config.get("cost", {}).items() if key not in NOT_TRAINING}
+            own = run.config.get("cost")
+            cost = {name: v for name, v in own.items() if name not in NOT_TRAINING} if isinstance(own, dict) else own
             values = {"cluster": run.config.get("cluster", {}), "cost": cost}
         else:
             values = {"cluster": self._cluster(), "cost": {"kind": "affine", **(costs or self.fitted[0])}}
@@ -261,7 +262,8 @@ class Replay:
             values["max_rows_per_engine"] = slots
         if header["trainer_gpus"]:
             values |= {"trainer": "separate", "trainer_gpus": header["trainer_gpus"]}
-        dispatch = self.run.config.get("ray", {}).get("dispatch")
+        ray = self.run.config.get("ray")
+        dispatch = ray.get("dispatch") if isinstance(ray, dict) else None
         return {**values, "dispatch": dispatch} if dispatch else values
 
 

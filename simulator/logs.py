@@ -7,6 +7,7 @@ to its longest response (steps that have to follow each other) and to its tokens
 import ast
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from io import BytesIO
@@ -17,11 +18,13 @@ import numpy as np
 import pandas as pd
 
 from profiling.errors import ConfigError, DataError
-from profiling.files import read_json, read_whole
+from profiling.files import opened, read_json, read_whole
 from simulator.calibrate import Calibration, Observations, fit, numbers_that_fit
 from simulator.costs import PHASE_COSTS
 
 LONGEST_LINE = 1 << 20
+MOST_ROWS = 10**9
+"""Of a step, and engines."""
 LARGEST_BYTES = 1 << 28
 """Of a trainer_state.json or a table."""
 MOST = 1e15
@@ -76,7 +79,7 @@ def read_log(kind: str, path: Path) -> pd.DataFrame:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with os.fdopen(opened(path), encoding="utf-8", errors="replace") as file:
             while line := file.readline(LONGEST_LINE):
                 yield line
     except OSError as error:
@@ -161,7 +164,11 @@ def _of_tensorboard(path: Path) -> Iterator[dict[str, float]]:
         raise ConfigError(
             f"{path}: reading TensorBoard events needs the package tensorboard; pip install 'tppo[tensorboard]'"
         ) from None
-    folders = sorted({file.parent for file in path.rglob("events.out.tfevents.*")}) if path.is_dir() else [path]
+    files = sorted(path.rglob("events.out.tfevents.*")) if path.is_dir() else [path]
+    for file in files:  # the library would wait for a pipe
+        if not file.is_file():
+            raise DataError(f"{file}: not a regular file")
+    folders = list(dict.fromkeys(file.parent for file in files)) if path.is_dir() else [path]
     for folder in folders:
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
         events.Reload()
@@ -173,6 +180,9 @@ def _of_tensorboard(path: Path) -> Iterator[dict[str, float]]:
 def calibrate_logs(kind: str, paths: Sequence[Path], *, engines: int, rows_per_step: int | None = None) -> Calibration:
     """One cost model for logs of one kind. engines: rollout engines that shared the rows of a step.
     Raises DataError."""
+    for name, given in (("--engines", engines), ("--rows-per-step", rows_per_step or 1)):
+        if not 1 <= given <= MOST_ROWS:
+            raise ConfigError(f"{name} {given}: must be from 1 to {MOST_ROWS:,}")
     tables = [read_log(kind, path) for path in paths]
     together = _verl if kind == "verl" else _trl
     parts = [

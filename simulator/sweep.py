@@ -104,7 +104,7 @@ def run_cells(
         if answer["status"] == "ok":
             write_atomically(folder / f"{key}.json", json.dumps(answer, allow_nan=False).encode())
         each()
-    rows = [{**cell.overrides, **results[cell.key]} for cell in cells]
+    rows = [{**cell.overrides, **results[cell.key], **cell.overrides} for cell in cells]  # first, and as asked
     table = pd.DataFrame(rows)
     # A column of numbers and texts has no type in Parquet: it becomes text.
     for name in table.columns[[table[c].map(type).nunique() > 1 and table[c].dtype == object for c in table]]:
@@ -121,7 +121,9 @@ def _read(path: Path) -> Values | None:
         known = read_json(path)
     except (OSError, ValueError):
         return None
-    return known if isinstance(known, dict) and known.get("status") == "ok" else None
+    if not isinstance(known, dict) or known.get("status") != "ok":
+        return None
+    return known if all(isinstance(own, str | int | float | None) for own in known.values()) else None
 
 
 def _answer(get: Callable[[], Values]) -> Values:

@@ -1,6 +1,7 @@
 """The one command. Imports what a subcommand needs when it runs, so that `tppo --help` never waits for torch."""
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [*joined_overrides([word for word in own if word != "--debug"]), *others]
 
     def run() -> int:
+        if "--output=" in own or "" in (after for flag, after in itertools.pairwise(own) if flag == "--output"):
+            raise ConfigError("--output: names nothing; an empty word would be the current directory")
         command = next((word for word in words if not word.startswith("-")), "")
         options, rest = build_parser(command).parse_known_args(words)
         if rest and not options.overrides:

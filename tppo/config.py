@@ -13,6 +13,7 @@ from tppo.guards import GuardsConfig
 from tppo.tracking.settings import LoggingConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Tokens = Annotated[int, Field(gt=0, le=2**31)]
 
 
 class ModelConfig(Settings):
@@ -76,7 +77,7 @@ class DataConfig(SourceConfig):
     """Text around every problem of a data set, say one that asks for the final answer in \\boxed{}."""
     chat_template: Literal["auto", "always", "never"] = "auto"
     """Whether a data set's prompts go through the tokenizer's chat template; auto: where it has one."""
-    max_prompt_tokens: PositiveInt = 1024
+    max_prompt_tokens: Tokens = 1024
     """Rows of a data set with longer prompts are left out, and counted."""
     shuffle: bool = True
     """Each pass over a data set in another order, drawn from data.seed and the number of the pass."""
@@ -179,7 +180,7 @@ class RolloutConfig(Settings):
     """Prompts of a step."""
     samples_per_prompt: PositiveInt = 1
     """Responses to each prompt."""
-    max_response_tokens: PositiveInt = 256
+    max_response_tokens: Tokens = 256
     """A response of this length ends and is graded."""
     window: PositiveInt = 85
     """New tokens per row and step under tppo and partial-rollout; longer responses carry over. At or above the
@@ -240,7 +241,7 @@ class ValueConfig(Settings):
     """Passes over a step's rows."""
     mini_batches: PositiveInt | None = None
     """Optimiser steps per pass; left out: as many as the policy's."""
-    micro_batch_tokens: PositiveInt | None = None
+    micro_batch_tokens: Tokens | None = None
     """Padded tokens of one forward and backward pass; left out: as the policy's."""
 
 
@@ -268,7 +269,7 @@ class LoopConfig(Settings):
     """Passes of the policy over a step's rows."""
     mini_batches: PositiveInt = 2
     """Optimiser steps per pass; the rows of a step must be divisible by it."""
-    micro_batch_tokens: PositiveInt = 4096
+    micro_batch_tokens: Tokens = 4096
     """Padded tokens of one forward and backward pass."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of sampling and of the order of mini-batches."""

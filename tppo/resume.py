@@ -7,9 +7,10 @@ from profiling.errors import ConfigError
 from profiling.files import read_json_table
 from profiling.ledger import Cluster
 from profiling.reader import Run
+from profiling.schema import TABLES
 from profiling.settings import check_settings
 from profiling.writer import refuse_a_run
-from tppo.checkpoints.manifest import check_it_fits
+from tppo.checkpoints.manifest import check_it_fits, check_plain
 from tppo.checkpoints.store import Found, newest_usable
 from tppo.config import RunConfig
 from tppo.data.tasks import Problems
@@ -40,6 +41,8 @@ def checkpoint_of(config: RunConfig, source: Path | None, ranks: Ranks) -> Found
     check_it_fits(found.path, found.manifest, algorithm=config.algorithm.name, model=model)
     if same_directory(source, config.output):
         check_the_cluster_is_the_same(before, cluster_of(config, ranks.world))
+        parts = (path for name in TABLES for path in (source / name).glob("*"))
+        check_plain([*source.glob("*"), *parts], "a run that goes on has")  # it cuts back, deletes and writes there
     for reason in found.passed_over.values():
         print(f"tppo: {reason}; going on from {found.path.name}", file=sys.stderr)
     return found

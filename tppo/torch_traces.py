@@ -23,7 +23,7 @@ def steps_of(text: str) -> tuple[int, int] | None:
     """`3:5` as (3, 5), `3` as (3, 3), nothing as None. Raises ConfigError."""
     if not text:
         return None
-    found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    found = re.fullmatch(r"(\d{1,18})(?::(\d{1,18}))?", text)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if first < 1 or last < first:
         raise ConfigError(f"profile.torch_steps = {text!r}: write FIRST:LAST, or one step, from 1 on")

@@ -11,6 +11,7 @@ from analysis import style
 from analysis.chosen import beyond, lacks_engine_records, left_out, typical_step, usable
 from analysis.lanes import with_slots
 from analysis.tables import by_arm, provenance
+from profiling.errors import DataError
 from profiling.reader import Run
 
 POINTS = 400
@@ -31,6 +32,8 @@ def data(runs: Sequence[Run]) -> pd.DataFrame:
     for (arm, _), run in zip(arms_of(runs), drawn_runs(runs), strict=True):
         step = typical_step(run)
         spans, rows = with_slots(run.steps_of("engine", [step])), run.steps_of("rollouts", [step])
+        if spans.empty:
+            raise DataError(f"{run.path}: no engine has a record of step {step}, the one that would be drawn")
         start, end = spans.t_start.min(), spans.t_end.max()
         grid = np.linspace(start, end, POINTS)
         share = np.array([occupancy(own, grid) for _, own in spans.groupby("engine")])

@@ -76,6 +76,8 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     spread = max(table.hours.max() / table.hours.min(), table[cost].max() / table[cost].min())
     if spread > 20:
         axes.set(xscale="log", yscale="log")
+        style.powers(axes.xaxis)
+        style.powers(axes.yaxis)
     else:
         axes.set(xlim=(0, 1.25 * table.hours.max()), ylim=(0, 1.15 * table[cost].max()))
     unit = "US dollars" if cost == "dollars" else "GPU-hours"

@@ -162,6 +162,8 @@ def _draw_ceilings(axes: Axes, hardware: Hardware, table: pd.DataFrame, x: np.nd
         )
         axes.loglog(x, roof_of(ceilings, x), color="#333333", linewidth=1.4, linestyle=line, label=label)
         axes.axvline(ceilings.ridge, color="#999999", linewidth=0.8, linestyle=":")
+    style.powers(axes.xaxis)
+    style.powers(axes.yaxis)
     reduced = table[table.what == "all_reduce"]
     for row in reduced.itertuples():
         axes.axhline(
@@ -195,6 +197,7 @@ def _draw_trajectory(
             )  # fmt: skip
     axes.set(xlim=(x[0], x[-1]), ylim=(lines.flops_per_s.min() / 2, roof_of(hardware.highest, x).max() * 1.5))
     style.log_scale(axes, "x")  # often less than a power of ten
+    style.powers(axes.yaxis)
     few, many = (unit.format(value) for value in (lines["from"].min(), lines["to"].max()))
     axes.set_title(f"Decode by {over}, {few.split()[0]} to {many}", fontsize="small")
 

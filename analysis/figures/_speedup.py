@@ -146,6 +146,7 @@ def _draw_facet(axes: Axes, points: pd.DataFrame, name: str, colours: dict[str, 
     values = sorted(set(points[name].dropna()))
     if name in ("window", "gpus") and len(values) > 1 and values[0] > 0:
         axes.set_xscale("log", base=2)
+        style.powers(axes.xaxis, base=2)
     if len(values) <= 6:
         axes.set_xticks(values, [_short(value) for value in values], fontsize="small")
         axes.minorticks_off()

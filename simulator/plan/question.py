@@ -82,7 +82,7 @@ class Question(Settings):
     weight_sync_s: Seconds | None = None
     """Left out: the policy's bytes over the network."""
     switch_s: Seconds = 0.0
-    mtbf_hours: PositiveFloat | None = None
+    mtbf_hours: float | None = Field(None, gt=0, le=1e9)
     """Mean hours between failures of one GPU; the cluster fails as many times as often as it has GPUs."""
     restart_s: Seconds = 600.0
     price_per_hour: Annotated[float, Field(ge=0, le=1e6)] | None = None

@@ -199,6 +199,15 @@ def test_questions_beyond_the_limit_are_told_to_wait(page, monkeypatch):
     assert "ask again in a few seconds" in faults(response)[None]
 
 
+def test_a_refused_upload_that_came_twice_is_forgotten_once(tmp_path):
+    uploads = Uploads(tmp_path)
+    own = uploads.keep("model", "config.json", b"{}")
+    assert uploads.keep("model", "config.json", b"{}").id == own.id
+    uploads.forget(own.id)
+    uploads.forget(own.id)
+    assert uploads.get(own.id, "model") is None
+
+
 def test_uploads_are_kept_once_and_not_for_ever(tmp_path):
     uploads = Uploads(tmp_path)
     first = uploads.keep("lengths", "a.csv", b"tokens\n1\n")

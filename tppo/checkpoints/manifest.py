@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -151,13 +152,19 @@ def verified(checkpoint: Path) -> Manifest:
 
 def check_all_is_its_own(checkpoint: Path) -> None:
     """Raises DataError at a link, whose target an export would copy, and at a pipe, which would be read for ever."""
+    check_plain(checkpoint.rglob("*"), "a checkpoint has")
+
+
+def check_plain(paths: Iterable[Path], who_has: str) -> None:
+    """Raises DataError at what is neither a file nor a folder."""
+    path = None
     try:
-        for path in sorted(checkpoint.rglob("*")):
+        for path in sorted(paths):
             mode = path.lstat().st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                raise DataError(f"{path} is a link or a device; a checkpoint has plain files only: copy it there")
+                raise DataError(f"{path} is a link or a device; {who_has} plain files only: copy it there")
     except OSError as error:
-        raise DataError(f"{checkpoint} cannot be read: {error.strerror}") from None
+        raise DataError(f"{error.filename or path} cannot be read: {error.strerror}") from None
 
 
 def check_it_fits(checkpoint: Path, manifest: Manifest, *, algorithm: str, model: dict[str, Any] | None) -> None:

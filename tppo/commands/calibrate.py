@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from profiling.console import table_console
+from profiling.console import PlainConsole, table_console
 from profiling.errors import ConfigError
 from profiling.reader import Run
 from profiling.settings import to_toml
@@ -84,7 +83,7 @@ def write_transfer(run: Run, calibration: Calibration, target: Target) -> None:
     )  # fmt: skip
     write_atomically(target.file, to_toml(found.efficiency.model_dump(mode="json")).encode())
     training = "" if found.training_slower is None else f", training {found.training_slower:.2f} times"
-    Console(stderr=True).print(
+    PlainConsole(stderr=True).print(
         f"{target.file}: the run's engines took {found.rollout_slower:.2f} times the seconds of the factors for "
         f"{start.family} and {start.engine}{training}; name this file as cost.efficiency or --efficiency",
         highlight=False, soft_wrap=True,

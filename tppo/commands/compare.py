@@ -1,6 +1,7 @@
 """`tppo compare`."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ SHOWN_CHARACTERS = 60
 def run_compare(
     paths: Sequence[Path], against: Sequence[Path] | None, *, as_json: bool, block: int | None, target: float
 ) -> None:
+    if not math.isfinite(target):
+        raise ConfigError(f"--target {target}: must be a number")
     a, b = sides_of(paths, against)
     found = compare([Run(path) for path in a], [Run(path) for path in b], target=target, block=block)
     if as_json:
@@ -74,7 +77,7 @@ def _changed(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _value(value: Any) -> str:
-    text = "not there" if value is None else json.dumps(value) if isinstance(value, list) else str(value)
+    text = "not there" if value is None else json.dumps(value, default=str) if isinstance(value, list) else str(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"
 
 

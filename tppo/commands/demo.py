@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from rich.table import Table
 
 from analysis.report import write_report
 from analysis.tables import comparison_tables, score_table, speed_table
-from profiling.errors import ConfigError
+from profiling.console import PlainConsole
+from profiling.errors import ConfigError, DataError
 from profiling.reader import Run
-from profiling.settings import to_toml
+from profiling.settings import parse_toml, to_toml, with_overrides
 from profiling.writer import write_atomically
 from simulator.calibrate import calibrate
 from tppo.checkpoints.store import checkpoints_of
@@ -35,7 +35,7 @@ def run_demo(output: Path, *, regime: str, seeds: Sequence[int], arms: Sequence[
     Returns the runs, arm by arm. Everything it wrote, report.html first, lies under `output`. Raises ConfigError.
     """
     quieten_libraries()
-    console = Console()
+    console = PlainConsole()
     settings = load_regime(regime)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def run_demo(output: Path, *, regime: str, seeds: Sequence[int], arms: Sequence[
 
 def warm_model(settings: Regime, output: Path) -> Path:
     """The regime's starting point, trained now or found in `output`."""
-    console = Console()
+    console = PlainConsole()
     console.print("[bold]Warm start[/bold]: supervised training on a careless pupil's solutions (cached)")
     return warm_start(
         settings.warm_start, settings.data, settings.task(settings.data.seed), output,
@@ -96,20 +96,17 @@ def train_config(config: RunConfig) -> Run:
 def check_it_is_that_run(directory: Path, config: RunConfig) -> None:
     """Raises ConfigError when `directory` holds anything but a run with these settings (train.steps may differ)."""
 
-    def settings(text: str) -> dict[str, Any]:
-        values = tomllib.loads(text)
-        values.pop("output", None)
-        values.get("train", {}).pop("steps", None)
-        model = values.get("model", {})
-        model["path"] = Path(model.get("path", "")).name  # as seen from wherever the command was started
-        return values
+    def settings(values: dict[str, Any]) -> dict[str, Any]:
+        path = config.model.path if not values.get("model") else values["model"]["path"]
+        values = with_overrides(values, {"output": None, "train.steps": None})
+        return with_overrides(values, {"model.path": Path(path).name})  # from wherever the command was started
 
     wanted = to_toml(config.model_dump(mode="json"))
     if not (directory / "trace.jsonl").exists() or not (directory / "config.toml").exists():
         raise ConfigError(f"{directory}: exists and is not a run; choose another --output, or move it away")
     try:
-        same = settings((directory / "config.toml").read_text()) == settings(wanted)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError):
+        same = settings(Run(directory).config) == settings(parse_toml(wanted))
+    except (DataError, TypeError, KeyError):  # not even of the right form
         same = False
     if not same:
         raise ConfigError(f"{directory}: holds a run with other settings; choose another --output, or move it away")

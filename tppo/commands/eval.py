@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from profiling.console import table_console
+from profiling.console import PlainConsole, table_console
 from profiling.errors import ConfigError, InputError
 from profiling.schema import EVALUATIONS
 from profiling.settings import Settings, check_settings, parse_overrides, with_overrides
@@ -171,7 +170,7 @@ def claim(directory: Path) -> None:
 @contextmanager
 def progress() -> Iterator[Any]:
     columns = (TextColumn("responses"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+    with Progress(*columns, console=PlainConsole(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda ended, of: bar.update(task, advance=ended, total=of)
 

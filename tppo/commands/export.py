@@ -55,7 +55,7 @@ def run_export(
 
 def steps_of(text: str) -> tuple[int, int | None]:
     """`FIRST:LAST`, `FIRST:` or one step. Raises InputError."""
-    found = re.fullmatch(r"(\d+)(:(\d+)?)?", text)
+    found = re.fullmatch(r"(\d{1,18})(:(\d{1,18})?)?", text)
     if not found or (found[3] and int(found[3]) < int(found[1])):
         raise InputError(f"--steps {text}: write FIRST:LAST, FIRST: or one step")
     first = int(found[1])
@@ -112,7 +112,7 @@ def scalars(run: Run) -> Iterator[tuple[str, int, float, dict[str, float]]]:
     """(axis, place on it, seconds from the start of the run, name -> value): rows of metrics by `step`, means of the
     devices' samples by `second`."""
     for row in run.metrics.to_dict("records"):
-        yield "step", int(row["step"]), float(row.get("time_s", 0.0)), scalars_of(row)
+        yield "step", int(row["step"]), float(row.get("time_s") or 0.0), scalars_of(row)
     seconds = run.devices.assign(second=run.devices.t.astype(int)).groupby(["second", "device"])
     for (second, device), row in seconds.mean(numeric_only=True).drop(columns="t").iterrows():
         values = {f"device/{device}/{name}": float(value) for name, value in row.dropna().items()}

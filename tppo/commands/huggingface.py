@@ -123,7 +123,7 @@ def card_of(run: Path, manifest: Manifest, has_value_model: bool) -> str:
 
 def _model_of(run: Path) -> Any:
     try:
-        return read_toml(run / "config.toml").get("model", {}).get("path")
+        return read_toml(run / "config.toml", regular=True).get("model", {}).get("path")
     except ConfigError:  # the checkpoint was taken out of its run
         return None
 

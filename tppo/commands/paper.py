@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from analysis.plot import plot
+from profiling.console import PlainConsole
 from profiling.errors import ConfigError, DataError, RunError
 from profiling.reader import Run
-from profiling.settings import to_toml
+from profiling.settings import parse_toml, to_toml
 from profiling.writer import write_atomically
 from simulator import load_experiment, simulate
 from simulator.experiment import Experiment
@@ -52,7 +52,7 @@ def run_paper(
     if settings_file != SETTINGS:
         command += f" --settings {settings_file}"
     write_atomically(output / "CAPTIONS.md", captions(drawn, settings, command, output).encode())
-    console = Console()
+    console = PlainConsole()
     for one in drawn:
         if one.reason is None:
             console.print(*one.files, sep="\n", markup=False, highlight=False, soft_wrap=True)
@@ -67,7 +67,7 @@ def simulate_all(experiments: dict[str, Experiment], folder: Path, jobs: int | N
     """Name -> finished run; those that `folder` holds stay as they are. Raises ConfigError when it holds others."""
     waiting = {name: own for name, own in experiments.items() if not _is_there(folder / name, own)}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("simulations", total=len(waiting))
         asked = {name: (own.model_dump_json(), folder / name) for name, own in waiting.items()}
@@ -82,6 +82,8 @@ def _play(asked: tuple[str, Path]) -> None:
     whole."""
     experiment, directory = asked
     partial = directory.with_name(f".{directory.name}.partial")
+    if partial.is_symlink():
+        partial.unlink()
     shutil.rmtree(partial, ignore_errors=True)
     simulate(load_experiment(json.loads(experiment))).write(partial)
     partial.rename(directory)
@@ -90,8 +92,7 @@ def _play(asked: tuple[str, Path]) -> None:
 def _is_there(directory: Path, experiment: Experiment) -> bool:
     if not directory.exists():
         return False
-    config = directory / "config.toml"
-    if not config.exists() or config.read_text() != to_toml(experiment.model_dump(mode="json")):
+    if not directory.is_dir() or Run(directory).config != parse_toml(to_toml(experiment.model_dump(mode="json"))):
         raise ConfigError(
             f"{directory}: holds something else than this set's run; choose another --output, or remove it"
         )

@@ -5,11 +5,10 @@ import json
 import re
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from profiling.console import table_console
+from profiling.console import PlainConsole, table_console
 from profiling.errors import ConfigError
 from profiling.settings import check_settings
 from profiling.writer import write_atomically
@@ -61,7 +60,7 @@ def run_plan(options: argparse.Namespace) -> None:
     question = question_of(options)
     if options.output is not None and (options.output.is_dir() or not options.output.name):
         raise ConfigError(f"--output {str(options.output)!r}: is not a file to write")
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("simulating options", total=None)
         found = answer(question, lambda done, of: progress.update(task, completed=done, total=of))

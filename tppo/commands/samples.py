@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from profiling.console import PlainConsole
 from profiling.errors import DataError
 from profiling.reader import Run
 
@@ -29,7 +30,7 @@ def run_samples(directory: Path, *, step: int | None, as_json: bool, console: Co
     if as_json:
         print(json.dumps(json.loads(found.to_json(orient="records")), ensure_ascii=False, indent=1))
     else:
-        (console or Console()).print(table_of(found, f"{run.name}, step {wanted}"))
+        (console or PlainConsole()).print(table_of(found, f"{run.name}, step {wanted}"))
 
 
 def table_of(samples: pd.DataFrame, title: str) -> Table:

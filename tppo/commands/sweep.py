@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from profiling.console import table_console
+from profiling.console import PlainConsole, table_console
 from profiling.errors import ConfigError
 from profiling.settings import parse_overrides
 from simulator.sweep import cells_of, parse_vary, run_cells
@@ -34,7 +33,7 @@ def run_sweep(
         raise ConfigError(f"--jobs {jobs}: must be at least 1")
     varied = parse_vary(vary)
     cells = cells_of(source, parse_overrides(words), varied)
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         joined_cluster(ray) if ray is not None else nullcontext() as cluster,

@@ -53,7 +53,7 @@ def read_config(
         if "ray.address" in overrides:
             raise ConfigError("--ray, --ray.address: one says what the other does; leave one out")
         overrides["ray.address"] = ray
-    tables = read_toml(source)
+    tables = read_toml(source, regular=config_path is None)
     if config_path is None:
         check_code_is_asked_for(tables, overrides, where=str(source))
     values = with_overrides(tables, overrides)

@@ -15,6 +15,8 @@ BUNDLED = ("original",)
 ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 ROWS_AT_ONCE = 1000
+MOST_BYTES_AT_ONCE = 2**28
+"""Of Parquet, if each of the rows had all that is stored: a text that many rows share is stored once."""
 LONGEST_LINE = 2**26
 """Characters, of JSON or CSV."""
 LARGEST_JSON_BYTES = 2**29
@@ -38,7 +40,10 @@ def open_tables(path: str, *, split: str, subset: str, key: str) -> list[Table]:
     if path in BUNDLED:
         with (files("tppo.data") / "problems" / f"{path}.jsonl").open(encoding="utf-8") as file:
             return [_table_of(path, [json.loads(line) for line in file])]
-    local = Path(path).expanduser()
+    try:
+        local = Path(path).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise DataError(f"{key}.path = {path!r}: {error}") from None
     if local.is_file():
         return [_open_file(local, key)]
     if local.is_dir():
@@ -59,7 +64,9 @@ def files_of(folder: Path, *, split: str, subset: str, key: str) -> list[Path]:
     found = [
         file
         for file in sorted(folder.rglob("*"))
-        if file.suffix in ENDINGS and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.suffix in ENDINGS
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
     if not found:
         raise DataError(f"{key}.path = {str(folder)!r}: holds no {', '.join(ENDINGS)} file")
@@ -177,9 +184,12 @@ def _parquet(path: Path) -> Table:
 
     def rows(names: Sequence[str]) -> Iterator[dict[str, Any]]:
         try:
-            for batch in pq.ParquetFile(path).iter_batches(ROWS_AT_ONCE, columns=list(names)):
+            file = pq.ParquetFile(path)
+            groups = [file.metadata.row_group(place).total_byte_size for place in range(file.num_row_groups)]
+            at_once = max(1, min(ROWS_AT_ONCE, MOST_BYTES_AT_ONCE // max(1, *groups, 1)))
+            for batch in file.iter_batches(at_once, columns=list(names)):
                 yield from batch.to_pylist()
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
             raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
 
     return Table(str(path), columns, rows)

@@ -14,6 +14,9 @@ from tppo.data.dataset import DatasetTask, Entry, read_entries
 from tppo.data.problem import Problem, Task
 from tppo.data.prompts import prompter_of
 
+MOST_PROBLEMS = 1_000_000
+"""Of the arithmetic task, held out: all of them are in memory."""
+
 
 @dataclass(frozen=True)
 class Problems:
@@ -30,6 +33,10 @@ def problems_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Proble
     if config.data.task == "dataset":
         return dataset_problems(config, tokenizer)
     held_out = arithmetic_task(config, config.evaluation.seed)
+    if config.evaluation.problems > MOST_PROBLEMS:
+        raise ConfigError(
+            f"evaluation.problems = {config.evaluation.problems}: more than {MOST_PROBLEMS:,} are not made; lower it"
+        )
     numbers = range(config.evaluation.problems)
     return Problems(arithmetic_task(config), [held_out.problem(number) for number in numbers], None, [])
 

@@ -67,7 +67,7 @@ def find_source(where: str, checkpoint: str | None = None) -> Source:
 
 def _from_checkpoint(folder: Path, run: Path) -> Source:
     step = folder.name.removeprefix("step-")
-    settings = kept_settings(read_toml(run / "config.toml")) if (run / "config.toml").is_file() else {}
+    settings = kept_settings(read_toml(run / "config.toml", regular=True)) if (run / "config.toml").is_file() else {}
     return Source(str(folder / "policy"), int(step) if step.isdigit() else None, settings)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
 from analysis import style
@@ -126,7 +127,8 @@ def _add_uploads(app: FastAPI, uploads: Uploads) -> None:
     async def lengths(request: Request, name: str = "lengths.csv", paste: bool = False) -> dict[str, Any]:
         content = await _body(request, "lengths", name)
         if paste:
-            name, content = "pasted.csv", pasted(content.decode(errors="replace"))
+            text = content.decode(errors="replace")
+            name, content = "pasted.csv", await run_in_threadpool(pasted, text)  # others are answered meanwhile
         return _about(uploads.keep("lengths", name, content))
 
     @app.post("/api/model")

@@ -54,9 +54,11 @@ class Uploads:
         return self._kept[own]
 
     def forget(self, own: str) -> None:
-        upload = self._kept.pop(own)
-        upload.path.unlink()
-        upload.path.parent.rmdir()
+        """The same content may have come twice, and be forgotten already."""
+        upload = self._kept.pop(own, None)
+        if upload is not None:
+            upload.path.unlink()
+            upload.path.parent.rmdir()
 
     def get(self, own: str, kind: Kind) -> Upload | None:
         found = self._kept.get(own)

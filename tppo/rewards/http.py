@@ -63,7 +63,7 @@ class HttpReward:
                 fault = f"HTTP {error.code} {error.reason}"
                 if error.code not in TRY_AGAIN:
                     raise RewardError(f"reward.url = {self.url!r}: refuses the request: {fault}") from None
-            except (OSError, HTTPException) as error:
+            except (OSError, HTTPException, ValueError, OverflowError) as error:  # ValueError: no such address can be
                 reason = getattr(error, "reason", None) or error
                 fault = str(reason) or type(error).__name__
         raise RewardError(
