@@ -114,7 +114,7 @@ READERS = (
                          max_size=5)))),
            command("plan", "--model", "Qwen2.5-0.5B", "--gpu", "H100-SXM", "--gpus", "8", "--steps", "2", "--lengths",
                    "{in}/l.csv", "--lengths-column", "n", "--prompts-per-step", "8", "--samples-per-prompt", "1",
-                   "--max-response-tokens", "1024", "--draws", "10", "--json"), share=0.005),
+                   "--max-response-tokens", "1024", "--draws", "10", "--json"), share=0.005, deadline_s=180),
     Reader("tppo train --check", texts("t.toml", (TRAINING,), toml_text),
            command("train", "{in}/t.toml", "--check", "--gpu", "H100-SXM"), share=0.1),
 )  # fmt: skip

@@ -76,12 +76,13 @@ def judge(
     files: Mapping[str, bytes],
     names: tuple[str, ...] = (),
     writes: tuple[str, ...] = (),
+    deadline_s: float = DEADLINE_S,
 ) -> str:
     """Write the files into the empty `folder` and read them. "read" or "refused"; any other end is a fault."""
     write_files(folder, files)
     before, peak = content_of(folder, writes), peak_mb()
     try:
-        with deadline():
+        with deadline(deadline_s):
             read(folder)
         end = "read"
     except Refused:

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.oracle import judge
+from tests.fuzz.oracle import DEADLINE_S, judge
 
 MEMORY = Path("/dev/shm")
 """Small files that live for a moment, where there is a disk in memory (Linux)."""
@@ -29,6 +29,8 @@ class Reader:
     """What else a message may name: a flag, a section of the configuration."""
     writes: tuple[str, ...] = ()
     """Names of files that it may write in the folder."""
+    deadline_s: float = DEADLINE_S
+    """Of a case. One that starts processes waits for their imports."""
 
 
 def run_cases(reader: Reader, cases: int, *, start: int | None = None) -> dict[str, int]:
@@ -44,7 +46,7 @@ def run_cases(reader: Reader, cases: int, *, start: int | None = None) -> dict[s
         with tempfile.TemporaryDirectory(prefix="fuzz-", dir=MEMORY if MEMORY.is_dir() else None) as top:
             folder = Path(top) / "in"
             folder.mkdir()
-            ends[judge(reader.read, folder, files, reader.names, reader.writes)] += 1
+            ends[judge(reader.read, folder, files, reader.names, reader.writes, reader.deadline_s)] += 1
             assert {path.name for path in Path(top).iterdir()} <= {"in", "out"}, "written beside the folder"
 
     (seed(start)(case) if start is not None else case)()
