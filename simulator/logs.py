@@ -179,7 +179,7 @@ def _of_tensorboard(path: Path) -> Iterator[dict[str, float]]:
 
 def calibrate_logs(kind: str, paths: Sequence[Path], *, engines: int, rows_per_step: int | None = None) -> Calibration:
     """One cost model for logs of one kind. engines: rollout engines that shared the rows of a step.
-    Raises DataError."""
+    Raises ConfigError, DataError."""
     for name, given in (("--engines", engines), ("--rows-per-step", rows_per_step or 1)):
         if not 1 <= given <= MOST_ROWS:
             raise ConfigError(f"{name} {given}: must be from 1 to {MOST_ROWS:,}")

@@ -27,7 +27,7 @@ COLUMNS = ["run", "arm", "simulated", "step", "t_s", "mean", "low", "high", "end
 
 def data(runs: Sequence[Run]) -> pd.DataFrame:
     """t_s: from the rollout's start, in POINTS equal steps to its end; mean, low and high over engines of rows /
-    slots; ended_90: the first moment at which 90 % of the step's rows have ended."""
+    slots; ended_90: the first moment at which 90 % of the step's rows have ended. Raises DataError."""
     parts = []
     for (arm, _), run in zip(arms_of(runs), drawn_runs(runs), strict=True):
         step = typical_step(run)

@@ -22,6 +22,7 @@ from tests.fuzz.checkpoint_files import with_checksums
 from tests.fuzz.oracle import write_files
 from tests.fuzz.trained_files import FOLDER, PLACE, QUICK, RUN, model, trained
 from tppo.cli import main
+from tppo.data import tables
 from tppo.data.tables import open_tables
 
 
@@ -107,16 +108,19 @@ def test_a_pipe_among_data_is_not_waited_for(tmp_path):
         read_log("verl", tmp_path / "verl.log")
 
 
-def test_a_text_that_many_rows_share_is_not_unfolded_at_once(tmp_path):
-    path = tmp_path / "d.parquet"
-    text = "x" * 2_000_000
-    pq.write_table(pa.table({"question": pa.array([text] * 2000).dictionary_encode(), "answer": ["1"] * 2000}), path)
+def test_a_text_that_many_rows_share_is_not_unfolded_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "MOST_BYTES_AT_ONCE", 2**22)
+    path, rows = tmp_path / "d.parquet", 1000
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["x" * 200_000]))
+    pq.write_table(pa.table({"question": shared, "answer": ["1"] * rows}), path)
     assert path.stat().st_size < 100_000
     (table,) = open_tables(str(path), split="train", subset="", key="data")
-    before = pa.total_allocated_bytes()
-    rows = table.rows(["question"])
-    assert next(rows)["question"] == text
-    assert pa.total_allocated_bytes() - before < 2**30
+    pool = pa.default_memory_pool()
+    before = pool.bytes_allocated()
+    read = table.rows(["question"])
+    assert len(next(read)["question"]) == 200_000
+    assert pool.bytes_allocated() - before < 20e6  # all rows: 200 MB
+    assert sum(1 for _ in read) == rows - 1
 
 
 @pytest.mark.parametrize(

@@ -153,5 +153,5 @@ def test_any_command_can_be_profiled_and_keeps_its_exit_code(tmp_path, capsys):
 def test_a_command_that_does_not_exist_is_bad_input(tmp_path):
     with pytest.raises(ConfigError, match="no-such-program: no such command"):
         profile_command(["no-such-program"], interval_s=0.1, output=tmp_path / "run")
-    with pytest.raises(ConfigError, match="must be above 0"):
+    with pytest.raises(ConfigError, match=r"must be from 0\.001 to 3600 seconds"):
         profile_command(["true"], interval_s=0, output=tmp_path / "other")

@@ -146,6 +146,9 @@ def test_words_that_would_write_or_train_by_mistake_are_refused(make_config, tmp
     file = tmp_path / "c.toml"
     file.write_text(to_toml(config.model_dump(mode="json")))
     assert error_of(capsys, "train", file, "--output", "") == (
+        2, "tppo: --output: names nothing; an empty word would be the current directory",
+    )  # fmt: skip
+    assert error_of(capsys, "train", file, "--output", ".") == (
         2, "tppo: --output: names the current directory; give the run a directory of its own",
     )  # fmt: skip
     assert error_of(capsys, "train", file, "--gpu", "H200")[1].endswith(

@@ -92,7 +92,11 @@ def _play(asked: tuple[str, Path]) -> None:
 def _is_there(directory: Path, experiment: Experiment) -> bool:
     if not directory.exists():
         return False
-    if not directory.is_dir() or Run(directory).config != parse_toml(to_toml(experiment.model_dump(mode="json"))):
+    try:
+        same = Run(directory).config == parse_toml(to_toml(experiment.model_dump(mode="json")))
+    except DataError:
+        same = False
+    if not same:
         raise ConfigError(
             f"{directory}: holds something else than this set's run; choose another --output, or remove it"
         )
