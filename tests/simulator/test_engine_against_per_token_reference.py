@@ -180,7 +180,7 @@ def cases(draw):
 
 
 @given(case=cases())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_closed_form_jumps_equal_single_tokens(case, tmp_path_factory):
     result = simulate(experiment(tmp_path=tmp_path_factory.mktemp("w"), **case))
     wall, ends, preemptions, (finished, tokens), ledger = replay_slowly(**case)

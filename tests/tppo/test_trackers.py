@@ -12,6 +12,7 @@ import torch
 
 from profiling.errors import ConfigError
 from profiling.reader import Run
+from tests.tppo import forked
 from tppo.start import train
 from tppo.tracking import packages, tracker
 from tppo.tracking.scalars import scalars_of
@@ -217,15 +218,22 @@ def test_a_tracker_that_cannot_open_does_not_stop_a_run(make_config, monkeypatch
 
 
 def test_threads_of_trackers_draw_from_no_global_random_state(tmp_path):
-    state = random.getstate()
-    settings = LoggingConfig(wandb=True, mlflow=True, tensorboard=True)
-    from tppo.tracking.protocol import About
-
+    """In a process of its own: threads that other tests left behind may draw."""
     (tmp_path / "run").mkdir()
-    tracking = Tracker.of(About(tmp_path / "run", settings, {"a": 1}), note=print)
-    tracking.metrics({"step": 1, "x": 1.0})
-    tracking.finish("finished")
-    assert random.getstate() == state
+
+    def work():
+        from tppo.tracking.protocol import About
+
+        settings = LoggingConfig(wandb=True, mlflow=True, tensorboard=True)
+        state = random.getstate()
+        tracking = Tracker.of(About(tmp_path / "run", settings, {"a": 1}), note=print)
+        tracking.metrics({"step": 1, "x": 1.0})
+        tracking.finish("finished")
+        assert random.getstate() == state
+
+    child = forked.start(work)
+    child.join()
+    assert child.exitcode == 0
 
 
 @pytest.mark.slow
