@@ -320,7 +320,7 @@ def fault_in_trailer(trailer: dict[str, Any]) -> str | None:
     sampler = trailer.get("sampler")
     for name in ("ticks", "missed_ticks"):
         value = sampler.get(name) if isinstance(sampler, dict) else None
-        if value is not None and not is_count(value):
+        if not is_count(value):
             return f"trailer.sampler.{name} = {shown(value)} is not a whole number of at least 0"
     return None
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.model_costs import model_of
-from profiling.errors import LONGEST_MESSAGE, ConfigError, DataError, shown
+from profiling.errors import LONGEST_MESSAGE, ConfigError, DataError, InputError, shown
 from profiling.files import parse_json, read_whole
 from profiling.markers import read_markers
 from profiling.reader import Run
@@ -31,7 +31,7 @@ from tppo.checkpoints.manifest import read_manifest
 from tppo.cli import main
 
 
-def refused(read, *words, error=DataError):
+def refused(read, *words, error=InputError):
     with pytest.raises(error) as caught:
         read()
     text = str(caught.value)

@@ -69,7 +69,7 @@ def run_demo(output: Path, *, regime: str, seeds: Sequence[int], arms: Sequence[
 def warm_model(settings: Regime, output: Path) -> Path:
     """The regime's starting point, trained now or found in `output`."""
     console = PlainConsole()
-    console.print("[bold]Warm start[/bold]: supervised training on a careless pupil's solutions (cached)")
+    console.print("Warm start: supervised training on a careless pupil's solutions (cached)")
     return warm_start(
         settings.warm_start, settings.data, settings.task(settings.data.seed), output,
         lambda step, loss: console.print(f"  step {step} of {settings.warm_start.steps}, loss {loss:.3f}", end="\r"),
@@ -97,9 +97,8 @@ def check_it_is_that_run(directory: Path, config: RunConfig) -> None:
     """Raises ConfigError when `directory` holds anything but a run with these settings (train.steps may differ)."""
 
     def settings(values: dict[str, Any]) -> dict[str, Any]:
-        path = config.model.path if not values.get("model") else values["model"]["path"]
-        values = with_overrides(values, {"output": None, "train.steps": None})
-        return with_overrides(values, {"model.path": Path(path).name})  # from wherever the command was started
+        name = Path(values["model"]["path"]).name  # as seen from wherever the command was started
+        return with_overrides(values, {"output": None, "train.steps": None, "model.path": name})
 
     wanted = to_toml(config.model_dump(mode="json"))
     if not (directory / "trace.jsonl").exists() or not (directory / "config.toml").exists():
