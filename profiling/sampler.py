@@ -40,7 +40,7 @@ def open_sources(links: bool) -> tuple[list[Source], str | None]:
     openers: list[Callable[[], Source]] = [lambda: NvmlSource(links=links), AmdSource]
     for opened in openers:
         try:
-            return [opened(), HostSource()], None
+            return [opened(), HostSource(beside_gpus=True)], None
         except NoDriver as error:
             reasons.append(str(error))
     return [HostSource()], f"no GPU: host samples only (NVML: {'; '.join(reasons)})"

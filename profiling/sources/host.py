@@ -11,7 +11,10 @@ HOST = "host"
 
 
 class HostSource:
-    def __init__(self) -> None:
+    """beside_gpus: read the host once a second, for the GPUs are what every reading is for."""
+
+    def __init__(self, *, beside_gpus: bool = False) -> None:
+        self._beside_gpus = beside_gpus
         self.capabilities = Capabilities()
         for metric in ("utilisation", "memory_bytes"):
             self.capabilities.note(HOST, metric, "ok")
@@ -24,10 +27,10 @@ class HostSource:
 
     def read(self, now_s: float) -> Iterator[Sample]:
         """CPU time of all cores since the last reading, as a fraction of all cores; memory in use."""
-        memory = None
-        if self._slow.is_due(now_s):
-            memory = float(psutil.virtual_memory().used)
-        yield Sample(HOST, utilisation=psutil.cpu_percent() / 100, memory_bytes=memory)
+        slow = self._slow.is_due(now_s)
+        if slow or not self._beside_gpus:
+            memory = float(psutil.virtual_memory().used) if slow else None
+            yield Sample(HOST, utilisation=psutil.cpu_percent() / 100, memory_bytes=memory)
 
     def windows(self, now_s: float) -> list[Window]:
         """Bytes a second that all disks together read and wrote since the last call."""
