@@ -47,6 +47,12 @@ def beyond(names: Sequence[str], most: int, what: str) -> list[str]:
     return [f"Not drawn: {listed(names[most:])} ({most} {what} at most)."] if len(names) > most else []
 
 
+def simulated_only(runs: Iterable[Run]) -> list[str]:
+    """For the foot of a figure: a line about the runs whose schedule no trainer of ours runs."""
+    names = [run.name for run in runs if run.header.get("simulated_only")]
+    return [f"Simulated only, the trainer has no such schedule: {listed(names)}."] if names else []
+
+
 def lacks_engine_records(run: Run) -> str | None:
     """Of training steps; step 0 trains the value model."""
     if step_bounds(run).empty:

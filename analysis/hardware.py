@@ -32,6 +32,7 @@ class Hardware:
     theoretical: Ceilings | None
     empirical: Ceilings | None
     link_bytes_per_s: float | None = None
+    link: str = "the link"
     network_bytes_per_s: float | None = None
     gpus_per_node: int | None = None
     price_per_hour: float | None = None
@@ -52,7 +53,7 @@ class Hardware:
         """Way and bytes/s that `gpus` GPUs of one engine talk over; None where it is not known."""
         inside = self.gpus_per_node is None or gpus <= self.gpus_per_node
         rate = self.link_bytes_per_s if inside else self.network_bytes_per_s
-        return None if rate is None else ("link" if inside else "network", rate)
+        return None if rate is None else (self.link if inside else "the network", rate)
 
 
 def hardware_path(run: Run) -> Path | None:
@@ -96,7 +97,10 @@ def hardware_of(run: Run) -> Hardware:
         source = str(values.get("empirical_from", "in practice"))
         theoretical, empirical = Ceilings(flops, size, "data sheet"), ceilings("empirical", source)
     per_node = rate("gpus_per_node")
+    link = values.get("link") or Hardware.link
+    if not isinstance(link, str):
+        raise DataError(f"{path}: link = {link!r} is not a name")
     return Hardware(
-        path, values["name"], theoretical, empirical, rate("link_bytes_per_s"), rate("network_bytes_per_s"),
+        path, values["name"], theoretical, empirical, rate("link_bytes_per_s"), link, rate("network_bytes_per_s"),
         None if per_node is None else int(per_node), rate("price_per_hour"),
     )  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.tables import NOT_TRAINING, by_arm
+from analysis.tables import NOT_TRAINING, by_arm, processor
 from profiling.errors import DataError
 from profiling.reader import Run
 from profiling.schema import CAUSES
@@ -41,7 +41,7 @@ def ledger_table(runs: Sequence[Run], names: dict[str, tuple[str, str]]) -> pd.D
         if ended:
             seconds = pd.DataFrame(ended).astype(float).mean(skipna=False)
             whole = seconds.sum() + sum(own.attrs.get("unresolved_s", 0.0) for own in ended) / len(ended)
-            columns[f"{arm}: GPU s per step"] = seconds
+            columns[f"{arm}: {processor(members)} s per step"] = seconds
             columns[f"{arm}: share"] = seconds / whole if whole > 0 else seconds * float("nan")
     if not columns:
         raise DataError(f"{runs[0].path}: has no ledger yet; the run has not ended")

@@ -21,7 +21,9 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
 RC: Any = {
@@ -35,6 +37,8 @@ RC: Any = {
     "axes.titlesize": "medium",
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
+    "figure.titlesize": "medium",
+    "figure.titleweight": "bold",
     "grid.color": "#e3e3e3",
     "grid.linewidth": 0.6,
     "legend.fontsize": "small",
@@ -51,6 +55,7 @@ RC: Any = {
 PAPER_RC: Any = RC | {
     "font.size": 8,
     "axes.titleweight": "normal",
+    "figure.titleweight": "normal",
     "axes.linewidth": 0.6,
     "axes.labelpad": 2.0,
     "grid.linewidth": 0.4,
@@ -253,15 +258,27 @@ def subplots(
 
 
 def log_scale(axes: Axes, which: str) -> None:
-    """Make the axis, `x` or `y`, logarithmic, with plain numbers at 1, 2 and 5, or at powers of ten if they are many.
-    What is not above zero is not shown."""
+    """Make the axis, `x` or `y`, logarithmic, with plain numbers at 1, 2 and 5, at powers of ten if they are many, or
+    at all of 1 to 9 if they are few. What is not above zero is not shown."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log", nonpositive="mask")
     low, high = axis.get_view_interval()
-    few = low > 0 and high / low < 10**2.5
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    decades = math.log10(high / low) if low > 0 else math.inf
+    axis.set_major_locator(LogLocator(subs=range(1, 10) if decades < 0.5 else (1, 2, 5) if decades < 2.5 else (1,)))
+    thousands(axis)
     axis.set_minor_formatter(NullFormatter())
+
+
+def thousands(axis: Axis) -> None:
+    """Label 25,000 as 25k."""
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value / 1000:,.10g}k" if value >= 10_000 else f"{value:,.10g}")
+    )
+
+
+def whole_numbers(axis: Axis) -> None:
+    """Ticks at whole numbers only, were it one."""
+    axis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
 
 
 def powers(axis: Axis, base: int = 10) -> None:
@@ -290,7 +307,14 @@ def title(axes: Axes, text: str) -> None:
     across = axes.get_subplotspec()
     panels = across.get_gridspec().ncols if across is not None else 1
     with settings():
-        axes.set_title(_wrapped(text, figure, 0.92 / panels), loc="left")
+        share = 0.92 if panels == 1 else 0.84 / panels  # the rest is the tick labels'
+        axes.set_title(wrapped(text, figure, share, weight="axes.titleweight"), loc="left")
+
+
+def heading(figure: Figure, text: str) -> None:
+    """Above the whole figure, from its left edge: for several panels, or tick labels that leave the axes no width."""
+    with settings():
+        figure.suptitle(wrapped(text, figure, 0.97, weight="figure.titleweight"), x=0.01, ha="left")
 
 
 def legend(axes: Axes, columns: int = 1, note: str = "") -> None:
@@ -303,7 +327,7 @@ def legend(axes: Axes, columns: int = 1, note: str = "") -> None:
     elif handles:
         rc = _style.get().rc
         down = ScaledTranslation(0, -3.6 * rc["font.size"] / 72, figure.dpi_scale_trans)
-        fitting = _columns_that_fit(figure, labels, columns)
+        fitting = _columns_that_fit(figure, labels, columns, "small")
         with rc_context(rc):
             axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=fitting,
                         bbox_transform=axes.transAxes + down)  # fmt: skip
@@ -311,36 +335,51 @@ def legend(axes: Axes, columns: int = 1, note: str = "") -> None:
 
 def below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str], columns: int = 3, note: str = "") -> None:
     """A legend below the whole figure, in at most so many columns, under a line or two of `note`: what was left out,
-    and why. The figure grows by the lines that it has beyond three."""
+    and why. Smaller where else it would be a long single column. The figure grows by the lines that it has beyond
+    three."""
     if not handles and not note:
         return
-    fitting = _columns_that_fit(figure, labels, columns) if handles else 1
-    note = _wrapped(note, figure, 0.97, "x-small")
+    size = "small"
+    if len(handles) > 3 and _columns_that_fit(figure, labels, columns, size) == 1:
+        size = "x-small"
+    fitting = _columns_that_fit(figure, labels, columns, size) if handles else 1
+    note = wrapped(note, figure, 0.97, "x-small")
     lines = -(-len(handles) // fitting) + (note.count("\n") + 1 if note else 0)
     if lines > 3:
-        figure.set_figheight(figure.get_figheight() + (lines - 3) * 1.35 * _points("small") / 72)
+        figure.set_figheight(figure.get_figheight() + (lines - 3) * 1.35 * _points(size) / 72)
     with rc_context(_style.get().rc):
         figure.legend(
-            handles, labels, loc="outside lower center", ncols=fitting, title=note or None, title_fontsize="x-small"
-        )
+            handles, labels, loc="outside lower center", ncols=fitting, fontsize=size, title=note or None,
+            title_fontsize="x-small",
+        )  # fmt: skip
 
 
 def _points(size: str) -> float:
     return _style.get().rc["font.size"] * {"x-small": 0.694, "small": 0.833, "medium": 1.0}[size]
 
 
-def _wrapped(text: str, figure: Figure, share: float, size: str = "medium") -> str:
-    """In lines that fit into a share of the figure's width; a letter of this font is 0.6 em wide on average."""
-    most = max(20, int(share * figure.get_figwidth() * 72 / (0.6 * _points(size))))
+def _width_points(text: str, size: str, weight: str = "normal") -> float:
+    """Of one line; a little more than its outlines, since letters on a screen are set to whole pixels."""
+    font = FontProperties(family=_style.get().rc["font.family"], size=_points(size), weight=weight)
+    return 1.04 * float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0])
+
+
+def wrapped(text: str, figure: Figure, share: float, size: str = "medium", weight: str = "") -> str:
+    """In lines that fit into a share of the figure's width. weight: the setting that it has."""
+    if not text:
+        return ""
+    letter = _width_points(text.replace("\n", " "), size, _style.get().rc.get(weight, "normal")) / len(text)
+    most = max(20, int(share * figure.get_figwidth() * 72 / letter))
     return "\n".join(line for part in text.splitlines() for line in textwrap.wrap(part, most))
 
 
-def _columns_that_fit(figure: Figure, labels: Sequence[str], most: int) -> int:
+def _columns_that_fit(figure: Figure, labels: Sequence[str], most: int, size: str) -> int:
     """Filled one after the other, as a legend does it: each is as wide as its own longest label."""
-    em, handle, gap = _points("small"), _style.get().rc["legend.handlelength"] + 0.8, 2.0
-    letters = [len(label) for label in labels]
+    rc, em = _style.get().rc, _points(size)
+    handle, gap = em * (rc["legend.handlelength"] + 0.8), em * rc.get("legend.columnspacing", 2.0)
+    widths = np.array([_width_points(label, size) for label in labels])
     for columns in range(min(most, len(labels)), 1, -1):
-        width = em * (sum(0.55 * part.max() + handle + gap for part in np.array_split(letters, columns)) - gap)
+        width = sum(part.max() + handle + gap for part in np.array_split(widths, columns)) - gap + em
         if width <= figure.get_figwidth() * 72:
             return columns
     return 1

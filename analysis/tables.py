@@ -42,9 +42,19 @@ def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def provenance(runs: Sequence[Run]) -> str:
-    """measured, simulated, simulated only, or several of them."""
-    kinds = {run.kind for run in runs}
-    return " and ".join(sorted(kinds))
+    """measured, simulated, or both."""
+    return " and ".join(sorted({"simulated" if run.simulated else "measured" for run in runs}))
+
+
+def told_apart(run: Run, runs: Sequence[Run]) -> str:
+    """` (measured)` or ` (simulated)` after a run's name where `runs` are of both kinds."""
+    return f" ({provenance([run])})" if len({own.simulated for own in runs}) > 1 else ""
+
+
+def processor(runs: Sequence[Run]) -> str:
+    """What the ledger's time is of: `GPU`, or `host` where the runs have seen no GPU."""
+    with_gpus = {run.simulated or bool(run.header["devices"]) for run in runs}
+    return " or ".join(name for known, name in ((True, "GPU"), (False, "host")) if known in with_gpus)
 
 
 def accuracy_curve(run: Run) -> pd.DataFrame:

@@ -59,6 +59,7 @@ def _hardware(costs: AnalyticEngineCosts) -> dict[str, Any]:
         "empirical_memory_bytes_per_s": gpu.memory_bytes_per_s * max(has.weight_bandwidth, has.kv_bandwidth),
         "empirical_from": f"in practice ({has.engine} on {has.family})",
         "link_bytes_per_s": None if gpu.link_bytes_per_s is None else gpu.link_bytes_per_s / 2,
+        "link": gpu.link,
         "network_bytes_per_s": gpu.network_bytes_per_s,
         "gpus_per_node": gpu.gpus_per_node,
         "price_per_hour": gpu.price_per_hour,

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import style
-from analysis.chosen import beyond, lacks_engine_records, left_out, typical_step, usable
+from analysis.chosen import beyond, lacks_engine_records, left_out, simulated_only, typical_step, usable
 from analysis.lanes import with_slots
 from analysis.tables import by_arm, provenance
 from profiling.errors import DataError
@@ -17,17 +17,19 @@ from profiling.reader import Run
 POINTS = 400
 MOST_ARMS = 6
 CAPTION = (
-    "Rows that decode over the engine's slots through the rollout of the step of median duration (start-up steps left "
-    "out), of each arm's first run. Line: mean over engines; band: from the emptiest to the fullest engine at that "
-    "moment. Dot: 90 % of the step's rows have ended or reached their window. An engine without a limit has as many "
-    "slots as the most rows that it ran in the step; while it prefills, the rows that decode next are counted."
+    "Rows that decode over the engine's slots through the rollout of the step of median duration (start-up steps "
+    "left out), of each arm's first run. Line: mean over engines; band: from the emptiest to the fullest engine at "
+    "that moment. Dot: 90 % of the step's rows are done, or where some do not finish, done or cut off (at their "
+    "window, or when the step has rows enough). An engine without a limit has as many slots as the most rows that "
+    "it ran in the step; while it prefills, the rows that decode next are counted."
 )
-COLUMNS = ["run", "arm", "simulated", "step", "t_s", "mean", "low", "high", "ended_90"]
+COLUMNS = ["run", "arm", "simulated", "step", "t_s", "mean", "low", "high", "ended_90", "cut_off"]
 
 
 def data(runs: Sequence[Run]) -> pd.DataFrame:
     """t_s: from the rollout's start, in POINTS equal steps to its end; mean, low and high over engines of rows /
-    slots; ended_90: the first moment at which 90 % of the step's rows have ended. Raises DataError."""
+    slots; ended_90: the first moment at which 90 % of the step's rows are done or cut off; cut_off: rows of the step
+    that did not finish. Raises DataError."""
     parts = []
     for (arm, _), run in zip(arms_of(runs), drawn_runs(runs), strict=True):
         step = typical_step(run)
@@ -45,7 +47,7 @@ def data(runs: Sequence[Run]) -> pd.DataFrame:
             pd.DataFrame(
                 {"run": run.name, "arm": arm, "simulated": run.simulated, "step": step, "t_s": grid - start,
                  "mean": share.mean(axis=0), "low": share.min(axis=0), "high": share.max(axis=0),
-                 "ended_90": ended - start}
+                 "ended_90": ended - start, "cut_off": int((~rows.finished.astype(bool)).sum())}
             )
         )  # fmt: skip
     return pd.concat(parts, ignore_index=True)[COLUMNS]
@@ -72,7 +74,7 @@ def drawn_runs(runs: Sequence[Run]) -> list[Run]:
 
 def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     found = drawn_runs(runs)
-    figure, (axes,) = style.subplots(height=4.2)
+    figure, (axes,) = style.subplots(height=4.6)
     looks = style.arm_looks([arm for arm, _ in arms_of(runs)])
     for (arm, own), run in zip(table.groupby("arm", sort=False), found, strict=True):
         colour = looks[str(arm)].colour
@@ -80,7 +82,7 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
         share = done / own.t_s.iloc[-1] if own.t_s.iloc[-1] > 0 else math.nan
         label = f"{style.arm_name(str(arm))}, step {step}"
         if math.isfinite(share):
-            label += f": 90 % ended after {share:.0%}"
+            label += f": 90 % done{_or_cut_off(run) if own.cut_off.iloc[0] else ''} after {100 * share:.0f} %"
         if run.header["engines"] > 1:
             axes.fill_between(own.t_s, own.low, own.high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(
@@ -98,6 +100,10 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     axes.set_xlim(left=0)
     style.title(axes, f"Batch through a rollout ({provenance(found)})")
     every = list(by_arm(usable(runs, lacks_engine_records, "a batch occupancy")))
-    words = left_out(runs, lacks_engine_records) + beyond(every, MOST_ARMS, "arms")
+    words = left_out(runs, lacks_engine_records) + beyond(every, MOST_ARMS, "arms") + simulated_only(found)
     style.below(figure, *axes.get_legend_handles_labels(), 2, "\n".join(words))
     return figure
+
+
+def _or_cut_off(run: Run) -> str:
+    return " or at window" if (run.header["schedule"] or {}).get("window") else " or cut off"

@@ -7,17 +7,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import style
-from analysis.chosen import left_out, listed, usable
+from analysis.chosen import left_out, listed, simulated_only, usable
 from analysis.hardware import hardware_of, hardware_path
-from analysis.tables import arm_of, by_arm, provenance
+from analysis.labels import name_points
+from analysis.tables import arm_of, by_arm, processor, provenance
 from profiling.reader import Run
 
 RESPONSES = 1_000_000
+MOST_NAMED = 8
 CAPTION = (
     "Time and cost of a million finished responses, at each run's rate after its start-up steps (evaluation, "
     "checkpoints and failures left out): hours of wall-clock against US dollars (GPU-hours times the price in "
-    "hardware.json), or against GPU-hours where a run has no price. Ringed and joined: the front, that is runs that "
-    "no other beats in both. A finished response is not a learning step: schedules that train on staler or shorter "
+    "hardware.json), or against GPU-hours (host-hours of a machine without GPUs) where a run has no price. Ringed "
+    f"and joined: the front, that is runs that no other beats in both. Of more than {MOST_NAMED} runs those on the "
+    "front are named. A finished response is not a learning step: schedules that train on staler or shorter "
     "responses may need more of them for the same score, which this figure does not know."
 )
 COLUMNS = ["run", "arm", "simulated", "schedule", "gpus", "hours", "gpu_hours", "dollars", "on_front"]
@@ -69,10 +72,6 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     axes.step(best.hours, best[cost], where="post", color="#555555", linewidth=1, linestyle="--", zorder=2)
     axes.scatter(best.hours, best[cost], s=style.line_width(130), facecolor="none", edgecolor="#222222",
                  linewidth=1.1, zorder=4, label="front")  # fmt: skip
-    for row in best.head(8).itertuples():
-        gpus = f"{style.short(str(row.run))}, {row.gpus} GPU{'s' if row.gpus > 1 else ''}"
-        axes.annotate(gpus, (row.hours, getattr(row, cost)), xytext=(7, 5), textcoords="offset points",
-                      fontsize="x-small")  # fmt: skip
     spread = max(table.hours.max() / table.hours.min(), table[cost].max() / table[cost].min())
     if spread > 20:
         axes.set(xscale="log", yscale="log")
@@ -80,12 +79,21 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
         style.powers(axes.yaxis)
     else:
         axes.set(xlim=(0, 1.25 * table.hours.max()), ylim=(0, 1.15 * table[cost].max()))
-    unit = "US dollars" if cost == "dollars" else "GPU-hours"
-    axes.set(xlabel="hours per million finished responses", ylabel=f"{unit} per million finished responses")
+    unit = "US dollars" if cost == "dollars" else f"{processor(found)}-hours"
+    axes.set(xlabel="hours per million finished responses", ylabel=f"{unit} per million\nfinished responses")
     style.title(axes, f"Cost against time ({provenance(found)})")
-    words = left_out(runs, lacks)
+    words = left_out(runs, lacks) + simulated_only(found)
     if cost == "gpu_hours":
         missing = listed(list(table[table.dollars.isna()].run))
-        words.append(f"In GPU-hours: no price_per_hour is known for {missing} (hardware.json).")
+        words.append(f"In {unit}: no price_per_hour is known for {missing} (hardware.json).")
     style.below(figure, *axes.get_legend_handles_labels(), 4, "\n".join(words))
+    members = {run.name: run for run in found}
+    named = [(_name(members[str(row.run)]), [(row.hours, getattr(row, cost))])
+             for row in (table if len(table) <= MOST_NAMED else best.head(MOST_NAMED)).itertuples()]  # fmt: skip
+    name_points(axes, named, list(zip(table.hours, table[cost], strict=True)), away=style.line_width(9))
     return figure
+
+
+def _name(run: Run) -> str:
+    gpus, what = run.header["gpus"], processor([run])
+    return f"{style.short(run.name)}, {gpus} {what}{'s' if gpus > 1 else ''}"

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis import style
 from analysis.gather import decimated, gather, left_out_note
@@ -107,27 +108,32 @@ def draw_curves(table: pd.DataFrame, runs: Sequence[Run], *, x: str, xlabel: str
         axes.plot(reached[x], reached.accuracy, look.marker, color=look.colour, markersize=style.line_width(6),
                   markeredgecolor="white", markeredgewidth=0.5, zorder=4, gid="reached")  # fmt: skip
     axes.axhline(TARGET, color=style.GREY, linewidth=style.line_width(0.9), linestyle=(0, (2, 2)))
-    axes.set(xlabel=xlabel, ylabel="held-out accuracy", ylim=(0, 1.16))
+    axes.set_yticks(np.arange(0, 1.01, 0.2))
+    axes.set(xlabel=xlabel, ylabel="held-out accuracy", ylim=(0, 1.25 if style.is_paper() else 1.16))
     if (table[x] > 0).any():
         axes.set_xlim(left=0)
+    if x == "step":
+        style.whole_numbers(axes.xaxis)
+    elif x == "trained_tokens":
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        style.thousands(axes.xaxis)
     bracket = table[table.part == "bracket"]
     if len(bracket):
-        _draw_bracket(axes, bracket, x, of_what)
+        pairs = paired_speedup(runs, bracket.arm.iloc[0], bracket.arm.iloc[1], TARGET, x)["pairs"]
+        _draw_bracket(figure, axes, bracket, x, of_what, int(pairs or 0))
     style.title(axes, f"{title} ({provenance(runs)})")
     style.legend(axes, columns=3, note=left_out_note(table))
     return figure
 
 
-def _draw_bracket(axes: Axes, bracket: pd.DataFrame, x: str, of_what: str) -> None:
+def _draw_bracket(figure: Figure, axes: Axes, bracket: pd.DataFrame, x: str, of_what: str, pairs: int) -> None:
     """Two spans above the curves: the slower arm's, and below it the other's."""
     slow, fast = bracket.iloc[0], bracket.iloc[1]
     arrow = {"arrowstyle": "|-|,widthA=0.3,widthB=0.3", "linewidth": style.line_width(1), "shrinkA": 0, "shrinkB": 0}
     for end, y in ((slow, 1.02), (fast, 0.96)):
         axes.annotate("", xy=(end[x], y), xytext=(0, y), arrowprops=arrow)
-    text = f"{style.arm_name(fast.arm)}: same score in {fast[x] / slow[x]:.0%} of the {of_what} of "
-    if style.is_paper():  # a column has no room for more; the caption says how the share is taken
-        axes.text(0.01, 1.045, f"same score in {fast[x] / slow[x]:.0%} of the {of_what}", fontsize="small",
-                  transform=axes.get_yaxis_transform())  # fmt: skip
-        return
-    axes.text(0.01, 1.045, f"{text}{style.arm_name(slow.arm)} (median of paired seeds)", fontsize="small",
-              transform=axes.get_yaxis_transform())  # fmt: skip
+    text = f"{style.arm_name(fast.arm)}: same score in {100 * fast[x] / slow[x]:.0f} % of the {of_what} of "
+    text += f"{style.arm_name(slow.arm)} ({f'median of {pairs} paired seeds' if pairs > 1 else '1 seed'})"
+    axes.text(
+        0.01, 1.045, style.wrapped(text, figure, 0.82, "small"), fontsize="small", transform=axes.get_yaxis_transform()
+    )

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from analysis import style
 from analysis.gather import gather, left_out_note
@@ -104,11 +105,13 @@ def _per_token(axes: Axes, table: pd.DataFrame, looks: dict[str, style.Look]) ->
     for place, (arm, look) in enumerate(looks.items()):
         known = table[table.arm == arm].joules.dropna()
         if len(known):
-            axes.plot([place] * len(known), known, look.marker, color=look.colour, markersize=style.line_width(7),
+            axes.plot(known, [place] * len(known), look.marker, color=look.colour, markersize=style.line_width(7),
                       alpha=0.8, gid=arm)  # fmt: skip
         else:
-            axes.text(place, 0.5, "not known", rotation=90, ha="center", va="center", fontsize="x-small",
-                      color=style.GREY, transform=axes.get_xaxis_transform())  # fmt: skip
+            axes.text(0.5, place, "not known", ha="center", va="center", fontsize="x-small",
+                      color=style.GREY, transform=axes.get_yaxis_transform())  # fmt: skip
     most = table.joules.max()
-    axes.set(xlim=(-0.6, len(looks) - 0.4), ylim=(0, most * 1.2 if most > 0 else 1.0), ylabel="J per trained token")
-    axes.set_xticks([])
+    axes.set(ylim=(len(looks) - 0.4, -0.6), xlim=(0, most * 1.2 if most > 0 else 1.0), xlabel="J per trained token")
+    axes.set_yticks(range(len(looks)), [style.arm_name(arm) for arm in looks], fontsize="small")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=3))
+    axes.grid(axis="y", visible=False)

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from analysis import style
-from analysis.chosen import beyond, lacks_engine_records, left_out, step_bounds, typical_step, usable
+from analysis.chosen import beyond, lacks_engine_records, left_out, simulated_only, step_bounds, typical_step, usable
 from analysis.lanes import TRAINER, coarse, lanes, with_slots
-from analysis.tables import by_arm, provenance
+from analysis.tables import by_arm, provenance, told_apart
 from profiling.errors import DataError
 from profiling.reader import Run
 
@@ -25,11 +25,12 @@ NARROW = 0.02
 PIECES = 300
 """Of a lane; shorter ones are joined, each cause keeping its seconds."""
 CAPTION = (
-    "Two steps in a row, from the step of median duration on (start-up steps left out), of each arm's first run. A "
-    "lane is an engine, or the trainer where it has GPUs of its own; engines that train between rollouts show that. "
-    "In decode, dark is the share of the engine's slots that decode a row and light the rest (a decode step costs "
-    "almost the same half full, so this is not time that could be won back). Many engines: some of them, from the one "
-    "that is done first to the one that is done last."
+    "Two steps in a row of each arm's first run: the one of median duration (start-up steps left out) and the next, "
+    "or the one before where it is the run's last; the first of them is named. A lane is an engine, or the trainer "
+    "where it has GPUs of its own; engines that train between rollouts show that. In decode, dark is the share of "
+    "the engine's slots that decode a row and light the rest (a decode step costs almost the same half full, so "
+    "this is not time that could be won back). Many engines: some of them, from the one that is done first to the "
+    "one that is done last."
 )
 
 
@@ -78,7 +79,7 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     ticks, y = {}, 0.0
     for run in found:
         own = table[table.run == run.name]
-        axes.text(0, y + 0.25, _heading(run, own), fontsize="small", va="center")
+        axes.text(0, y + 0.25, _heading(run, own, found), fontsize="small", va="center")
         y += HEADING
         for lane in groups[run.name]:
             _draw_lane(axes, own[own.lane == lane], y)
@@ -88,13 +89,13 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     axes.set(ylim=(y - 0.4, -0.2), xlim=(0, table.t_end.max()), xlabel="s from the start of the step")
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
-    style.title(axes, f"Engines and trainer ({provenance(found)})")
+    style.heading(figure, f"Engines and trainer ({provenance(found)})")
     seen = {*table.cause, *table.rest.dropna()}
     handles = [
         Patch(label=style.CAUSES[cause][1], **style.cause_bar(cause)) for cause in style.CAUSES if cause in seen
     ]
     arms = by_arm(usable(runs, lacks_engine_records, "an engine timeline"))
-    words = left_out(runs, lacks_engine_records) + beyond(list(arms), MOST_ARMS, "arms")
+    words = left_out(runs, lacks_engine_records) + beyond(list(arms), MOST_ARMS, "arms") + simulated_only(found)
     style.below(figure, handles, [str(handle.get_label()) for handle in handles], 3, "\n".join(words))
     return figure
 
@@ -108,12 +109,11 @@ def _look(cause: str, narrow: bool) -> dict[str, Any]:
     return {**look, "antialiased": False}
 
 
-def _heading(run: Run, own: pd.DataFrame) -> str:
+def _heading(run: Run, own: pd.DataFrame, runs: Sequence[Run]) -> str:
     engines = run.header["engines"]
     drawn = own[own.lane != TRAINER].lane.nunique()
     some = f", {drawn} of {engines} engines" if drawn < engines else ""
-    kind = f" ({run.kind})" if run.simulated else ""
-    return f"{run.name}{kind}, from step {own.step.iloc[0]}{some}"
+    return f"{style.short(run.name)}{told_apart(run, runs)}, from step {own.step.iloc[0]}{some}"
 
 
 def _draw_lane(axes: Axes, own: pd.DataFrame, y: float) -> None:

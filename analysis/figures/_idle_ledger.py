@@ -6,16 +6,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import style
-from analysis.chosen import beyond, left_out, usable
-from analysis.tables import provenance, training_ledger
+from analysis.chosen import beyond, left_out, simulated_only, usable
+from analysis.tables import processor, provenance, told_apart, training_ledger
 from profiling.errors import DataError
 from profiling.reader import Run
 
 MOST_RUNS = 24
 CAPTION = (
-    "GPU time of the training steps (evaluation and checkpoints left out) by ledger cause; the causes are exclusive "
-    "and add up to all of it. Empty slots of a decode step are shown apart, but filling them would hardly make "
-    "the step shorter. Hatched: not measured."
+    "GPU time (or the host's, without GPUs) of the training steps (evaluation and checkpoints left out) by ledger "
+    "cause; the causes are exclusive and add up to all of it. Empty slots of a decode step are shown apart, but "
+    "filling them would hardly make the step shorter. Hatched: not measured."
 )
 
 
@@ -55,12 +55,12 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     for place, known in enumerate(left):
         if known < 0.999:
             axes.barh(place, 1 - known, left=known, fill=False, hatch="//", linewidth=0.5)
-    labels = [f"{style.short(run.name)} ({run.kind})" if run.simulated else style.short(run.name) for run in shown]
+    labels = [f"{style.short(run.name)}{told_apart(run, shown)}" for run in shown]
     axes.set_yticks(range(len(shown)), labels, fontsize="small")
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set(xlabel="share of GPU time", xlim=(0, 1))
-    style.title(axes, f"Idle ledger ({provenance(shown)})")
-    words = left_out(runs, lacks) + beyond([run.name for run in found], MOST_RUNS, "runs")
+    axes.set(xlabel=f"share of {processor(shown)} time", xlim=(0, 1))
+    style.heading(figure, f"Idle ledger ({provenance(shown)})")
+    words = left_out(runs, lacks) + beyond([run.name for run in found], MOST_RUNS, "runs") + simulated_only(shown)
     style.below(figure, *axes.get_legend_handles_labels(), 3, "\n".join(words))
     return figure

@@ -6,20 +6,20 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from analysis import style
-from analysis.chosen import beyond, left_out, usable
+from analysis.chosen import beyond, left_out, simulated_only, usable
 from analysis.figures._idle_ledger import lacks
-from analysis.tables import NOT_TRAINING, by_arm
+from analysis.tables import NOT_TRAINING, by_arm, provenance
 from profiling.reader import Run
 
 MOST_BARS = 60
 MOST_ARMS = 4
 CAPTION = (
-    "GPU-seconds of each training step by ledger cause (evaluation, checkpoints and failures left out), of each arm's "
-    f"first run, divided by its GPUs, so that a bar is as high as the step was long. Over more than {MOST_BARS} "
-    "steps, a bar is the mean of neighbouring steps. White and hatched: not measured."
+    "GPU-seconds (or the host's seconds) of each training step by ledger cause (evaluation, checkpoints and "
+    "failures left out), of each arm's first run, divided by its GPUs, so that a bar is as high as the step was "
+    f"long. Over more than {MOST_BARS} steps, a bar is the mean of neighbouring steps. White and hatched: not "
+    "measured."
 )
 NOT_SHOWN = (*NOT_TRAINING, "down")
 
@@ -69,16 +69,16 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
             axes.bar(left + 0.05 * width, seconds, 0.9 * width, bottom, align="edge", **style.cause_bar(cause))
             bottom = bottom + seconds.to_numpy()
         many = f", means of up to {int(width.max())} steps" if width.max() > 1 else ""
-        style.title(axes, f"Idle ledger by step: {style.short(run.name)} ({run.kind}){many}")
+        style.title(axes, f"Idle ledger by step: {style.short(run.name)} ({provenance([run])}){many}")
         axes.set(xlim=(0.4, steps + 0.6), ylim=(0, 1.05 * highest), ylabel="s per step")
         axes.grid(axis="x", visible=False)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        style.whole_numbers(axes.xaxis)
     panels[-1].set_xlabel("training step")
     seen = table[table.seconds > 1e-4 * highest].cause.unique()
     handles = [
         Patch(label=style.CAUSES[cause][1], **style.cause_bar(cause)) for cause in style.CAUSES if cause in seen
     ]
     arms = list(by_arm(usable(runs, lacks, "an idle ledger by step")))
-    words = left_out(runs, lacks) + beyond(arms, MOST_ARMS, "arms")
+    words = left_out(runs, lacks) + beyond(arms, MOST_ARMS, "arms") + simulated_only(found)
     style.below(figure, handles, [str(handle.get_label()) for handle in handles], 3, "\n".join(words))
     return figure

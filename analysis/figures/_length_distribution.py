@@ -1,14 +1,17 @@
 """How lengths of responses are distributed, those that never finished included; window and longest allowed marked."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from analysis import style
+from analysis.chosen import listed, simulated_only
 from analysis.gather import gather, left_out_note
 from analysis.lengths import limits, responses, survival
 from analysis.tables import arm_of, by_arm, provenance
@@ -24,8 +27,8 @@ CAPTION = (
     "shares of all responses. Lines: responses that finished; filled: those that the run left unfinished (they "
     "carry over at its end, or were dropped), at the length that they had. Bottom: share of responses longer than "
     "so many tokens, by the Kaplan-Meier estimate, which counts an unfinished response as long as it is known to go "
-    "on; ticks: unfinished ones. Dashed verticals: the window; dotted: the longest response allowed, where a "
-    "response ends, finished or not."
+    "on; ticks: unfinished ones. Verticals: dashed, the window; dotted, the longest response allowed, where a "
+    "response ends, finished or not; dash-dotted, where these are one."
 )
 
 
@@ -84,7 +87,7 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
             lower.plot(x, y, drawstyle="steps-post", gid="longer", **lines)
             if "unfinished" in own.index:
                 _ticks_of_unfinished(lower, own.loc[["unfinished"]], x, y, look.colour)
-    _mark_limits([upper, lower], table)
+    marks = _mark_limits([upper, lower], table)
     if (table.tokens > 0).any():
         style.log_scale(upper, "x")
     upper.set(ylabel="share of responses", ylim=(0, None))
@@ -95,7 +98,9 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     if (table.part == "unfinished").any():
         handles.append(Patch(facecolor=style.GREY, alpha=0.35))
         labels.append("unfinished")
-    style.below(figure, handles, labels, 3, left_out_note(table))
+    handles += marks
+    labels += [str(mark.get_label()) for mark in marks]
+    style.below(figure, handles, labels, 3, " ".join([left_out_note(table), *simulated_only(drawn)]).strip())
     return figure
 
 
@@ -108,12 +113,22 @@ def _ticks_of_unfinished(axes: Axes, bins: pd.DataFrame, x: np.ndarray, y: np.nd
     axes.plot(at, height, "|", color=colour, markersize=style.line_width(8), gid="unfinished")
 
 
-def _mark_limits(panels: Sequence[Axes], table: pd.DataFrame) -> None:
-    for part, line in (("window", (0, (4, 2))), ("cap", (0, (1, 1.5)))):
-        for tokens in sorted(set(table[table.part == part].tokens)):
-            for axes in panels:
-                axes.axvline(tokens, color=style.GREY, linewidth=style.line_width(1.0), linestyle=line)
-            panels[-1].annotate(
-                f"{part} {tokens:,.0f}", (tokens, 1), xycoords=panels[-1].get_xaxis_transform(), xytext=(-3, -2),
-                textcoords="offset points", rotation=90, ha="right", va="top", fontsize="x-small", color=style.GREY,
-            )  # fmt: skip
+def _mark_limits(panels: Sequence[Axes], table: pd.DataFrame) -> list[Line2D]:
+    """Draws them, and returns what names them in the legend."""
+    found = {part: sorted(set(table[table.part == part].tokens)) for part in ("window", "cap")}
+    both = [tokens for tokens in found["window"] if tokens in found["cap"]]
+    kinds = (
+        ("window", [tokens for tokens in found["window"] if tokens not in both], (0, (4, 2))),
+        ("longest allowed", [tokens for tokens in found["cap"] if tokens not in both], (0, (1, 1.5))),
+        ("window = longest allowed", both, (0, (4, 1.5, 1, 1.5))),
+    )
+    handles = []
+    for name, places, line in kinds:
+        look: dict[str, Any] = {"color": style.GREY, "linewidth": style.line_width(1.0), "linestyle": line}
+        for axes in panels:
+            for tokens in places:
+                axes.axvline(tokens, **look)
+        if places:
+            numbers = listed([f"{tokens:,.0f}" for tokens in places])
+            handles.append(Line2D([], [], label=f"{name}: {numbers}", **look))
+    return handles

@@ -24,7 +24,7 @@ CAPTION = (
     "Relative error of every predicted quantity; a marker is one target run. A forecast uses costs and lengths of the "
     "calibration runs only; a replay takes the target's own lengths and tests the cost model alone. Both take the "
     "number of steps as given, so the time to the target is conditional on it. Not corrected for drift of the "
-    "machine; the table shows both. Band: 10 %."
+    "machine; the table beside the figure has both, and the predicted and measured values. Band: 10 %."
 )
 
 
@@ -66,9 +66,10 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     for axes, kind in zip(panels, ("forecast", "replay"), strict=True):
         _panel(axes, table[table.kind == kind], quantities, looks)
         axes.set(xlim=(-reach, reach), xlabel="error, %")
-        style.title(axes, f"{kind.capitalize()} against measured")
+        style.title(axes, kind.capitalize())
     panels[0].set_yticks(range(len(quantities)), [QUANTITIES[name] for name in quantities])
     panels[0].set_ylim(len(quantities) - 0.5, -0.5)
+    style.heading(figure, "Predicted (simulated) against measured")
     handles: dict = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -78,7 +79,7 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
 
 
 def _panel(axes: Axes, rows: pd.DataFrame, quantities: Sequence[str], looks: dict[str, style.Look]) -> None:
-    axes.axvspan(-100 * WITHIN, 100 * WITHIN, color="#e8f1e4", zorder=0)
+    axes.axvspan(-100 * WITHIN, 100 * WITHIN, color="#e8f1e4", zorder=0, label=f"within {100 * WITHIN:.0f} %")
     axes.axvline(0, color=style.GREY, linewidth=style.line_width(0.9))
     for place, (arm, look) in enumerate(looks.items()):
         own = rows[rows.arm == arm]

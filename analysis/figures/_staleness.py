@@ -7,8 +7,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from analysis import style
+from analysis.chosen import simulated_only
 from analysis.gather import gather, left_out_note
 from analysis.tables import arm_of, by_arm, provenance
 from profiling.errors import DataError
@@ -95,7 +97,7 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     means = table[table.part == "mean"].set_index("arm").value
     handles = [_patch(looks[arm]) for arm in arms]
     labels = [f"{style.arm_name(arm)}: mean {means[arm]:.2f}" for arm in arms]
-    notes = [left_out_note(table)]
+    notes = [left_out_note(table), *simulated_only(drawn)]
     if only := [style.arm_name(arm) for arm in arms if arm not in set(ages.arm)]:
         notes.append(f"Mean only, from the summary: {', '.join(only)}.")
     style.below(figure, handles, labels, 3, " ".join(filter(None, notes)))
@@ -110,12 +112,14 @@ def _bias(axes: Axes, table: pd.DataFrame, looks: dict[str, style.Look]) -> None
     for place, (arm, look) in enumerate(looks.items()):
         own = table[table.arm == arm].value
         if own.notna().any():
-            axes.plot([place] * int(own.notna().sum()), own.dropna(), look.marker, color=look.colour,
+            axes.plot(own.dropna(), [place] * int(own.notna().sum()), look.marker, color=look.colour,
                       markersize=style.line_width(7), alpha=0.8, gid=arm)  # fmt: skip
         else:
-            axes.text(place, 1.0, "not known", rotation=90, ha="center", va="center", fontsize="x-small",
+            axes.text(1.0, place, "not known", ha="center", va="center", fontsize="x-small",
                       color=style.GREY, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})  # fmt: skip
-    axes.axhline(1.0, color=style.GREY, linewidth=style.line_width(0.9))
+    axes.axvline(1.0, color=style.GREY, linewidth=style.line_width(0.9))
     reach = max(0.05, float((table.value - 1).abs().max()) * 1.2) if table.value.notna().any() else 0.5
-    axes.set(xlim=(-0.6, len(looks) - 0.4), ylim=(1 - reach, 1 + reach), ylabel="mean length, trained / drawn")
-    axes.set_xticks([])
+    axes.set(ylim=(len(looks) - 0.4, -0.6), xlim=(1 - reach, 1 + reach), xlabel="mean length, trained / drawn")
+    axes.set_yticks(range(len(looks)), [style.arm_name(arm) for arm in looks], fontsize="small")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    axes.grid(axis="y", visible=False)

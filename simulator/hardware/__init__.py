@@ -32,6 +32,8 @@ class Gpu(Settings):
     memory_bytes_per_s: PositiveFloat
     link_bytes_per_s: PositiveFloat | None = None
     """To the other GPUs of the node, sum of both directions."""
+    link: str | None = None
+    """What that is called."""
     network_bytes_per_s: PositiveFloat | None = None
     """To other nodes, per GPU, one direction."""
     tdp_watts: PositiveFloat | None = None

@@ -85,7 +85,29 @@ def with_gpu(run, *, rollout_watts=300.0, other_watts=100.0, seconds_per_step=2.
     step_j = 1.2 * rollout_watts + (seconds_per_step - 1.2) * other_watts
     per_token = step_j * run.summary["steps"] / run.summary["trained_tokens"]
     (run.path / "summary.json").write_text(json.dumps(run.summary | {"joules_per_trained_token": per_token}))
+    header, *records = (run.path / "trace.jsonl").read_text().splitlines(keepends=True)
+    devices = [{"uuid": "GPU-1", "name": "made up", "index": 0}]
+    header = json.dumps(json.loads(header) | {"devices": devices}) + "\n"
+    (run.path / "trace.jsonl").write_text(header + "".join(records))
     return Run(run.path)
+
+
+def measured_runs(folder):
+    """Three seeds of PPO and of T-PPO with a GPU each, and beside them hardware.json and predictions.csv."""
+    found = []
+    for seed in range(3):
+        slow = make_run(folder / f"ppo-s{seed}", accuracies=RISING, seconds_per_step=4.0 + seed)
+        fast = make_run(folder / f"tppo-s{seed}", accuracies=RISING, seconds_per_step=2.0, batch=4)
+        found += [with_gpu(slow, seconds_per_step=4.0 + seed), with_gpu(fast)]
+    hardware = {"name": "test CPU", "peak_flops": 1e9, "memory_bytes_per_s": 1e9, "measured": True}
+    (folder / "hardware.json").write_text(json.dumps(hardware))
+    rows = [
+        {"target": f"tppo-s{seed}", "calibrated_on": "ppo", "kind": kind, "drift_corrected": corrected,
+         "quantity": "training_seconds", "unit": "s", "predicted": 10 + seed, "measured": 10.0, "error": seed / 10}
+        for seed in range(3) for kind in ("forecast", "replay") for corrected in (False, True)
+    ]  # fmt: skip
+    pd.DataFrame(rows).to_csv(folder / "predictions.csv", index=False)
+    return found
 
 
 def run_of_rows(path, rows, *, schedule=None, config="", metrics=()):

@@ -35,7 +35,7 @@ def test_bars_and_markers_of_energy_are_those_of_the_table(runs):
     assert bars == table[table.part == "phase"].joules.tolist()
     for arm in ("ppo", "tppo"):
         known = table[(table.part == "per_token") & (table.arm == arm)].joules.tolist()
-        assert lines(right, arm)[0].get_ydata().tolist() == known
+        assert lines(right, arm)[0].get_xdata().tolist() == known
 
 
 def test_energies_of_runs_and_their_bounds_are_averaged(runs):
@@ -85,7 +85,9 @@ def test_markers_of_predictions_are_the_errors_of_the_table(runs):
         own = table[(table.kind == kind) & ~table.drift_corrected]
         assert lines(axes, "tppo")[0].get_xdata().tolist() == (100 * own.error).tolist() == [0.0, 10.0, 20.0]
         assert to_rgba(lines(axes, "tppo")[0].get_color()) == to_rgba(style.BLUE)
-        assert axes.get_title(loc="left") == f"{kind.capitalize()} against measured"
+        assert axes.get_title(loc="left") == kind.capitalize()
+    assert figure.get_suptitle() == "Predicted (simulated) against measured"
+    assert "within 10 %" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 @pytest.mark.parametrize(("change", "message"), [

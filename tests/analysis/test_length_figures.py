@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import figures, style
+from analysis import figures
 from analysis.figures import FIGURES
 from analysis.lengths import lengths_by_step, limits, responses, survival
 from analysis.plot import plot
@@ -29,11 +29,6 @@ TWO_STEPS = [
 @pytest.mark.parametrize("name", ["response_length", "length_distribution", "staleness"])
 def test_it_looks_as_it_did(simulated, name):
     assert_looks_like(getattr(figures, name)(list(simulated.values())), name)
-
-
-def test_lengths_on_paper_look_as_they_did(simulated):
-    with style.use("paper"):
-        assert_looks_like(figures.length_distribution(list(simulated.values())), "length_distribution_paper")
 
 
 def test_lengths_of_a_step_are_those_of_whole_responses_that_finished_in_it(tmp_path):
@@ -83,7 +78,24 @@ def test_a_run_without_records_is_drawn_from_its_metrics_and_the_figure_says_so(
     assert table.mean_tokens.tolist() == [10.0, 20.0]
     assert table.max_tokens.isna().all()
     figure = figures.response_length([run])
-    assert note_of(figure) == "No quantiles of PPO: no rollout records, or nothing finished."
+    assert note_of(figure) == "No quantiles of PPO: no rollout records."
+
+
+def test_where_nothing_finished_the_panels_say_so(tmp_path):
+    run = run_of_rows(tmp_path / "x", [{"step": 1, "row": 1, "tokens": 8, "finished": False}])
+    figure = figures.response_length([run])
+    for axes in figure.axes[:2]:
+        assert [text.get_text() for text in axes.texts] == ["no response finished"]
+        assert not axes.get_yticks().size
+    assert note_of(figure) == "No response of x finished."
+
+
+def test_the_mean_and_the_median_of_one_step_can_be_told_apart(tmp_path):
+    figure = figures.response_length([run_of_rows(tmp_path / "x", TWO_STEPS[:2])])
+    mean, median = (lines(figure.axes[0], name)[0] for name in ("mean_tokens", "p50_tokens"))
+    assert mean.get_markerfacecolor() != median.get_markerfacecolor() == "white"
+    low, high = figure.axes[2].get_xlim()
+    assert [place for place in figure.axes[2].get_xticks() if low <= place <= high] == [1]
 
 
 def test_lengths_of_zero_are_said_to_be_missing_on_a_logarithmic_axis(tmp_path):
@@ -147,9 +159,20 @@ def test_bins_and_curve_of_the_figure_are_those_of_the_table(simulated):
 
 
 def test_window_and_cap_are_marked_with_their_values(simulated):
-    texts = {text.get_text() for text in figures.length_distribution([simulated["truncated"]]).axes[1].texts}
-    assert texts == {"window 512", "cap 2,048"}
+    figure = figures.length_distribution([simulated["truncated"]])
+    assert {"window: 512", "longest allowed: 2,048"} <= {text.get_text() for text in figure.legends[0].get_texts()}
+    assert [line.get_xdata()[0] for line in figure.axes[0].lines] == [512, 2048]
     assert limits(simulated["synchronous"]) == {"cap": 2048}
+
+
+def test_a_window_as_long_as_the_longest_allowed_is_marked_once(tmp_path):
+    config = "[rollout]\nmax_response_tokens = 77\n"
+    run = run_of_rows(tmp_path / "x", TWO_STEPS, schedule={"kind": "truncated", "window": 77}, config=config)
+    figure = figures.length_distribution([run])
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "window = longest allowed: 77" in labels
+    assert not [label for label in labels if label.startswith(("window:", "longest"))]
+    assert [line.get_xdata()[0] for line in figure.axes[0].lines] == [77]
 
 
 def test_the_cap_of_a_trained_run_is_its_rollouts(tmp_path):
@@ -187,8 +210,9 @@ def test_mean_staleness_and_length_bias_are_those_of_the_summaries(simulated):
         assert table[name, "mean"].item() == pytest.approx(run.summary["staleness_mean"], abs=1e-12)
         assert table[name, "length_bias"].item() == run.summary["length_bias"]
     axes = figures.staleness(list(simulated.values())).axes[1]
-    markers = [line.get_ydata().tolist() for line in axes.lines if line.get_gid()]
+    markers = [line.get_xdata().tolist() for line in axes.lines if line.get_gid()]
     assert markers == [[run.summary["length_bias"]] for run in simulated.values()]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(simulated)
 
 
 def test_rows_in_flight_have_a_mean_and_no_distribution(tmp_path):

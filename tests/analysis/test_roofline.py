@@ -32,9 +32,9 @@ def test_two_gpus_of_an_engine_share_weights_and_flops_but_each_keeps_the_one_he
 def test_the_all_reduce_ceiling_by_hand():
     # A token: 2 x 900 / 2 FLOPs a GPU; 2 layers x 2 all-reduces x 2 (2 - 1) / 2 x 12 numbers x 2 bytes = 96 bytes
     hardware = Hardware(None, "x", None, None, link_bytes_per_s=960.0, network_bytes_per_s=96.0, gpus_per_node=2)
-    assert all_reduce_ceiling(MODEL, hardware, 2) == ("link", 9_000.0)
+    assert all_reduce_ceiling(MODEL, hardware, 2) == ("the link", 9_000.0)
     # 4 GPUs are of two nodes: 450 FLOPs; 2 x 2 x 2 x 3 / 4 x 12 x 2 = 144 bytes; 96 bytes/s
-    assert all_reduce_ceiling(MODEL, hardware, 4) == ("network", 300.0)
+    assert all_reduce_ceiling(MODEL, hardware, 4) == ("the network", 300.0)
     assert all_reduce_ceiling(MODEL, hardware, 1) is None
 
 
@@ -53,6 +53,7 @@ def test_a_trajectory_keeps_the_flops_and_the_time_of_the_decodes(runs, simulate
 def test_a_simulated_run_says_what_its_gpu_and_model_are(simulated):
     hardware = hardware_of(simulated["synchronous"])
     assert (hardware.name, hardware.price_per_hour, hardware.link_bytes_per_s) == ("H100-SXM", 3.99, 450e9)
+    assert hardware.link == "NVLink 4"
     assert (hardware.theoretical.flops, hardware.theoretical.bytes_per_s) == (989.4e12, 3.35e12)
     assert hardware.empirical.flops == pytest.approx(0.8 * 989.4e12)  # the factor of large products in decode
     model = model_of(simulated["synchronous"])
@@ -76,6 +77,7 @@ def test_each_fault_of_a_hardware_file_is_named(tmp_path):
         ("memory_bytes_per_s", "fast", "memory_bytes_per_s = 'fast' is not a positive number"),
         ("measured", "yes", "measured = 'yes' is not a bool"),
         ("price_per_hour", -1, "price_per_hour = -1 is not a positive number"),
+        ("link", 4, "link = 4 is not a name"),
     ):
         (run.path / "hardware.json").write_text(json.dumps(good | {field: value}))
         with pytest.raises(DataError, match=rf"hardware\.json: {fault}"):
@@ -102,9 +104,17 @@ def test_the_drawn_points_are_the_table_s_and_the_ceilings_are_named_with_values
     points = table[table.what == "point"]
     assert drawn == list(zip(points.intensity, points.flops_per_s, strict=True))
     assert (points.flops_per_s <= points.roof_flops_per_s).all()
+    sizes = [spot.get_sizes()[0] for spot in left.collections]  # areas: of half the time half as large
+    assert sizes == pytest.approx([300 * max(share, 0.05) for share in points.time_share])
+    assert [text.get_text() for text in left.texts] == ["1", "2"]  # decode, by run
     named = " ".join(text.get_text() for text in left.get_legend().get_texts())
     assert "data sheet: 989 TFLOP/s, 3.35 TB/s,\nridge 295 FLOP/byte" in named
     assert "in practice (vllm on hopper): 792 TFLOP/s" in named
+
+
+def test_a_simulation_s_roofline_says_that_it_has_no_training_phases(simulated):
+    note = figures.roofline([simulated["synchronous"]]).legends[0].get_title().get_text().replace("\n", " ")
+    assert "Training phases: not recorded by synchronous; shares of time are of the rollout alone." in note
 
 
 def test_a_run_without_engine_records_is_left_out_with_a_word(simulated, tmp_path):

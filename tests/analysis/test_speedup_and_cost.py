@@ -60,6 +60,21 @@ def test_each_thing_that_varies_has_its_panel_and_the_lines_are_the_table_s(vari
     assert panels[2].lines[0].get_xdata().tolist() == [0.9, 1.2]
 
 
+def test_every_row_of_the_table_is_drawn_with_or_without_a_window(simulated, varied, tmp_path):
+    tail = simulated_run(tmp_path / "tail", {"schedule": {"kind": "tail_batching", "threshold": 1024}})
+    runs = [simulated["synchronous"], simulated["truncated"], varied["window-1024"], simulated["oversample"], tail]
+    table = FIGURES["speedup"].data(runs)
+    (axes,) = (figure := figures.speedup(runs)).axes
+    for row in table[table.window.isna()].itertuples():
+        for rate in ("per_response", "per_step"):
+            (level,) = [line for line in axes.lines if line.get_gid() == f"{row.schedule}, {rate}"]
+            assert set(level.get_ydata()) == {getattr(row, rate)}
+    drawn = {value for line in axes.lines for value in line.get_ydata()}
+    assert set(table.per_response) | set(table.per_step) <= drawn
+    assert {text.get_text() for text in axes.texts} == {"oversample", "tail_batching"}
+    assert "Simulated only, the trainer has no such schedule: tail." in figure.legends[0].get_title().get_text()
+
+
 def test_a_published_number_is_drawn_and_named_as_such(runs, tmp_path):
     (tmp_path / "published.csv").write_text("figure,label,value,source\nspeedup,theirs,2.5,a paper\nother,no,9,b\n")
     figure = figures.speedup(runs)
@@ -108,6 +123,15 @@ def test_the_drawn_costs_are_the_table_s(simulated):
 def test_without_a_price_the_figure_says_that_it_counts_gpu_hours(runs):
     figure = figures.cost_time(runs)
     assert "In GPU-hours: no price_per_hour is known" in figure.legends[0].get_title().get_text().replace("\n", " ")
+
+
+def test_a_machine_without_a_gpu_is_called_a_host(tmp_path):
+    runs = [make_run(tmp_path / name, accuracies=RISING) for name in ("ppo-s0", "tppo-s0")]
+    figure = figures.cost_time(runs)
+    assert "In host-hours: no price" in figure.legends[0].get_title().get_text()
+    assert figure.axes[0].get_ylabel() == "host-hours per million\nfinished responses"
+    assert {text.get_text() for text in figure.axes[0].texts} == {"ppo-s0, 1 host", "tppo-s0, 1 host"}
+    assert figures.idle_ledger(runs).axes[0].get_xlabel() == "share of host time"
 
 
 def test_a_run_without_finished_responses_is_refused_by_name(tmp_path):

@@ -84,6 +84,18 @@ def test_the_occupancy_lines_are_the_table_s_and_nine_tenths_are_marked(simulate
     # 64 rows: the 58th end, from the start of the first span
     ended = np.sort(rows.t_end)[57] - run.engine[run.engine.step == typical_step(run)].t_start.min()
     assert dot.get_xdata()[0] == pytest.approx(ended)
+    assert table.cut_off.unique().tolist() == [0]
+
+
+def test_rows_that_are_cut_off_are_not_called_done(simulated):
+    runs = [simulated["synchronous"], simulated["truncated"], simulated["oversample"]]
+    table = FIGURES["batch_occupancy"].data(runs)
+    run, step = simulated["truncated"], typical_step(simulated["truncated"])
+    rows = run.rollouts[run.rollouts.step == step]
+    assert set(table[table.run == "truncated"].cut_off) == {int((~rows.finished).sum())}
+    labels = [text.get_text() for text in figures.batch_occupancy(runs).legends[0].get_texts()]
+    for label, done in zip(labels, ("done", "done or at window", "done or cut off"), strict=True):
+        assert f": 90 % {done} after " in label
 
 
 def test_a_long_run_has_bars_of_neighbouring_steps_that_keep_the_seconds(tmp_path):

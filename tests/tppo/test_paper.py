@@ -74,7 +74,7 @@ def test_measured_figures_come_from_the_demo_s_runs(settings, tmp_path):
     assert call("--output", tmp_path / "out", "--demo", demo, "--settings", settings, "--jobs", 1) == 0
     drawn = pd.read_csv(tmp_path / "out" / "demo" / "accuracy_time.csv")
     assert drawn[drawn.part == "evaluations"].accuracy.to_list() == RISING * 2
-    assert "Hardware: test CPU; 1 GPU or host. Seed: 0." in (tmp_path / "out" / "CAPTIONS.md").read_text()
+    assert "Hardware: test CPU; 1 host. Seed: 0." in (tmp_path / "out" / "CAPTIONS.md").read_text()
 
 
 def test_windows_share_the_synchronous_twin_and_every_schedule_starts_up_before_it_counts(settings):

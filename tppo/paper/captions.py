@@ -8,7 +8,7 @@ from pathlib import Path
 from analysis.chosen import listed
 from analysis.figures import FIGURES
 from analysis.hardware import hardware_of, hardware_path
-from analysis.tables import provenance, seed_of
+from analysis.tables import processor, provenance, seed_of
 from profiling.reader import Run
 from tppo.paper import DEMO, PaperSettings
 
@@ -72,7 +72,7 @@ def _from(runs: Sequence[Run]) -> str:
     gpus = sorted({run.header["gpus"] for run in runs})
     seeds = sorted({_seed(run) for run in runs})
     count = f"{len(runs)} {kinds} run{'s' if len(runs) != 1 else ''}: {listed([run.name for run in runs], 6)}."
-    unit = "GPUs" if gpus[-1] > 1 else "GPU or host"
+    unit = f"{processor(runs)}{'s' if gpus[-1] > 1 else ''}"
     return (
         f"{count} Model: {', '.join(models)}. Hardware: {', '.join(machines)}; {', '.join(map(str, gpus))} {unit}. "
         f"Seed{'s' if len(seeds) != 1 else ''}: {', '.join(seeds)}."
