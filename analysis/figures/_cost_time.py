@@ -78,7 +78,7 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
         style.powers(axes.xaxis)
         style.powers(axes.yaxis)
     else:
-        axes.set(xlim=(0, 1.25 * table.hours.max()), ylim=(0, 1.15 * table[cost].max()))
+        axes.set(xlim=(0, 1.4 * table.hours.max()), ylim=(0, 1.15 * table[cost].max()))
     unit = "US dollars" if cost == "dollars" else f"{processor(found)}-hours"
     axes.set(xlabel="hours per million finished responses", ylabel=f"{unit} per million\nfinished responses")
     style.title(axes, f"Cost against time ({provenance(found)})")

@@ -109,7 +109,7 @@ def draw_curves(table: pd.DataFrame, runs: Sequence[Run], *, x: str, xlabel: str
                   markeredgecolor="white", markeredgewidth=0.5, zorder=4, gid="reached")  # fmt: skip
     axes.axhline(TARGET, color=style.GREY, linewidth=style.line_width(0.9), linestyle=(0, (2, 2)))
     axes.set_yticks(np.arange(0, 1.01, 0.2))
-    axes.set(xlabel=xlabel, ylabel="held-out accuracy", ylim=(0, 1.25 if style.is_paper() else 1.16))
+    axes.set(xlabel=xlabel, ylabel="held-out accuracy", ylim=(0, 1.3 if style.is_paper() else 1.16))
     if (table[x] > 0).any():
         axes.set_xlim(left=0)
     if x == "step":
@@ -135,5 +135,5 @@ def _draw_bracket(figure: Figure, axes: Axes, bracket: pd.DataFrame, x: str, of_
     text = f"{style.arm_name(fast.arm)}: same score in {100 * fast[x] / slow[x]:.0f} % of the {of_what} of "
     text += f"{style.arm_name(slow.arm)} ({f'median of {pairs} paired seeds' if pairs > 1 else '1 seed'})"
     axes.text(
-        0.01, 1.045, style.wrapped(text, figure, 0.82, "small"), fontsize="small", transform=axes.get_yaxis_transform()
+        0.01, 1.045, style.wrapped(text, figure, 0.74, "small"), fontsize="small", transform=axes.get_yaxis_transform()
     )
