@@ -13,8 +13,9 @@ from matplotlib.transforms import Bbox
 PLACES = (
     (1, 1, "left", "bottom"), (1, -1, "left", "top"), (-1, 1, "right", "bottom"), (-1, -1, "right", "top"),
     (0, 1.6, "center", "bottom"), (0, -1.6, "center", "top"),
+    (1, 3.5, "left", "bottom"), (1, -3.5, "left", "top"), (-1, 3.5, "right", "bottom"), (-1, -3.5, "right", "top"),
 )  # fmt: skip
-"""Right above a point, right below, left above, left below, above and below, as long as one of them is free."""
+"""Right above a point, right below, left above, left below, above, below, and farther, until one of them is free."""
 STEP_PIXELS = 3
 
 

@@ -165,7 +165,11 @@ def _draw_alone(
         label = _label(row, varied)
         level = pd.isna(row[facets[0]])
         for rate, (_, line, marker) in RATES.items():
-            look: dict[str, Any] = {"color": _shade(label, shades), "linewidth": style.line_width(1.4), "gid": f"{label}, {rate}"}
+            look: dict[str, Any] = {
+                "color": _shade(label, shades),
+                "linewidth": style.line_width(1.4),
+                "gid": f"{label}, {rate}",
+            }
             if level:
                 axes.axhline(row[rate], linestyle=line, **look)
             else:
