@@ -3,10 +3,11 @@
 import numpy as np
 import pandas as pd
 
-from profiling.estimators import Pieces, Windows, busy_by_phase, energy_by_phase, windows_of_polls
+from profiling.estimators import busy_by_phase, energy_by_phase
 from profiling.ledger import innermost_phases
 from profiling.reader import Run
 from profiling.schema import PHASES
+from profiling.windows import Pieces, Windows, windows_of_polls
 
 HOST = "host"
 SENSOR_WINDOW_S = 1.0
@@ -40,7 +41,7 @@ def device_estimates(run: Run) -> pd.DataFrame:
             rows += [
                 (device, name, e.seconds, quantity, e.value, e.low, e.high, e.method)
                 for name, e in estimates.items()
-                if name
+                if name and e.seconds > 0  # another process's phase may cover it: then none of the time is its own
             ]
     return pd.DataFrame(rows, columns=COLUMNS)
 
