@@ -21,6 +21,13 @@ def run_training(
     rollout engines. Returns the exit code."""
     config = read_config(config_path, words, output=output, resume=resume, ray=ray)
 
+    from tppo.cluster.launch import launches_ranks, run_on_cluster
+
+    if launches_ranks(config):
+        flags = {"--output": output, "--resume": resume, "--ray": ray}
+        own = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
+        return run_on_cluster(config, ["train", *([str(config_path)] if config_path else []), *own, *words])
+
     from tppo.quiet import quieten_libraries
 
     quieten_libraries()
