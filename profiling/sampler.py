@@ -35,14 +35,16 @@ REPORT_SECONDS = 5.0
 
 
 def open_sources(links: bool) -> tuple[list[Source], str | None]:
-    """NVML where a driver answers, else amdsmi, and the host always; a note when there is no GPU."""
+    """NVML where a driver answers, else amdsmi, and the host always; a note for the trace."""
     reasons = []
     openers: list[Callable[[], Source]] = [lambda: NvmlSource(links=links), AmdSource]
     for opened in openers:
         try:
-            return [opened(), HostSource(beside_gpus=True)], None
+            gpus = opened()
         except NoDriver as error:
             reasons.append(str(error))
+        else:
+            return [gpus, HostSource(beside_gpus=True)], gpus.note
     return [HostSource()], f"no GPU: host samples only (NVML: {'; '.join(reasons)})"
 
 
@@ -86,16 +88,16 @@ class Sampler:
                 self.read_windows()
                 self.report()
                 reported = now
-        self.tick()
+        self.tick(last=True)
         self.write_part()
         for source in self.sources:
             source.close()
 
-    def tick(self) -> None:
+    def tick(self, *, last: bool = False) -> None:
         t = time.perf_counter() - self.zero_s
         for source in self.sources:
             at = time.perf_counter() - self.zero_s  # a sweep of slow calls takes a while: each device has its time
-            for sample in source.read(t):
+            for sample in source.read(t, last=last):
                 self.rows.append((at, sample))
                 at = time.perf_counter() - self.zero_s
         self.ticks += 1
