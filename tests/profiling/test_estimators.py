@@ -182,6 +182,18 @@ def test_a_sampler_that_is_killed_is_replaced_and_nothing_is_lost(tmp_path, with
     withstood("SIGKILL of the sampler", times=2, lost="device samples until it is started again")
 
 
+def test_faults_far_apart_do_not_add_up(tmp_path):
+    sampler = SamplerProcess(
+        tmp_path, interval_s=0.05, zero_s=time.perf_counter(), back_off_s=(0.1,), forgiven_after_s=0.0
+    )
+    sampler.start()
+    for _ in range(3):
+        before = sampler._process.pid
+        os.kill(before, signal.SIGKILL)
+        wait_until(lambda before=before: sampler._process.pid != before and sampler._report() is not None)
+    assert sampler.stop()["restarts"] == 3
+
+
 def test_a_driver_call_that_never_returns_is_noticed(library, tmp_path, monkeypatch, withstood):  # noqa: F811
     """The sampler hangs in the driver after its first report; the run goes on and says so."""
     for name, value in environment(library, "nvmlDeviceGetSamples=-1").items():
