@@ -308,6 +308,12 @@ def test_the_sampler_writes_gpu_and_host_samples(library, tmp_path):
     assert not [record for record in run.trace if record["type"] == "note"]
 
 
+def test_the_profile_of_a_command_names_its_gpus_beside_their_uuids(library, tmp_path):
+    command = [sys.executable, "-m", "tppo", "profile", "--output", str(tmp_path / "run"), "--", "sleep", "0.3"]
+    done = subprocess.run(command, env=environment(library), capture_output=True, text=True, check=True)
+    assert "GPU-0000-1 (simulated sensor)" in done.stdout
+
+
 def test_each_gpu_of_a_sweep_has_the_time_of_its_own_reading(library, tmp_path):
     """Four GPUs, calls of 5 ms: the last of them is read tens of milliseconds after the first."""
     code = (
