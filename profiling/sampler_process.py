@@ -137,7 +137,8 @@ class SamplerProcess:
     def _kill(self) -> None:
         assert self._process is not None
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # inside a driver call, a kill may wait for its end
+            self._process.wait(STOP_TIMEOUT_S)
         if self._process.stdin is not None:
             self._process.stdin.close()
 
@@ -145,7 +146,7 @@ class SamplerProcess:
         """Tell it to write what it has and end; kill it when it does not."""
         assert self._process is not None
         assert self._process.stdin is not None
-        if not self._process.stdin.closed:
+        if not self._process.stdin.closed:  # else it was killed
             with contextlib.suppress(OSError):  # it has died
                 self._process.stdin.write(b"stop")
                 self._process.stdin.flush()
@@ -154,8 +155,7 @@ class SamplerProcess:
         try:
             self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self._kill()
 
     def stop(self) -> dict[str, Any] | None:
         """End it; its own account of what it did, or None when it left none. With restarts, what all of them did."""
@@ -168,7 +168,9 @@ class SamplerProcess:
         reports = [own for own in (*self._earlier, self._report()) if own is not None]
         if not reports or not self.restarts:
             return reports[-1] if reports else None
-        sums = {name: sum(own[name] for own in reports) for name in ("ticks", "missed_ticks", "cpu_seconds")}
+        names = ("ticks", "missed_ticks", "cpu_seconds", "start_cpu_seconds")
+        sums: dict[str, Any] = {name: sum(own[name] for own in reports) for name in names}
+        sums["devices"] = list({device["uuid"]: device for own in reports for device in own["devices"]}.values())
         first = min((own["first_sample_s"] for own in reports if own["first_sample_s"] is not None), default=None)
         return {**reports[-1], **sums, "first_sample_s": first, "restarts": self.restarts}
 
