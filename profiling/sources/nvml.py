@@ -106,7 +106,8 @@ class NvmlSource:
         self._slow, self._retry = OnceASecond(), OnceASecond()
         self._averages: list[Window] = []
         """Of the GPUs' own counters, since windows() was called."""
-        self._unix_zero_s: float | None = None
+        self._wall_s: float | None = None
+        """The wall clock against ours, when windows() was called last."""
         self._seen: dict[str, dict[int, dict[str, Any]]] = {}
 
     def _open(self) -> None:
@@ -214,11 +215,11 @@ class NvmlSource:
     def windows(self, now_s: float) -> list[Window]:
         """The driver's ring of utilisation samples, a sixth of a second each, kept for some twenty seconds; and what
         the GPUs' own counters say."""
-        unix_zero_s = time.time() - now_s
-        if self._unix_zero_s is not None and abs(unix_zero_s - self._unix_zero_s) > CLOCK_STEP_S:
+        unix_zero_s, wall_s = time.time() - now_s, _wall_clock_s()
+        if self._wall_s is not None and abs(wall_s - self._wall_s) > CLOCK_STEP_S:
             for gpu in self._gpus:  # what was stamped by the clock before it was set cannot be placed
                 gpu.ring_us = int(1e6 * time.time())
-        self._unix_zero_s = unix_zero_s
+        self._wall_s = wall_s
         averages, self._averages = self._averages, []
         return [
             window
@@ -261,6 +262,17 @@ class NvmlSource:
 
     def close(self) -> None:
         nvml.nvmlShutdown()
+
+
+def _wall_clock_s() -> float:
+    """The wall clock against ours: the quickest of three looks, for a busy machine may hold us up between the two."""
+
+    def look() -> tuple[float, float]:
+        before = time.perf_counter()
+        wall_s = time.time()
+        return time.perf_counter() - before, wall_s - before
+
+    return min(look() for _ in range(3))[1]
 
 
 def _look_for(gpu: Gpu) -> None:

@@ -101,7 +101,7 @@ def test_the_energy_counter_never_runs_backwards(source):
 
 def test_the_drivers_own_samples_follow_each_other(source, record):
     start = time.perf_counter()
-    source.windows(0.0)
+    source.windows(time.perf_counter() - start)
     time.sleep(3.0)
     windows = [w for w in source.windows(time.perf_counter() - start) if w.metric == "utilisation"]
     states = {m["utilisation_windows"] for m in source.capabilities.states.values() if "utilisation_windows" in m}

@@ -259,6 +259,20 @@ def test_a_clock_that_is_set_loses_no_more_than_the_windows_that_nobody_can_plac
     withstood("wall clock set, under the sampler", lost="sensor windows across the jump")
 
 
+def test_a_reading_that_was_held_up_is_no_step_of_the_clock(library, tmp_path):
+    """Between the sampler's look at its clock and the source's at the wall clock, as on a busy machine."""
+    work = tmp_path / "work"
+    work.write_text("0 0 1000 0.5 300\n")
+    code = (
+        "import time\nfrom profiling.sources.nvml import NvmlSource\n"
+        "source, zero = NvmlSource(), time.perf_counter()\nsource.windows(0.0)\ntime.sleep(1.5)\n"
+        "now = time.perf_counter() - zero\ntime.sleep(0.1)\nprint(len(source.windows(now)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env=environment(library, FAKE_NVML_WORK=str(work), CUDA_VISIBLE_DEVICES="0"))  # fmt: skip
+    assert int(done.stdout) >= 8
+
+
 def test_cuda_visible_devices_chooses_by_index_or_uuid(library):
     assert [s["device"] for s in read(library, CUDA_VISIBLE_DEVICES="1")["samples"]] == ["GPU-0000-1"]
     handles = [(Device(f"GPU-{c}", "x", i), None) for i, c in enumerate("abc")]
