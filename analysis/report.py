@@ -279,10 +279,19 @@ def _run_facts(run: Run) -> dict[str, Any]:
         "status": run.trailer["status"] if run.trailer else "live or killed",
         "versions": ", ".join(f"{name} {version}" for name, version in (header.get("versions") or {}).items()) or "–",
         "gpus": f"{header['gpus']} GPUs, {header['engines']} engines of {header['gpus_per_engine']}",
-        "devices": ", ".join(dict.fromkeys(str(device.get("name", "?")) for device in header["devices"])) or "–",
+        "devices": _devices(run),
         "notes": [record["text"] for record in run.outline if record["type"] == "note"],
         "config": config[:MOST_CONFIG_CHARACTERS] + ("\n# ... the rest is in config.toml" if cut else ""),
     }
+
+
+def _devices(run: Run) -> str:
+    """Names, each once: those that the sampler found, which the trailer tells."""
+    sampler = (run.trailer or {}).get("sampler")
+    sampled = sampler.get("devices") if isinstance(sampler, dict) else None
+    listed = [*run.header["devices"], *(sampled if isinstance(sampled, list) else [])]
+    names = (str(device.get("name", "?")) for device in listed if isinstance(device, dict))
+    return ", ".join(dict.fromkeys(names)) or "–"
 
 
 def _started(unix_s: float | None) -> str:

@@ -131,10 +131,12 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 def _print(run: Run, wall_s: float, how: str) -> None:
     columns = ("device", "samples", "utilisation", "power, W", "energy, J", "peak memory, GiB")
     table = plain_table(f"{run.path}: {wall_s:.1f} s, {how}", *columns)
+    sampler = (run.trailer or {}).get("sampler") or {}
+    names = {device["uuid"]: device["name"] for device in sampler.get("devices", [])}
     for device, samples in run.devices.groupby("device", sort=False):
         energy = samples.energy_joules.dropna()
         table.add_row(
-            str(device),
+            f"{device} ({names.get(device, '?')})",
             str(len(samples)),
             _mean(samples.utilisation, ".0%"),
             _mean(samples.power_watts, ".0f"),

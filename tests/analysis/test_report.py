@@ -198,6 +198,14 @@ def test_devices_by_phase_stand_in_the_report(tmp_path):
     assert "GPU-1" in text
 
 
+def test_names_of_the_devices_that_were_sampled_stand_in_the_report(tmp_path):
+    run = make_run(tmp_path / "ppo-s0", accuracies=RISING, finish=False)
+    with (run.path / "trace.jsonl").open("a") as trace:
+        sampler = {"ticks": 1, "missed_ticks": 0, "devices": [{"name": "simulated sensor"}] * 2 + ["damaged"]}
+        trace.write(json.dumps({"type": "trailer", "t": 9.0, "status": "finished", "sampler": sampler}) + "\n")
+    assert "devices: simulated sensor;" in Page(report([Run(run.path)], tmp_path)).text
+
+
 def test_a_figure_of_many_points_becomes_pixels_inside_its_svg():
     from matplotlib.figure import Figure
 

@@ -244,18 +244,32 @@ def test_a_sampler_that_is_killed_is_replaced_and_nothing_is_lost(tmp_path, with
         tmp_path, interval_s=0.05, zero_s=time.perf_counter(), note=notes.append, back_off_s=(0.1,)
     )
     sampler.start()
-    time.sleep(0.3)
-    first = sampler._process.pid
+    wait_until(lambda: sampler._report()["start_cpu_seconds"] > 0)  # it reports every five seconds
+    first, first_start_s = sampler._process.pid, sampler._report()["start_cpu_seconds"]
     os.kill(first, signal.SIGKILL)
     wait_until(lambda: sampler._process.pid != first and sampler._report() is not None)
-    time.sleep(0.3)
+    wait_until(lambda: sampler._report()["start_cpu_seconds"] > 0)
     os.kill(sampler._process.pid, signal.SIGKILL)
     wait_until(lambda: len(notes) >= 2 and "no more device samples" in notes[-1])
     report = sampler.stop()
     assert report["restarts"] == 1
     assert report["ticks"] >= 2
+    assert report["start_cpu_seconds"] > 1.5 * first_start_s  # of both
+    assert [device["uuid"] for device in report["devices"]] == ["host"]
     assert "ended with exit code -9; it is started again in 0.1 s" in notes[0]
     withstood("SIGKILL of the sampler", times=2, lost="device samples until it is started again")
+
+
+def test_faults_far_apart_do_not_add_up(tmp_path):
+    sampler = SamplerProcess(
+        tmp_path, interval_s=0.05, zero_s=time.perf_counter(), back_off_s=(0.1,), forgiven_after_s=0.0
+    )
+    sampler.start()
+    for _ in range(3):
+        before = sampler._process.pid
+        os.kill(before, signal.SIGKILL)
+        wait_until(lambda before=before: sampler._process.pid != before and sampler._report() is not None)
+    assert sampler.stop()["restarts"] == 3
 
 
 def test_a_driver_call_that_never_returns_is_noticed(library, tmp_path, monkeypatch, withstood):  # noqa: F811
@@ -273,6 +287,28 @@ def test_a_driver_call_that_never_returns_is_noticed(library, tmp_path, monkeypa
     assert "the sampler hung for" in notes[0]
     sampler.stop()
     withstood("driver call that never returns", lost="device samples from then on; the run goes on")
+
+
+def test_a_sampler_that_cannot_even_be_killed_does_not_hold_the_run_up(tmp_path, monkeypatch, withstood):
+    """As inside a driver call that does not return, and that signals do not interrupt."""
+
+    class Unkillable(subprocess.Popen):
+        def kill(self):
+            assert self.poll() is None
+
+        def wait(self, timeout=None):
+            assert timeout is not None, "would wait for ever"
+            return super().wait(timeout)
+
+    monkeypatch.setattr("profiling.sampler_process.STOP_TIMEOUT_S", 0.2)
+    sampler = SamplerProcess(tmp_path, interval_s=0.1, zero_s=time.perf_counter())
+    stuck = sampler._process = Unkillable([sys.executable, "-c", "import time; time.sleep(60)"], stdin=subprocess.PIPE)
+    try:
+        assert sampler.stop() is None
+    finally:
+        subprocess.Popen.kill(stuck)
+        subprocess.Popen.wait(stuck)
+    withstood("sampler that no signal ends", lost="device samples from then on; the run goes on")
 
 
 def test_a_sampler_that_hangs_before_its_first_sample_is_noticed(library, tmp_path, monkeypatch):  # noqa: F811
