@@ -143,6 +143,40 @@ for attempt in (lambda: write_atomically(path / "kept", b"x" * 5000),
     withstood("full disk under the run's own files", lost="nothing that was written")
 
 
+def test_records_written_together_are_what_they_are_alone(writer):
+    phase = {"type": "phase", "name": 'a "b" \u00e9', "step": 1, "t_start": 0.1, "t_end": 1e-7 + 1 / 3, "depth": 0}
+    records = [phase, {**phase, "t_start": 0}, {**phase, "process": "host-1"}, {"type": "note", "text": "x"}]
+    writer.trace(*records)
+    lines = (writer.path / "trace.jsonl").read_text().splitlines()[1:]
+    assert lines == [json.dumps(record, separators=(",", ":")) for record in records]
+    for fault in ({"step": True}, {"step": 2.0}, {"depth": 2**60}, {"t_end": float("nan")}, {"name": None}):
+        with pytest.raises(ValueError, match=rf"phase\.{next(iter(fault))}"):
+            writer.trace(phase, {**phase, **fault})
+    assert len((writer.path / "trace.jsonl").read_text().splitlines()) == 5
+
+
+def test_of_records_written_together_a_full_disk_keeps_the_whole_lines(tmp_path):
+    code = f"""
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from profiling.writer import RunWriter
+from profiling.errors import RunError
+from profiling.phases import plain_header
+writer = RunWriter({str(tmp_path / "run")!r}, header=plain_header(), config_toml="")
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+try:
+    writer.trace(*[{{"type": "note", "text": "y" * 300}}] * 20)
+except RunError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "trace.jsonl: cannot be written" in done.stdout
+    content = (tmp_path / "run" / "trace.jsonl").read_bytes()
+    assert content.endswith(b"\n")
+    assert len(content) + 350 > 2000
+    assert [record["type"] for record in Run(tmp_path / "run").trace[1:]] == ["note"] * content.count(b"note")
+
+
 def test_an_unwritable_place_is_an_error_of_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
