@@ -59,20 +59,23 @@ def test_threads_and_tasks_nest_each_for_itself(tmp_path):
     assert phases[phases.name == "task"].depth.to_list() == [1] * 5
 
 
-def test_a_phase_costs_little(tmp_path, capsys):
+def test_a_phase_costs_less_than_five_microseconds_writing_included(tmp_path, capsys):
     with Profiler(tmp_path / "run", sampler_interval_s=None) as profiler:
-        best = min(_microseconds_per_phase(profiler) for _ in range(20))
+        best = min(_microseconds_per_phase(profiler) for _ in range(5))
     with capsys.disabled():
         print(f"\n  one phase costs {best:.2f} us (load {os.getloadavg()[0]:.1f})")
-    assert best < 20
+    assert best < 5
+    assert len(Run(tmp_path / "run").phases) == 5 * 20_000
 
 
-def _microseconds_per_phase(profiler, n=100):
-    start = time.perf_counter()
+def _microseconds_per_phase(profiler, n=20_000):
+    """Of this process: another that runs meanwhile does not count."""
+    start = time.process_time()
     for _ in range(n):
         with profiler.phase("x", step=1):
             pass
-    return (time.perf_counter() - start) / n * 1e6
+    profiler.flush()
+    return (time.process_time() - start) / n * 1e6
 
 
 def test_a_failed_run_says_so(tmp_path):
