@@ -93,7 +93,9 @@ def _windows(run: Run, device: str, t: np.ndarray, busy: np.ndarray) -> Windows:
     """What each reading is the mean of: the time since the one before on the host, the driver's own samples where it
     keeps them, else the sensor's window."""
     if device == HOST:
-        return Windows(t[:-1], t[1:], busy[1:])
+        known = np.isfinite(busy)
+        known[:1] = False  # it has no reading before it
+        return Windows(t[:-1][known[1:]], t[known], busy[known])
     own = _of_metric(run, device, "utilisation")
     if len(own.end):
         return own

@@ -19,7 +19,7 @@ from rich.table import Table
 from profiling.alarms import alarms
 from profiling.attribution import COUNTERS, device_estimates, interval_text
 from profiling.console import plain_table, table_console
-from profiling.energy import counts
+from profiling.energy import is_counting
 from profiling.errors import ConfigError
 from profiling.gpu_users import GpuUsers, marked_for, of_tree, seeing_what
 from profiling.ledger import build_ledger
@@ -150,7 +150,7 @@ def _print(run: Run, wall_s: float, how: str) -> None:
     names = {device["uuid"]: device["name"] for device in sampler.get("devices", [])}
     for device, samples in run.devices.groupby("device", sort=False):
         energy = samples.energy_joules.dropna()
-        known = counts(samples.t[energy.index].to_numpy(float), energy.to_numpy(float))
+        known = is_counting(samples.t[energy.index].to_numpy(float), energy.to_numpy(float))
         table.add_row(
             f"{device} ({names.get(device, '?')})",
             str(len(samples)),

@@ -11,7 +11,7 @@ STALE_S = 3.0
 """A counter that shows one value for longer than this does not count: an idle GPU draws tens of watts."""
 
 
-def counts(t: np.ndarray, joules: np.ndarray) -> bool:
+def is_counting(t: np.ndarray, joules: np.ndarray) -> bool:
     """Whether differences of a counter's readings are joules: there are two or more, it never ran backwards (its
     driver was loaded again), and it did not stand still all the time."""
     if len(t) < 2 or t[-1] <= t[0] or (np.diff(joules) < 0).any():
@@ -32,7 +32,7 @@ def joules_by_piece(devices: pd.DataFrame, pieces: pd.DataFrame) -> np.ndarray |
         return None
     for _, own in counters.groupby("device", sort=False):
         t, joules = own.t.to_numpy(float) - TICK_S / 2, own.energy_joules.to_numpy(float)
-        if not counts(t, joules):
+        if not is_counting(t, joules):
             return None
         total += _drawn_until(pieces.t_end.to_numpy(float), t, joules)
         total -= _drawn_until(pieces.t_start.to_numpy(float), t, joules)

@@ -121,7 +121,7 @@ def _integrated_busy(pieces: Pieces, windows: Windows, place: int) -> Estimate |
     low = float(max(0.0, value * (1 - missing) - half))
     high = float(min(1.0, value * (1 - missing) + missing + half))
     total_s = float((end - start).sum())
-    if missing > MOST_UNSEEN:
+    if missing > MOST_UNSEEN or high - low >= 1.0:
         return Estimate(None, low, high, "unresolved", total_s)
     return Estimate(value, low, high, "integration", total_s)
 
