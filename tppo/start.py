@@ -223,6 +223,11 @@ def check_it_fits_the_ranks(config: RunConfig, ranks: Ranks) -> None:
             f'rollout.engine = "vllm": cannot run inside {ranks.world} ranks that torchrun started; give it processes '
             'of its own with --ray, set "torch", or use one process'
         )
+    if engines_of_their_own and config.rollout.draws == "engine":
+        raise ConfigError(
+            f'rollout.draws = "engine": the engines of {ranks.world} ranks would draw the same numbers for different '
+            'rows; set "row" or "auto"'
+        )
     if ranks.world > config.rollout.prompts_per_step * config.rollout.samples_per_prompt:
         raise ConfigError(
             f"rollout.prompts_per_step x rollout.samples_per_prompt = {config.rows_per_step} rows: fewer than the "
