@@ -286,11 +286,8 @@ def _run_facts(run: Run) -> dict[str, Any]:
 
 
 def _devices(run: Run) -> str:
-    """Names, each once: those that the sampler found, which the trailer tells."""
-    sampler = (run.trailer or {}).get("sampler")
-    sampled = sampler.get("devices") if isinstance(sampler, dict) else None
-    listed = [*run.header["devices"], *(sampled if isinstance(sampled, list) else [])]
-    names = (str(device.get("name", "?")) for device in listed if isinstance(device, dict))
+    """Names, each once."""
+    names = (str(device.get("name", "?")) for device in run.header["devices"])
     return ", ".join(dict.fromkeys(names)) or "–"
 
 

@@ -12,6 +12,8 @@ from profiling.windows import Pieces, Windows, windows_of_polls
 HOST = "host"
 SENSOR_WINDOW_S = 1.0
 """Of a GPU's utilisation where its driver keeps no samples of its own: the longer of the two that NVML documents."""
+SHORTEST_S = 0.05
+"""Of a phase's time in all, of which anything is said. Another process's phase may cover nearly all of it."""
 COUNTERS = ("sm_activity", "sm_occupancy", "tensor_activity", "dram_activity")
 COLUMNS = ["device", "phase", "seconds", "quantity", "value", "low", "high", "method"]
 
@@ -40,8 +42,10 @@ def device_estimates(run: Run) -> pd.DataFrame:
         for quantity, estimates in found:
             rows += [
                 (device, name, e.seconds, quantity, e.value, e.low, e.high, e.method)
+                if e.seconds >= SHORTEST_S
+                else (device, name, e.seconds, quantity, None, None, None, "unresolved")
                 for name, e in estimates.items()
-                if name and e.seconds > 0  # another process's phase may cover it: then none of the time is its own
+                if name
             ]
     return pd.DataFrame(rows, columns=COLUMNS)
 

@@ -31,8 +31,6 @@ from profiling.summary import COMMAND, summarise
 
 SHORTEST_INTERVAL_S = 1e-3
 LONGEST_INTERVAL_S = 3600.0
-SHOWN_S = 0.05
-"""A phase that counts for less is shown with 0.0 s: nothing was measured in it."""
 
 
 def profile_command(
@@ -146,8 +144,7 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 def _print(run: Run, wall_s: float, how: str) -> None:
     columns = ("device", "samples", "utilisation", "power, W", "energy, J", "peak memory, GiB")
     table = plain_table(f"{run.path}: {wall_s:.1f} s, {how}", *columns)
-    sampler = (run.trailer or {}).get("sampler") or {}
-    names = {device["uuid"]: device["name"] for device in sampler.get("devices", [])}
+    names = {device["uuid"]: device["name"] for device in run.header["devices"]}
     for device, samples in run.devices.groupby("device", sort=False):
         energy = samples.energy_joules.dropna()
         known = is_counting(samples.t[energy.index].to_numpy(float), energy.to_numpy(float))
@@ -177,12 +174,10 @@ def by_phase(run: Run) -> list[Table]:
         seconds = float(own.seconds.iloc[0])
         texts = [
             interval_text(known, "busy", 100.0, " %"), interval_text(known, "joules"),
-            interval_text(known, "joules", 1 / seconds),
+            interval_text(known, "joules", 1 / max(seconds, 1e-9)),
         ]  # fmt: skip
-        if seconds < SHOWN_S:
-            texts = ["unresolved" if text else None for text in texts]
         main.add_row(str(device), str(phase), f"{seconds:.1f}", *(text or "-" for text in texts))
-        texts = [interval_text(known, name, 100.0, " %") if seconds >= SHOWN_S else None for name in counted]
+        texts = [interval_text(known, name, 100.0, " %") for name in counted]
         if any(texts):
             counters.add_row(str(device), str(phase), *(text or "-" for text in texts))
     return [main, *([counters] if counted else [])]

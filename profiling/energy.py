@@ -7,8 +7,9 @@ import pandas as pd
 
 from profiling.estimators import TICK_S
 
-STALE_S = 3.0
-"""A counter that shows one value for longer than this does not count: an idle GPU draws tens of watts."""
+STALE_S = 2.0
+"""A counter that shows one value for longer than this does not count: an idle GPU draws tens of watts. The sampler
+leaves out what it reads after three seconds of it."""
 
 
 def is_counting(t: np.ndarray, joules: np.ndarray) -> bool:

@@ -92,7 +92,7 @@ def test_the_sampler_samples_the_host_from_first_to_last(tmp_path):
     run = Run(tmp_path / "run")
     host = run.devices[run.devices.device == "host"]
     assert host.t.min() <= start + 0.05
-    assert host.t.max() >= end - 0.05
+    assert host.t.max() >= end - 0.1  # a reading within 50 ms of the one before is left out
     assert 3 <= len(host) <= 14  # ticks that come late on a busy machine are missed, not made up
     assert host.memory_bytes.min() > 0
     assert host.power_watts.isna().all()  # null, never 0

@@ -55,13 +55,13 @@ def test_a_gpu_is_as_busy_as_its_drivers_windows_say(library, tmp_path):  # noqa
     busy = np.average(own.value, weights=own.t_end - own.t_begin)
     assert busy == pytest.approx(0.5, abs=0.08)
     samples = (run.devices.device == "GPU-0000-0").sum()
-    assert f"GPU-0000-0 {samples} {busy:.0%} " in shown
+    assert f"GPU-0000-0 (simulated sensor) {samples} {busy:.0%} " in shown
 
 
 def test_a_counter_that_stands_still_has_no_joules(library, tmp_path):  # noqa: F811
     shown, run = profile(library, tmp_path, "--", "sleep", "3.5")  # fixed readings
     samples = (run.devices.device == "GPU-0000-0").sum()
-    assert f"GPU-0000-0 {samples} 40% 250 - 0.0" in shown
+    assert f"GPU-0000-0 (simulated sensor) {samples} 40% 250 - 0.0" in shown
     assert run.summary["energy_joules"] is None
 
 
