@@ -173,8 +173,8 @@ def _advice_table(advice: Advice) -> dict[str, Any]:
 
 
 _SPEED_NOTE = (
-    "Medians over the arm's runs; start-up steps left out of the rates. Rollout, decode and prefill are of a step: the "
-    "rollout by the clock, without what training beside it hides; decode and prefill summed over the GPUs, so with "
+    "Medians over the arm's runs; start-up steps left out of the rates. Rollout, decode and prefill are of a step. "
+    "Rollout: by the clock, without what training beside it hides. Decode and prefill: summed over the GPUs, so with "
     "several of them they exceed the rollout."
 )
 

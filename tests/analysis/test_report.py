@@ -64,7 +64,7 @@ def test_a_report_with_every_figure_stands_alone(runs, tmp_path, all_figures):
     titles = ["Cost against time", "Idle ledger", "Idle ledger by step", "Speed-up over the synchronous run"]
     assert set(titles) < {title_of(name) for name in all_figures}
     assert all(title_of(name) in page.text for name in all_figures)  # drawn, or left out with the reason
-    assert "the rollout by the clock" in page.text
+    assert "Rollout: by the clock" in page.text
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
     assert all(len(a["aria-label"]) > 60 for a in drawn)
