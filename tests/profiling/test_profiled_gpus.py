@@ -127,3 +127,25 @@ def test_phases_of_processes_that_differ_for_long_are_noted():
     ranks[0] = phase("a", "rollout", 0.0, 5.2)  # one that is late by 0.2 s
     assert overlap_note(ranks, 10.0) is None
     assert overlap_note([], 10.0) is None
+
+
+def test_processes_in_different_phases_are_noted_on_the_console_and_in_the_trace(library, tmp_path):  # noqa: F811
+    program = tmp_path / "two.py"
+    program.write_text(
+        "import os, time\nfrom profiling.markers import phase\nchild = os.fork()\n"
+        "for step in (1, 2):\n    with phase('update_policy' if child else 'rollout', step):\n"
+        "        time.sleep(0.4)\n"
+        "os.waitpid(child, 0) if child else os._exit(0)\n"
+    )
+    shown, run = profile(library, tmp_path, "--", sys.executable, str(program))
+    (note,) = [record["text"] for record in run.trace if record["type"] == "note"]
+    assert "processes are in different phases at once" in note
+    assert note in shown
+    assert "host rollout 0.0 unresolved" in shown
+
+
+def wait_until(true, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
