@@ -16,7 +16,7 @@ from tppo.rewards.function import FunctionReward
 from tppo.rewards.http import HttpReward
 from tppo.rewards.math import MathReward
 from tppo.rewards.pool import WorkerPool
-from tppo.rewards.protocol import Grade, Reward, RewardError, answers_of
+from tppo.rewards.protocol import Grade, Reward, RewardError, alike_of, answers_of
 
 TIMEOUT_S = {"final_answer": 5.0, "math": 5.0, "python": 60.0, "http": 30.0}
 
@@ -32,6 +32,9 @@ class WithoutEnd:
 
     def answers(self, responses: Sequence[str]) -> list[str | None]:
         return answers_of(self.inner, [self._without_end(response) for response in responses])
+
+    def alike(self, answers: Sequence[Sequence[str]]) -> list[list[str]]:
+        return alike_of(self.inner, answers)
 
     def _without_end(self, response: str) -> str:
         for end in self.ends:

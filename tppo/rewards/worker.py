@@ -4,6 +4,10 @@
     reply  {"ready": true}, or {"error": "..."}
     job    {"kind": "math", "gold": "1/2", "text": "\\boxed{0.5}"}
     reply  {"correct": true, "unparsed": false}
+    job    {"kind": "answer", "text": "... the answer is 0.5"}
+    reply  {"answer": "0.5"}, or null where there is none
+    job    {"kind": "alike", "answers": ["1/2", "3", "0.5"]}
+    reply  {"first": [0, 1, 0]}: places of the first that each equals
     job    {"kind": "format", "text": "..."}
     reply  {"match": true}
     job    {"kind": "function", "prompt": "...", "response": "...", "answer": "..."}
@@ -92,7 +96,7 @@ def _prepare(setup: Job) -> dict[str, Callable[[Job], Job]]:
 
         logging.disable()  # it says for every answer that its own time limit is off
         math_verify.verify(math_verify.parse("$1$", parsing_timeout=None), [2], timeout_seconds=None)
-        checks["math"] = _check_math
+        checks |= {"math": _check_math, "answer": _read_answer, "alike": _compare}
     return checks
 
 
@@ -123,6 +127,33 @@ def _check_math(job: Job) -> Job:
     if not gold or not given:
         return {"correct": False, "unparsed": True}
     return {"correct": bool(verify(gold, given, timeout_seconds=None)), "unparsed": False}
+
+
+def _read_answer(job: Job) -> Job:
+    """What `text` answers, a number without the marks around it: **7** is 7."""
+    from math_verify import parse
+
+    found = parse(job["text"], parsing_timeout=None)
+    if not found:
+        return {"answer": None}
+    return {"answer": str(found[0] if getattr(found[0], "is_Integer", False) else found[-1])}
+
+
+def _compare(job: Job) -> Job:
+    """Which of a problem's answers are equal, each compared with the first of every kind that came before it."""
+    from math_verify import parse, verify
+
+    parsed = [parse(f"\\boxed{{{answer}}}", parsing_timeout=None) for answer in job["answers"]]
+    first: list[int] = []
+    for place, own in enumerate(parsed):
+        kinds = [earlier for earlier in range(place) if first[earlier] == earlier]
+        equal = (
+            earlier
+            for earlier in kinds
+            if verify(parsed[earlier], own, allow_set_relation_comp=True, timeout_seconds=None)
+        )
+        first.append(next(equal, place))
+    return {"first": first}
 
 
 def _end_with(parent: int) -> None:
