@@ -112,8 +112,9 @@ class RewardConfig(Settings):
     workers: PositiveInt = 2
     """Processes that check answers."""
     function: str = ""
-    """python: package.module:function, called with (prompt, response, answer) in a process without the model; returns
-    the reward. Looked up as the trainer imports, and last in the working directory."""
+    """python: package.module:function or package.module:Class.method, called with (prompt, response, answer) in a
+    process without the model; returns the reward. Further columns of the row go to arguments of their names, all of
+    them to **columns. Looked up as the trainer imports, and last in the working directory."""
     url: str = ""
     """http: gets a POST of a JSON list of {prompt, response, answer}; replies with a list of rewards in that order."""
     batch_rows: PositiveInt = 64
@@ -123,7 +124,7 @@ class RewardConfig(Settings):
 
     @model_validator(mode="after")
     def check_it_can_be_called(self) -> "RewardConfig":
-        if self.kind == "python" and not re.fullmatch(r"\w+(\.\w+)*[:.]\w+", self.function):
+        if self.kind == "python" and not re.fullmatch(r"\w+(\.\w+)*[:.]\w+(\.\w+)*", self.function):
             raise ValueError(f"reward.function = {self.function!r}: write package.module:function")
         if self.kind == "http" and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"reward.url = {self.url!r}: write http://HOST:PORT/PATH, or https://")

@@ -108,6 +108,15 @@ def test_held_out_problems_are_never_trained_on(data_config):
     assert "of 20 rows 5 are held out" in problems.notes[0]
 
 
+def test_further_columns_stay_with_a_problem_for_a_function_of_ones_own(data_config):
+    rows = [{"question": "p", "answer": 1, "level": 5, "extra": {"split": "train"}, "prompt": "not the problem"}]
+    own = {"evaluation": {"every": 0}, "reward": {"kind": "python", "function": "mine:f"}}
+    (problem,) = problems_of(data_config(rows=rows, **own), character_tokenizer()).task.problems
+    assert json.loads(problem.columns) == {"level": 5, "extra": {"split": "train"}}
+    (problem,) = problems_of(data_config(rows=rows, evaluation={"every": 0}), character_tokenizer()).task.problems
+    assert problem.columns == "{}"
+
+
 def test_without_evaluations_nothing_is_held_out(data_config):
     problems = problems_of(data_config(evaluation={"every": 0}), character_tokenizer())
     assert (len(problems.held_out), len(problems.task.problems), problems.notes) == (0, 20, [])

@@ -181,7 +181,7 @@ sleeping = WorkerPool({"math": False, "pattern": None, "function": "mine:sleep",
                       workers=1, timeout_s=60)
 searching.start(), sleeping.start()
 print(*searching.pids, *sleeping.pids, flush=True)
-job = {"kind": "function", "prompt": "", "response": "", "answer": ""}
+job = {"kind": "function", "prompt": "", "response": "", "answer": "", "columns": "{}"}
 threading.Thread(target=sleeping.run, args=([job],)).start()
 searching.run([{"kind": "format", "text": "a" * 40 + "b"}])
 """

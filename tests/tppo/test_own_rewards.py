@@ -32,6 +32,15 @@ def raises(prompt, response, answer): return 1 / 0
 def leaves(prompt, response, answer): sys.exit("bye")
 def dies(prompt, response, answer): os._exit(3)
 def hangs(prompt, response, answer): time.sleep(1000)
+
+class Graders:
+    @staticmethod
+    def by_level(prompt, response, answer, *, level=1): return level
+
+    class Inner:
+        any_column = staticmethod(lambda p, r, a, **columns: columns["level"] + 10 * len(columns))
+
+def by_position(level, response, answer, extra_info=None): return len(level) + len(extra_info["split"])
 """
 
 
@@ -53,6 +62,20 @@ def test_a_function_grades_with_prompt_response_and_answer(function_reward):
     with function_reward("overlap", right_above=1.4, function="mine.overlap") as reward:
         grades = reward.grade([Problem("q", "a"), Problem("p", "x")], ["ab", "b$"])
     assert grades == [Grade(1.5, True), Grade(1.25, False)]
+
+
+@pytest.mark.parametrize(
+    ("function", "reward"),
+    [("mine:Graders.by_level", 5), ("mine.Graders.by_level", 5), ("mine:Graders.Inner.any_column", 25),
+     ("mine.Graders.Inner.any_column", 25), ("mine:by_position", 6), ("mine:overlap", 2.25)],
+)  # fmt: skip
+def test_a_function_may_stand_inside_a_class_and_gets_the_columns_that_its_signature_names(
+    function_reward, function, reward
+):
+    # by_position: level is its first argument, the prompt: 1 + 5; overlap: 1/4 + 1 + 1
+    problem = Problem("p", "a", columns='{"level": 5, "extra_info": {"split": "train"}}')
+    with function_reward("", function=function) as made:
+        assert [grade.reward for grade in made.grade([problem], ["a"])] == [reward]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +106,11 @@ def test_a_function_that_never_returns_is_cut_short(function_reward, withstood):
 @pytest.mark.parametrize(
     ("function", "fault"),
     [("mine:absent", "AttributeError: module 'mine' has no attribute 'absent'"),
+     ("mine.absent", "AttributeError: module 'mine' has no attribute 'absent'"),
+     ("mine:Graders.absent", "AttributeError: type object 'Graders' has no attribute 'absent'"),
      ("nowhere.at_all:f", "ModuleNotFoundError: No module named 'nowhere'"),
+     ("nowhere.at_all.f", "ModuleNotFoundError: No module named 'nowhere'"),
+     ("nowhere.f", "ModuleNotFoundError: No module named 'nowhere'"),
      ("mine:np", "TypeError: mine:np is not a function")],
 )  # fmt: skip
 def test_a_function_that_is_not_there_is_told_before_the_run_starts(function_reward, function, fault):

@@ -15,6 +15,8 @@ from tppo.data.prompts import Prompter, problem_of
 from tppo.data.tables import open_tables
 
 PROMPTS_AT_ONCE = 1000
+ARGUMENTS = ("prompt", "response", "answer")
+"""Of a reward function, whatever the columns are called."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,12 @@ def check_text(text: str, where: str) -> None:
 
 
 def read_entries(
-    source: SourceConfig, prompter: Prompter, max_prompt_tokens: int, *, key: str
+    source: SourceConfig, prompter: Prompter, max_prompt_tokens: int, *, key: str, all_columns: bool = False
 ) -> tuple[list[Entry], Counts]:
     """The distinct problems of a data set that have an answer and a prompt short enough, in the data's order.
 
-    key: the section of the configuration that messages name. Raises DataError when none is left.
+    key: the section of the configuration that messages name. all_columns: keep the others with each problem. Raises
+    DataError when none is left.
     """
     counts = Counts()
     seen: dict[str, Problem] = {}
@@ -69,7 +72,7 @@ def read_entries(
         layout = layout_of(
             table, source.layout, prompt_column=source.prompt_column, answer_column=source.answer_column, key=key
         )
-        for row in table.rows(layout.columns):
+        for row in table.rows(table.columns if all_columns else layout.columns):
             counts.rows += 1
             text = problem_of(row[layout.problem], f"{table.where}: row {counts.rows}")
             answer = layout.answer_of(row)
@@ -81,7 +84,9 @@ def read_entries(
                 counts.repeated += 1
                 continue
             check_text(identity + answer, f"{table.where}: row {counts.rows}")
-            seen[identity] = Problem(prompter.prompt(text), answer, special_tokens=not prompter.chat)
+            others = {name: value for name, value in row.items() if name not in (layout.problem, *ARGUMENTS)}
+            columns = json.dumps(others, default=str) if all_columns else "{}"
+            seen[identity] = Problem(prompter.prompt(text), answer, not prompter.chat, columns)
     if not counts.rows:
         raise DataError(f"{key}.path = {source.path!r}, split {source.split!r}: holds no rows")
     entries = [

@@ -8,11 +8,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from profiling.errors import ConfigError
-from tppo.config import RunConfig
+from tppo.config import RunConfig, SourceConfig
 from tppo.data.arithmetic import ArithmeticTask
-from tppo.data.dataset import DatasetTask, Entry, read_entries
+from tppo.data.dataset import Counts, DatasetTask, Entry, read_entries
 from tppo.data.problem import Problem, Task
-from tppo.data.prompts import prompter_of
+from tppo.data.prompts import Prompter, prompter_of
 
 MOST_PROBLEMS = 1_000_000
 """Of the arithmetic task, held out: all of them are in memory."""
@@ -46,7 +46,7 @@ def evaluation_problems(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -
     data, evaluation = config.data, config.evaluation
     if data.task == "dataset" and evaluation.path:
         prompter = prompter_of(tokenizer, data.system_prompt, data.prompt_template, data.chat_template)
-        entries, _ = read_entries(evaluation, prompter, data.max_prompt_tokens, key="evaluation")
+        entries, _ = _read(config, evaluation, prompter, "evaluation")
         return [entry.problem for entry in _drawn(entries, evaluation.problems, evaluation.seed)]
     return problems_of(config, tokenizer).held_out
 
@@ -69,11 +69,11 @@ def dataset_problems(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> P
     Raises ConfigError."""
     data, evaluation = config.data, config.evaluation
     prompter = prompter_of(tokenizer, data.system_prompt, data.prompt_template, data.chat_template)
-    entries, counts = read_entries(data, prompter, data.max_prompt_tokens, key="data")
+    entries, counts = _read(config, data, prompter, "data")
     notes = []
     held_out: list[Entry] = []
     if evaluation.every and evaluation.path:
-        others, other_counts = read_entries(evaluation, prompter, data.max_prompt_tokens, key="evaluation")
+        others, other_counts = _read(config, evaluation, prompter, "evaluation")
         held_out = _drawn(others, evaluation.problems, evaluation.seed)
         notes.append(other_counts.line(f"evaluation.path = {evaluation.path!r}", data.max_prompt_tokens))
     elif evaluation.every:
@@ -96,6 +96,11 @@ def dataset_problems(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> P
     task = DatasetTask([entry.problem for entry in training], data.seed, data.shuffle, longest)
     fingerprint = _fingerprint([entry.problem for entry in [*training, *held_out]])
     return Problems(task, [entry.problem for entry in held_out], fingerprint, [note for note in notes if note])
+
+
+def _read(config: RunConfig, source: SourceConfig, prompter: Prompter, key: str) -> tuple[list[Entry], Counts]:
+    own_function = config.reward.kind == "python"
+    return read_entries(source, prompter, config.data.max_prompt_tokens, key=key, all_columns=own_function)
 
 
 def _drawn(entries: Sequence[Entry], number: int, seed: int) -> list[Entry]:

@@ -10,7 +10,7 @@
     reply  {"first": [0, 1, 0]}: places of the first that each equals
     job    {"kind": "format", "text": "..."}
     reply  {"match": true}
-    job    {"kind": "function", "prompt": "...", "response": "...", "answer": "..."}
+    job    {"kind": "function", "prompt": "...", "response": "...", "answer": "...", "columns": "{\"level\": 5}"}
     reply  {"reward": 1.0}; to any job also {"error": "..."}
 
 It ends when its input does. While a job runs its parent may be killed: a thread watches for that, and where the job
@@ -19,6 +19,7 @@ never lets a thread run (a regular expression that backtracks), a limit on CPU t
 
 import contextlib
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -85,7 +86,8 @@ def _prepare(setup: Job) -> dict[str, Callable[[Job], Job]]:
     sys.path[:] = list(dict.fromkeys([*sys.path, *setup["sys_path"]]))
     if setup["function"]:
         function = _function_of(setup["function"])
-        checks["function"] = lambda job: _call(function, job)
+        takes = _keywords_of(function)
+        checks["function"] = lambda job: _call(function, takes, job)
     else:
         _limit_memory()
     if setup["pattern"]:
@@ -101,15 +103,42 @@ def _prepare(setup: Job) -> dict[str, Callable[[Job], Job]]:
 
 
 def _function_of(name: str) -> Callable[..., Any]:
-    module, _, attribute = name.replace(":", ".").rpartition(".")
-    function = getattr(importlib.import_module(module), attribute)
+    """package.module:Class.method, or with dots alone: what is left of the last module is looked up inside of it."""
+    module, colon, path = name.partition(":")
+    function: Any = None
+    if colon:
+        function = importlib.import_module(module)
+    while function is None:
+        module, _, attribute = module.rpartition(".")
+        path = f"{attribute}.{path}".rstrip(".")
+        try:
+            function = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            absent = error.name or ""
+            if "." not in absent or not f"{module}.".startswith(f"{absent}."):  # or is what a module imports
+                raise
+    for attribute in path.split("."):
+        function = getattr(function, attribute)
     if not callable(function):
         raise TypeError(f"{name} is not a function")
     return function
 
 
-def _call(function: Callable[..., Any], job: Job) -> Job:
-    result = function(job["prompt"], job["response"], job["answer"])
+def _keywords_of(function: Callable[..., Any]) -> Callable[[str], bool]:
+    """Whether a column of this name is an argument, besides prompt, response and answer, which go by position."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # of something built in
+        return lambda name: False
+    by_position = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    taken, any_name = by_position[:3], any(each.kind == each.VAR_KEYWORD for each in parameters)
+    by_name = [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    return lambda name: name not in taken and (any_name or name in by_name)
+
+
+def _call(function: Callable[..., Any], takes: Callable[[str], bool], job: Job) -> Job:
+    columns = {name: value for name, value in json.loads(job["columns"]).items() if takes(name)}
+    result = function(job["prompt"], job["response"], job["answer"], **columns)
     if isinstance(result, str) or not hasattr(result, "__float__"):
         return {"error": f"returned {result!r:.60}, not a number"}
     number = float(result)
