@@ -50,7 +50,8 @@ def load_policy(
             return ConfigError(f'model.attention = {attention!r}: this model has none; set model.attention = "eager"')
         if "flash_attn" in reason or "FlashAttention" in reason:
             return ConfigError(f"model.attention = {attention!r}: {reason}; install it, or set sdpa")
-        return ConfigError(f"model.path = {path!r}: no model can be loaded from it: {reason}")
+        absent = "" if Path(path).expanduser().exists() else "no such folder, and as a name on the hub "
+        return ConfigError(f"model.path = {path!r}: {absent}no model can be loaded from it: {reason}")
 
     with reading_model(fault):
         settings = settings_of(path, **trust)
