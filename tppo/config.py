@@ -119,6 +119,13 @@ class RewardConfig(Settings):
     """http: gets a POST of a JSON list of {prompt, response, answer}; replies with a list of rewards in that order."""
     batch_rows: PositiveInt = 64
     """Responses in one request."""
+    concurrency: int = Field(8, ge=1, le=1024)
+    """Requests under way at once (http)."""
+    header_env: str = ""
+    """http: environment variable with the value of a header, "Bearer ...", on every rank. Only its name is written to
+    the run directory; left out: no such header."""
+    header: str = Field("Authorization", pattern=r"^[A-Za-z0-9-]+$")
+    """The header's name."""
     retries: NonNegativeInt = 3
     """Times that a failed request is made again, after 1, 2, 4 ... seconds."""
 

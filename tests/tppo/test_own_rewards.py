@@ -4,7 +4,7 @@ import contextlib
 import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -143,14 +143,16 @@ def test_the_token_that_ended_a_response_is_not_graded():
 
 
 @contextlib.contextmanager
-def service(*replies):
+def service(*replies, tokens=None):
     """A server that gives `replies`, (status, body), one after the other and the last for ever; yields its url and
-    the bodies that it got. A body of None: it hangs up."""
+    the bodies that it got. A body of None: it hangs up. tokens: a list that gets what came as X-Token."""
     got = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             assert self.headers["Content-Type"] == "application/json"
+            if tokens is not None:
+                tokens.append(self.headers["X-Token"])
             status, body = replies[min(len(got), len(replies) - 1)]
             got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             if body is None:
@@ -158,13 +160,20 @@ def service(*replies):
             if callable(body):
                 body = body(got[-1])
             self.send_response(status)
+            if status == 302:
+                self.send_header("Location", body.decode())
             self.end_headers()
             self.wfile.write(body)
+
+        def do_GET(self):
+            tokens.append(self.headers["X-Token"])
+            self.send_response(200)
+            self.end_headers()
 
         def log_message(self, *arguments):
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -196,8 +205,58 @@ def test_a_service_that_fails_twice_and_then_works_has_graded():
 def test_responses_go_in_batches_and_come_back_in_order():
     with service((200, lengths)) as (url, got):
         grades, _ = grade(url, rows=5, batch_rows=2, right_above=2.5)
-    assert [len(batch) for batch in got] == [2, 2, 1]
+    assert sorted(len(batch) for batch in got) == [1, 2, 2]
     assert [(g.reward, g.correct) for g in grades] == [(-1, False), (0, False), (1, False), (2, False), (3, True)]
+
+
+def test_several_requests_are_under_way_at_once_and_come_back_in_order():
+    together = threading.Barrier(3, timeout=20)
+
+    def wait(batch):
+        together.wait()
+        return lengths(batch)
+
+    with service((200, wait)) as (url, _):
+        grades, _ = grade(url, rows=6, batch_rows=2, concurrency=3, retries=0)
+    assert [grade.reward for grade in grades] == [-1, 0, 1, 2, 3, 4]
+
+
+def test_a_header_has_the_value_of_an_environment_variable_which_nothing_shows(make_config, monkeypatch):
+    monkeypatch.setenv("REWARD_TOKEN", "Bearer s3cret")
+    settings = {"kind": "http", "header": "X-Token", "header_env": "REWARD_TOKEN", "retries": 0}
+    tokens = []
+    with service((200, b"<Bearer s3cret>"), (200, b'["Bearer s3cret"]'), (403, b""), tokens=tokens) as (url, _):
+        config = make_config("run", reward={**settings, "url": url})
+        with reward_of(config, character_tokenizer()) as reward:
+            for fault in (r"not JSON: b'<\*\*\*>'", r"'\*\*\*', which is not", "refuses the request: HTTP 403"):
+                with pytest.raises(RewardError, match=fault) as raised:
+                    reward.grade([Problem("p", "a")], ["x"])
+                assert "s3cret" not in str(raised.value)
+    assert tokens == ["Bearer s3cret"] * 3
+    assert "s3cret" not in config.model_dump_json()
+
+
+def test_a_header_does_not_follow_a_redirect_elsewhere():
+    tokens = []
+    with (
+        service((200, b""), tokens=tokens) as (elsewhere, _),
+        service((302, elsewhere.encode()), tokens=tokens) as (url, _),
+        pytest.raises(RewardError),
+    ):
+        grade(url, header=("X-Token", "s3cret"))
+    assert tokens == ["s3cret", None]
+
+
+@pytest.mark.parametrize("value", [None, "", "two\nlines", "ü"])
+def test_a_variable_that_makes_no_header_is_one_line_before_the_run_starts(make_config, monkeypatch, value):
+    monkeypatch.delenv("REWARD_TOKEN", raising=False)
+    if value is not None:
+        monkeypatch.setenv("REWARD_TOKEN", value)
+    config = make_config("run", reward={"kind": "http", "url": "http://127.0.0.1:1", "header_env": "REWARD_TOKEN"})
+    with pytest.raises(ConfigError, match=r"reward.header_env = 'REWARD_TOKEN': .*export it") as raised:  # noqa: SIM117
+        with reward_of(config, character_tokenizer()):
+            pass
+    assert "\n" not in str(raised.value)
 
 
 def test_a_service_that_never_recovers_is_one_line_after_the_last_try():

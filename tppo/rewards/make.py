@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from transformers import PreTrainedTokenizerBase
 
 from profiling.errors import ConfigError
-from tppo.config import RunConfig
+from tppo.config import RewardConfig, RunConfig
 from tppo.data.problem import Problem
 from tppo.rewards.final_answer import FinalAnswer
 from tppo.rewards.form import FormReward
@@ -46,6 +46,19 @@ class WithoutEnd:
         self.inner.close()
 
 
+def header_of(settings: RewardConfig) -> tuple[str, str] | None:
+    """Name and value of the header that reward.header_env asks for. Raises ConfigError, which does not show it."""
+    if not settings.header_env:
+        return None
+    value = os.environ.get(settings.header_env, "")
+    if not (value.isascii() and value.isprintable() and value):
+        raise ConfigError(
+            f"reward.header_env = {settings.header_env!r}: the environment has no such variable, or it is empty or "
+            "not one line of printable ASCII; export it before the run starts"
+        )
+    return settings.header, value
+
+
 @contextmanager
 def reward_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Reward]:
     """The reward, its processes started; they are ended with the block, however it ends.
@@ -74,7 +87,8 @@ def reward_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator
     elif kind == "http":
         reward = HttpReward(
             settings.url, timeout_s=settings.timeout_s or TIMEOUT_S[kind], retries=settings.retries,
-            batch_rows=settings.batch_rows, right_above=settings.right_above,
+            batch_rows=settings.batch_rows, right_above=settings.right_above, concurrency=settings.concurrency,
+            header=header_of(settings),
         )  # fmt: skip
     else:
         reward = FinalAnswer(settings.right, settings.wrong)
