@@ -303,6 +303,9 @@ class EvaluationConfig(SourceConfig):
     """Data set to evaluate on, as data.path; left out: problems held out of data.path, which do not train then."""
     split: str = "test"
     """As data.split, of evaluation.path."""
+    prompt_template: str | None = None
+    """Text around every problem of evaluation.path; left out: data.prompt_template. Where data.path brings an
+    instruction with each problem, write the same here: its problems are then recognised, too, and do not train."""
     every: NonNegativeInt = 5
     """Steps between evaluations; 0: none."""
     problems: PositiveInt = 256

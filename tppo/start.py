@@ -88,7 +88,7 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks, place
     model_path = str(found.path / POLICY) if found else config.model.path
     start = config.model.path if config.model.lora_rank else model_path  # adapters are restored beside their base
     policy, tokenizer = loaded(start, config, ranks)
-    problems = problems_of(config, tokenizer)
+    problems = problems_of(config, tokenizer, ranks)
     if found is not None:
         check_problems_are_the_same(found.run, problems)
     for note in problems.notes if ranks.main else ():

@@ -46,6 +46,13 @@ class WithoutEnd:
         self.inner.close()
 
 
+def kind_of(config: RunConfig) -> str:
+    """reward.kind, the task's where it is auto."""
+    if config.reward.kind != "auto":
+        return config.reward.kind
+    return "final_answer" if config.data.task == "arithmetic" else "math"
+
+
 def header_of(settings: RewardConfig) -> tuple[str, str] | None:
     """Name and value of the header that reward.header_env asks for. Raises ConfigError, which does not show it."""
     if not settings.header_env:
@@ -65,10 +72,7 @@ def reward_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator
 
     Raises ConfigError when they cannot be: a function that does not import, say.
     """
-    settings = config.reward
-    kind = settings.kind
-    if kind == "auto":
-        kind = "final_answer" if config.data.task == "arithmetic" else "math"
+    settings, kind = config.reward, kind_of(config)
     pool = WorkerPool(
         {
             "math": kind == "math",

@@ -4,6 +4,8 @@
     reply  {"ready": true}, or {"error": "..."}
     job    {"kind": "math", "gold": "1/2", "text": "\\boxed{0.5}"}
     reply  {"correct": true, "unparsed": false}
+    job    {"kind": "gold", "text": "1/2"}
+    reply  {"readable": true}
     job    {"kind": "answer", "text": "... the answer is 0.5"}
     reply  {"answer": "0.5"}, or null where there is none
     job    {"kind": "alike", "answers": ["1/2", "3", "0.5"]}
@@ -98,7 +100,7 @@ def _prepare(setup: Job) -> dict[str, Callable[[Job], Job]]:
 
         logging.disable()  # it says for every answer that its own time limit is off
         math_verify.verify(math_verify.parse("$1$", parsing_timeout=None), [2], timeout_seconds=None)
-        checks |= {"math": _check_math, "answer": _read_answer, "alike": _compare}
+        checks |= {"math": _check_math, "gold": _read_gold, "answer": _read_answer, "alike": _compare}
     return checks
 
 
@@ -156,6 +158,15 @@ def _check_math(job: Job) -> Job:
     if not gold or not given:
         return {"correct": False, "unparsed": True}
     return {"correct": bool(verify(gold, given, timeout_seconds=None)), "unparsed": False}
+
+
+def _read_gold(job: Job) -> Job:
+    """Whether other ways to write it could be told to equal it; words have none."""
+    from math_verify import parse
+
+    text = job["text"]
+    found = parse(f"\\boxed{{{text}}}", parsing_timeout=None)
+    return {"readable": any(not isinstance(each, str) for each in found) or "".join(text.split()).isalpha()}
 
 
 def _read_answer(job: Job) -> Job:
