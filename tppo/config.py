@@ -200,7 +200,9 @@ class RolloutConfig(Settings):
     top_k: NonNegativeInt = 0
     """Sample from this many likeliest tokens; 0: from all."""
     stop_token_ids: tuple[NonNegativeInt, ...] = ()
-    """Tokens that end a response, besides the tokenizer's end of sequence."""
+    """Tokens that end a response, besides the tokenizer's end of sequence and those of the model's
+    generation_config.json. A base model that is prompted by a chat template needs the template's: 151645, <|im_end|>,
+    of Qwen2.5."""
     schedule: Literal["recipe", "oversample", "asynchronous"] = "recipe"
     """recipe: as the algorithm says. oversample: start more rows, stop when enough have finished, continue the rest.
     asynchronous: roll out the next step while this one trains. The last two for ppo, ppo-ewma and vapo."""

@@ -148,6 +148,16 @@ def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id if pad is None else pad)
 
 
+def own_stops(model: PreTrainedModel) -> tuple[int, ...]:
+    """Tokens that end a response by the model's generation_config.json, <|eot_id|> of a chat model say; none where it
+    has no such file, and only config.json's are known."""
+    settings = model.generation_config
+    if settings is None or getattr(settings, "_from_model_config", False):
+        return ()
+    found = settings.eos_token_id
+    return () if found is None else tuple(found) if isinstance(found, list) else (found,)
+
+
 def input_layer(model: PreTrainedModel) -> nn.Embedding:
     layer = model.get_input_embeddings()
     assert isinstance(layer, nn.Embedding)

@@ -67,8 +67,11 @@ def header_of(settings: RewardConfig) -> tuple[str, str] | None:
 
 
 @contextmanager
-def reward_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Reward]:
-    """The reward, its processes started; they are ended with the block, however it ends.
+def reward_of(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, own_stops: Sequence[int] = ()
+) -> Iterator[Reward]:
+    """The reward, its processes started; they are ended with the block, however it ends. own_stops: tokens that end a
+    response besides the tokenizer's and those of the configuration.
 
     Raises ConfigError when they cannot be: a function that does not import, say.
     """
@@ -99,7 +102,7 @@ def reward_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator
     if settings.format_pattern:
         reward = FormReward(reward, pool, settings.format_reward)
     if kind != "final_answer":
-        stops = [str(tokenizer.decode([token])) for token in config.rollout.stop_token_ids]
+        stops = [str(tokenizer.decode([token])) for token in (*own_stops, *config.rollout.stop_token_ids)]
         reward = WithoutEnd(reward, [str(tokenizer.eos_token), *stops])
     try:
         if kind in ("math", "python") or settings.format_pattern:
