@@ -107,8 +107,9 @@ class RewardConfig(Settings):
     format_reward: float = 0.1
     """Added where format_pattern matches."""
     timeout_s: PositiveFloat | None = None
-    """For one answer, its format's check too, or one request; left out: 5 (final_answer, math), 60 (python), 30
-    (http). An answer whose check takes longer is wrong; a function that takes longer ends the run."""
+    """For one answer, its format's check, the comparison of a problem's answers, or one request; left out: 5
+    (final_answer, math), 60 (python), 30 (http). An answer whose check takes longer is wrong; a function that takes
+    longer ends the run."""
     workers: PositiveInt = 2
     """Processes that check answers."""
     function: str = ""
