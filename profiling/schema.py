@@ -172,7 +172,7 @@ EVALUATIONS = _columns(
     ("tokens", _INT),  # of the response
     ("finished", _BOOL),  # it ended with a stop token
     ("correct", _BOOL),
-    ("answer", _TEXT),  # as the reward read it; null: none
+    ("answer", _TEXT),  # as the reward read it, equal ones of a problem as the first of them; null: none
     nullable=("step", "answer"),
 )
 

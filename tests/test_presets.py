@@ -116,6 +116,14 @@ def test_what_does_not_fit_is_one_line_and_exit_code_2(words, expected, capsys):
     assert expected in line
 
 
+@pytest.mark.parametrize("name", ["paper-32b", "qwen2.5-7b-8gpu", "qwen2.5-0.5b-1gpu"])
+def test_a_preset_of_a_base_model_stops_at_its_templates_end_and_asks_for_an_answer_wherever_it_asks(name):
+    config = config_at(ROOT / "configs" / f"{name}.toml")
+    assert config.rollout.stop_token_ids == (151645,)
+    asks = config.evaluation.prompt_template or config.data.prompt_template
+    assert "Answer:" in asks or "\\boxed{}" in asks  # DAPO-Math-17K's training prompts bring the first
+
+
 def test_gpus_of_a_cluster_hold_shards_and_parts_of_engines_or_one_of_both():
     # 16 engines of 4. A share of 0.65 is 0.65 x 85.52 GB = 55.59; 151 936 x 5120 float32 numbers are 3.11 GB
     config = config_at(ROOT / "configs" / "paper-32b.toml")

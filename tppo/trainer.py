@@ -17,6 +17,7 @@ from tppo.checkpoints.content import save_checkpoint
 from tppo.checkpoints.store import prune_checkpoints
 from tppo.collect import Collected, Collector, StepTimes
 from tppo.config import RunConfig
+from tppo.consent import words_that_allow
 from tppo.data.problem import Problem, Task
 from tppo.evaluation.evaluate import evaluate, evaluation_sampling, evaluation_slots, longest_prompt_of
 from tppo.evaluation.graded import Graded, validation_metrics, validation_names
@@ -192,7 +193,7 @@ class Trainer:
         self.checkpoint()
         raise RunError(
             f"{error}; the checkpoint of step {self.state.step} holds every unfinished row: go on with --resume "
-            f"{self.writer.path}"
+            f"{self.writer.path}{words_that_allow(self.config.model_dump())}"
         ) from error
 
     def train_step(self, step: int) -> dict[str, Any]:
