@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import threading
 from contextlib import contextmanager
 from pathlib import Path
