@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
-import time
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
