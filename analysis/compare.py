@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from analysis.ledgers import ROUNDING, causes_per_step
+from analysis.ledgers import causes_per_step
 from analysis.noise import Comparison, Steps, compare_seeds, compare_steps
 from analysis.tables import accuracy_curve, provenance, seed_of, time_to_score
 from profiling.errors import DataError, InputError
@@ -205,7 +205,7 @@ def _ledgers(a: Sequence[Run], b: Sequence[Run], notes: list[str]) -> list[dict[
             known = not pd.isna(seconds[cause])
             values[f"{name}_seconds_per_step"] = float(seconds[cause]) if known else None
             values[f"{name}_share"] = float(seconds[cause]) / whole if known and whole > 0 else None
-        if any(value is None or value > ROUNDING for value in values.values()):
+        if any(value is None or value > 0 for value in values.values()):
             rows.append({"cause": str(cause), **values})
     return rows
 

@@ -26,6 +26,7 @@ def causes_per_step(run: Run, after: int = 0) -> pd.Series:
         raise DataError(f"{run.path}: its ledger has no training step after step {after}")
     seconds = own.groupby("cause").seconds.sum() / own.step.nunique()
     found = pd.Series({cause: float(seconds.get(cause, 0.0)) for cause in CAUSES if cause not in NOT_TRAINING})
+    found = found.where(found > ROUNDING * found.sum(), 0.0)
     if found[UNRESOLVED] > 0:
         found[[UNRESOLVED, *NEEDS_RECORDS]] = np.nan
         found.attrs["unresolved_s"] = float(seconds[UNRESOLVED])
@@ -47,7 +48,7 @@ def ledger_table(runs: Sequence[Run], names: dict[str, tuple[str, str]]) -> pd.D
         raise DataError(f"{runs[0].path}: has no ledger yet; the run has not ended")
     table = pd.DataFrame(columns)
     shares = table[[column for column in table if str(column).endswith(": share")]]
-    seen = shares.isna().any(axis=1) | (shares > ROUNDING).any(axis=1)
+    seen = shares.isna().any(axis=1) | (shares > 0).any(axis=1)
     table = table[seen]
     table.insert(0, "cause", [names.get(str(cause), ("", str(cause)))[1] for cause in table.index])
     return table.reset_index(drop=True)

@@ -42,6 +42,24 @@ MOST_RUNS = 60
 """Whose configurations are in the page: 3 MB are soon full."""
 
 
+TITLES = {
+    "accuracy_time": "Accuracy against wall-clock",
+    "accuracy_steps": "Accuracy against steps",
+    "accuracy_tokens": "Accuracy against tokens",
+    "response_length": "Response lengths",
+    "length_distribution": "Distribution of response lengths",
+    "staleness": "Staleness and length bias",
+    "engine_timeline": "Engines and trainer",
+    "batch_occupancy": "Batch through a rollout",
+    "idle_ledger_steps": "Idle ledger by step",
+    "energy": "Energy by phase",
+    "speedup": "Speed-up over the synchronous run",
+    "cost_time": "Cost against time",
+    "predicted_measured": "Predicted against measured",
+}
+"""Of figures whose names do not read as one."""
+
+
 def write_report(
     runs: Sequence[Run],
     output: Path,
@@ -106,9 +124,7 @@ def _title(runs: Sequence[Run]) -> str:
 
 def _tables(runs: Sequence[Run], target: float, predictions: Path) -> list[dict[str, Any]]:
     tables = [
-        _table(
-            "Speed", "Medians over the arm's runs; start-up steps left out of the rates.", lambda: speed_table(runs)
-        ),
+        _table("Speed", _SPEED_NOTE, lambda: speed_table(runs)),
         _table("Ledger by cause", _LEDGER_NOTE, lambda: ledger_table(runs, style.CAUSES)),
         _table(f"Time to {target:.0%}", "Mean of three consecutive evaluations.", lambda: score_table(runs, target)),
     ]
@@ -156,6 +172,12 @@ def _advice_table(advice: Advice) -> dict[str, Any]:
     return _table("What other windows would cost (simulated)", note, lambda: pd.DataFrame(rows))
 
 
+_SPEED_NOTE = (
+    "Medians over the arm's runs; start-up steps left out of the rates. Rollout, decode and prefill are of a step. "
+    "Rollout: by the clock, without what training beside it hides. Decode and prefill: summed over the GPUs, so with "
+    "several of them they exceed the rollout."
+)
+
 _LEDGER_NOTE = (
     "GPU-seconds of a training step by what the GPU did or waited for: causes exclude each other and add up to all of "
     "it. Start-up steps, evaluation and checkpoints left out; means over the arm's runs. –: the run cannot tell. "
@@ -190,11 +212,14 @@ def _headline(runs: Sequence[Run], target: float, predictions: Path) -> list[str
         for source, group in table[~table.drift_corrected.astype(bool)].groupby("calibrated_on", sort=False):
             for kind in ("forecast", "replay"):
                 wall = group[(group.kind == kind) & (group.quantity == "training_seconds")]
-                names = ", ".join(dict.fromkeys(style.arm_name(arm_named(target_run)) for target_run in wall.target))
+                names = " and ".join(dict.fromkeys(style.arm_name(arm_named(own)) for own in wall.target))
+                missed = f"by {wall.error.abs().median():.1%} on the median of {len(wall)} runs "
+                missed += f"(from {wall.error.min():+.1%} to {wall.error.max():+.1%})"
+                if len(wall) == 1:
+                    missed = f"by {wall.error.iloc[0]:+.1%}"
                 lines.append(
                     f"Calibrated on {style.arm_name(str(source))} alone, a {kind} of {names} misses the training time "
-                    f"by {wall.error.abs().median():.1%} on the median of {len(wall)} runs "
-                    f"(from {wall.error.min():+.1%} to {wall.error.max():+.1%})."
+                    f"{missed}."
                 )
     return lines
 
@@ -206,10 +231,10 @@ def _speedup_line(runs: Sequence[Run], arm: str, target: float) -> str:
         return f"{name} and PPO: no seed in which both reached {target:.0%}."
     interval = "" if ratio["low"] is None else f" (95 % interval {ratio['low']:.2f} to {ratio['high']:.2f})"
     unreached = "" if not ratio["unreached"] else f"; in {ratio['unreached']} more, one of the two did not reach it"
-    return (
-        f"{name} reaches {target:.0%} {ratio['median']:.2f} times as fast as PPO on the median of {ratio['pairs']} "
-        f"seed{'s' if ratio['pairs'] != 1 else ''}{interval}, faster in {ratio['wins']} of them{unreached}."
-    )
+    often = f" on the median of {ratio['pairs']} seeds{interval}, faster in {ratio['wins']} of them"
+    if ratio["pairs"] == 1:
+        often = " in the one seed in which both did"
+    return f"{name} reaches {target:.0%} {ratio['median']:.2f} times as fast as PPO{often}{unreached}."
 
 
 def _prediction_tables(path: Path) -> list[dict[str, Any]]:
@@ -246,9 +271,13 @@ def _cell(column: object, value: Any) -> dict[str, str]:
     return {"text": str(value), "sort": str(value), "kind": kind}
 
 
+def title_of(name: str) -> str:
+    return TITLES.get(name, name.replace("_", " ").capitalize())
+
+
 def _figure_section(name: str, place: int, runs: Sequence[Run]) -> dict[str, Any]:
     module = FIGURES[name]
-    section = {"id": f"figure-{name}", "title": name.replace("_", " "), "caption": module.CAPTION, "svg": None,
+    section = {"id": f"figure-{name}", "title": title_of(name), "caption": module.CAPTION, "svg": None,
                "alt": "", "numbers": None, "missing": None}  # fmt: skip
     try:
         table = module.data(runs)
@@ -274,19 +303,27 @@ def _run_facts(run: Run) -> dict[str, Any]:
         "name": run.name,
         "arm": style.arm_name(arm_of(run)),
         "kind": run.kind,
-        "host": header["host"] or "–",
-        "started": _started(header["unix_time_s"]),
+        "started": _started(header["unix_time_s"], header["host"]),
         "status": run.trailer["status"] if run.trailer else "live or killed",
         "versions": ", ".join(f"{name} {version}" for name, version in (header.get("versions") or {}).items()) or "–",
         "gpus": f"{header['gpus']} GPUs, {header['engines']} engines of {header['gpus_per_engine']}",
-        "devices": ", ".join(dict.fromkeys(str(device.get("name", "?")) for device in header["devices"])) or "–",
+        "devices": _devices(run),
         "notes": [record["text"] for record in run.outline if record["type"] == "note"],
         "config": config[:MOST_CONFIG_CHARACTERS] + ("\n# ... the rest is in config.toml" if cut else ""),
     }
 
 
-def _started(unix_s: float | None) -> str:
+def _devices(run: Run) -> str:
+    """Names, each once."""
+    names = (str(device.get("name", "?")) for device in run.header["devices"])
+    return ", ".join(dict.fromkeys(names)) or "–"
+
+
+def _started(unix_s: float | None, host: str | None) -> str:
+    """Nothing of what is not known: a simulated run has neither."""
+    where = f" on {host}" if host else ""
     try:
-        return "–" if unix_s is None else datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+        when = "" if unix_s is None else datetime.fromtimestamp(unix_s, UTC).strftime(" %Y-%m-%d %H:%M UTC")
     except (OverflowError, OSError, ValueError):
-        return "–"
+        when = ""
+    return f", started{when}{where}" if when or where else ""

@@ -56,7 +56,7 @@ def _picture(figure: Figure) -> str:
     width, height = (72 * inches for inches in figure.get_size_inches())
     data = base64.b64encode(buffer.getvalue()).decode()
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" style="min-width: {width:g}pt">'
         f'<image width="{width:g}" height="{height:g}" href="data:image/png;base64,{data}"/></svg>'
     )
 
@@ -80,11 +80,17 @@ def _with_ids(text: str, prefix: str) -> str:
         return "" if again else found.group(0)
 
     text = re.sub(r'<path id="([^"]+)"[^>]*/>', first_only, text)
-    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r"<svg [^>]*>", lambda found: _resizable(found.group(0)), text, count=1)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to a group, and figures name several alike
     text = re.sub(r'\bid="', f'id="{prefix}', text)
     text = re.sub(r'((?:xlink:)?href)="#', rf'\1="#{prefix}', text)
     return re.sub(r"url\(#", f"url(#{prefix}", text)
+
+
+def _resizable(tag: str) -> str:
+    """As wide as there is room, and not narrower than it was drawn: its small letters are 8 pt then, 11 pixels."""
+    tag = re.sub(r' height="[\d.]+pt"', "", tag)
+    return re.sub(r' width="([\d.]+pt)"', r' style="min-width: \1"', tag)
 
 
 def alt_text(what: str, table: pd.DataFrame, data: str) -> str:

@@ -120,7 +120,8 @@ def seconds_by_cause(ledger: pd.DataFrame) -> pd.Series:
 
 def speed_table(runs: Sequence[Run]) -> pd.DataFrame:
     """Per arm, medians over its finished runs: what a step, a finished response and a trained token cost, and where
-    a step's time goes. Seconds of one GPU-equivalent; rates leave out start-up steps."""
+    a step's time goes. Rates leave out start-up steps. rollout: wall seconds that training does not hide. GPU-s: of
+    all GPUs."""
     rows = []
     for arm, members in by_arm(runs).items():
         values = [_speed(run) for run in members if run.summary is not None and run.ledger is not None]
@@ -146,9 +147,9 @@ def _speed(run: Run) -> dict[str, float | None]:
         "s per step": run.summary["seconds_per_step"],
         "s per finished response": run.summary["seconds_per_finished_row"],
         "ms per trained token": None if per_token is None else 1e3 * per_token,
-        "rollout s": None if rollout_s is None else rollout_s * per_step,
-        "decode s": total(DECODE) * per_step,
-        "prefill s": total(PREFILL) * per_step,
+        "rollout, s": None if rollout_s is None else rollout_s * per_step,
+        "decode, GPU-s": total(DECODE) * per_step,
+        "prefill, GPU-s": total(PREFILL) * per_step,
         "waiting or unfilled": total(WAITING) / float(seconds.sum()) if seconds.sum() else None,
     }
 

@@ -2,9 +2,10 @@
 
 python -m benchmarks.explore [--repeats 10] [--record]
 
-The default workload (512 x 16 responses), one number of GPUs, the synchronous schedule and one window. Three kinds of
-change take turns: of the price (nothing is simulated), of the window (one option) and of the mean length (both).
-Times are the browser's own, the page's pause for typing included. --record writes docs/results/explore.
+The default workload (512 x 16 responses), one number of GPUs at a time, the synchronous schedule and one window.
+Three kinds of change take turns: of the price (nothing is simulated), of the window (one option) and of the mean
+length (both). Times are the browser's own, the page's pause for typing included: to the first answer that is shown (an
+estimate, where something is simulated), to the whole one and to its pictures. --record writes docs/results/explore.
 """
 
 import argparse
@@ -20,19 +21,22 @@ from playwright.sync_api import Page, sync_playwright
 from benchmarks.pages import ROOT, markdown
 
 RESULTS = ROOT / "docs" / "results" / "explore"
-QUESTION = "?model=Qwen2.5-7B&gpu=H100-SXM&gpus=64&finished_rows=3000000&windows=8192"
+GPUS = (4, 16, 64)
+QUESTION = "?model=Qwen2.5-7B&gpu=H100-SXM&gpus={gpus}&finished_rows=3000000&windows=8192"
 CHANGES = {"price": "price_per_hour", "window": "windows", "mean length": "mean_tokens"}
 SIMULATED = {"price": 0, "window": 1, "mean length": 2}
 
 CHANGE = """([name, value]) => new Promise((done) => {
   const body = document.body, began = performance.now(), took = {};
-  delete body.dataset.numbers;
-  delete body.dataset.pictures;
+  const kinds = ["first", "numbers", "pictures"];
+  for (const what of kinds) delete body.dataset[what];
   new MutationObserver((_, observer) => {
-    for (const what of ["numbers", "pictures"]) {
+    for (const what of kinds) {
       if (body.dataset[what] !== undefined) took[what] ??= (performance.now() - began) / 1000;
     }
-    if (took.pictures !== undefined) { observer.disconnect(); done(took); }
+    if (took.pictures === undefined) return;
+    observer.disconnect();
+    done({first: took.numbers, ...took});
   }).observe(body, {attributes: true});
   const field = document.querySelector(`[name="${name}"]`);
   field.value = value;
@@ -41,7 +45,7 @@ CHANGE = """([name, value]) => new Promise((done) => {
 
 
 def measure(page: Page, repeats: int) -> pd.DataFrame:
-    """change, repeat, numbers, pictures (seconds)."""
+    """change, repeat, first, numbers, pictures (seconds)."""
     values = {"price": 2.0, "window": 4000, "mean length": 6000.0}
     rows = []
     for repeat in range(repeats + 1):
@@ -55,11 +59,11 @@ def measure(page: Page, repeats: int) -> pd.DataFrame:
 
 def table(times: pd.DataFrame) -> pd.DataFrame:
     rows = []
-    for change, own in times.groupby("change", sort=False):
-        row = {"change of": change, "options simulated": SIMULATED[str(change)]}
-        for what in ("numbers", "pictures"):
+    for (gpus, change), own in times.groupby(["gpus", "change"], sort=False):
+        row = {"GPUs": gpus, "change of": change, "options simulated": SIMULATED[str(change)]}
+        for what, name in {"first": "first numbers", "numbers": "numbers", "pictures": "pictures"}.items():
             low, middle, high = own[what].quantile([0.1, 0.5, 0.9])
-            row[f"{what}, s"] = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+            row[f"{name}, s"] = f"{middle:.2f} ({low:.2f} to {high:.2f})"
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -79,9 +83,12 @@ def main() -> None:
                 executable_path=os.environ.get("CHROMIUM", "/usr/bin/chromium"), args=["--no-sandbox", "--disable-gpu"]
             )
             page = chromium.new_page()
-            page.goto(address + QUESTION)
-            page.wait_for_selector("body[data-pictures]")
-            found = table(measure(page, options.repeats))
+            times = []
+            for gpus in GPUS:
+                page.goto(address + QUESTION.format(gpus=gpus))
+                page.wait_for_selector("body[data-pictures]")
+                times.append(measure(page, options.repeats).assign(gpus=gpus))
+            found = table(pd.concat(times))
             version = chromium.version
             chromium.close()
     finally:
@@ -95,7 +102,8 @@ def main() -> None:
             f"{os.getloadavg()[0]:.2f} after.",
             "Seconds in the browser from the change of a field, median of the repeats (P10 to P90); 512 x 16 "
             "responses a step, one number of GPUs, two options. The changes took turns; each value is new to the "
-            "server.",
+            "server. First numbers: an estimate from a part of the cluster, dimmed and named as one, where something "
+            "is simulated; the others are those of `tppo plan`.",
             markdown(found),
         ]
     )

@@ -88,7 +88,7 @@ class Advice(Settings):
         best = self.best
         assert best.margin is not None
         parts = []
-        if self.tail is not None:
+        if self.tail is not None and self.tail.time_share >= 0.005:  # else 0 %
             parts.append(f"{self.tail.time_share:.0%} of rollout waits for {self.tail.row_share:.1%} of rows")
         change = f"{abs(best.saving):.0%} ± {100 * best.margin:.0f}"
         if best.saving > best.margin:

@@ -3,14 +3,17 @@
 import numpy as np
 import pandas as pd
 
-from profiling.estimators import Pieces, Windows, busy_by_phase, energy_by_phase, windows_of_polls
+from profiling.estimators import busy_by_phase, energy_by_phase
 from profiling.ledger import innermost_phases
 from profiling.reader import Run
 from profiling.schema import PHASES
+from profiling.windows import Pieces, Windows, windows_of_polls
 
 HOST = "host"
 SENSOR_WINDOW_S = 1.0
 """Of a GPU's utilisation where its driver keeps no samples of its own: the longer of the two that NVML documents."""
+SHORTEST_S = 0.05
+"""Of a phase's time in all, of which anything is said. Another process's phase may cover nearly all of it."""
 COUNTERS = ("sm_activity", "sm_occupancy", "tensor_activity", "dram_activity")
 COLUMNS = ["device", "phase", "seconds", "quantity", "value", "low", "high", "method"]
 
@@ -39,6 +42,8 @@ def device_estimates(run: Run) -> pd.DataFrame:
         for quantity, estimates in found:
             rows += [
                 (device, name, e.seconds, quantity, e.value, e.low, e.high, e.method)
+                if e.seconds >= SHORTEST_S
+                else (device, name, e.seconds, quantity, None, None, None, "unresolved")
                 for name, e in estimates.items()
                 if name
             ]
@@ -92,7 +97,9 @@ def _windows(run: Run, device: str, t: np.ndarray, busy: np.ndarray) -> Windows:
     """What each reading is the mean of: the time since the one before on the host, the driver's own samples where it
     keeps them, else the sensor's window."""
     if device == HOST:
-        return Windows(t[:-1], t[1:], busy[1:])
+        known = np.isfinite(busy)
+        known[:1] = False  # it has no reading before it
+        return Windows(t[:-1][known[1:]], t[known], busy[known])
     own = _of_metric(run, device, "utilisation")
     if len(own.end):
         return own

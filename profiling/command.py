@@ -11,18 +11,23 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import psutil
 from rich.table import Table
 
 from profiling.alarms import alarms
 from profiling.attribution import COUNTERS, device_estimates, interval_text
 from profiling.console import plain_table, table_console
+from profiling.energy import is_counting
 from profiling.errors import ConfigError
-from profiling.ledger import Cluster, build_ledger
+from profiling.gpu_users import GpuUsers, marked_for, of_tree, seeing_what
+from profiling.ledger import build_ledger
 from profiling.markers import VARIABLE, read_markers
+from profiling.overlaps import overlap_note
 from profiling.phases import Profiler
 from profiling.reader import Run
-from profiling.summary import summarise
+from profiling.summary import COMMAND, summarise
 
 SHORTEST_INTERVAL_S = 1e-3
 LONGEST_INTERVAL_S = 3600.0
@@ -42,7 +47,7 @@ def profile_command(
     if shutil.which(argv[0]) is None:
         raise ConfigError(f"{argv[0]}: no such command")
     with Profiler(output, sampler_interval_s=interval_s, links=links) as profiler:
-        with profiler.phase("command", step=1):
+        with GpuUsers(output, marked_for(output)) as users, profiler.phase(COMMAND, step=1):
             try:
                 # The user's own command, as words: no shell reads it.
                 process = subprocess.Popen(  # nosec B603
@@ -52,8 +57,11 @@ def profile_command(
                 raise ConfigError(f"{argv[0]}: cannot be run: {error.strerror}") from None
             with _passing_on_sigterm(process):
                 code = _wait(process)
-        for record in read_markers(output, profiler.zero_s, profiler.now(), time.time() - profiler.now()):
+        records = read_markers(output, profiler.zero_s, profiler.now(), time.time() - profiler.now())
+        for record in records:
             profiler.trace(record)
+        _trace_note(profiler, overlap_note(records, profiler.now()))
+        _trace_note(profiler, users.note())
         wall_s = profiler.finish("finished" if code == 0 else "failed")
     write_totals(profiler, wall_s)
     try:
@@ -65,8 +73,8 @@ def profile_command(
 
 
 def profile_process(pid: int, *, interval_s: float, output: Path, links: bool = False) -> int:
-    """Sample while the process with this id runs, or until Ctrl-C; it is left alone. Its phases are not known.
-    Raises ConfigError."""
+    """Sample the GPUs that the process with this id was started with, while it runs or until Ctrl-C; it is left alone.
+    Its phases are not known. Raises ConfigError."""
     check_interval(interval_s)
     try:
         process = psutil.Process(pid)
@@ -74,16 +82,22 @@ def profile_process(pid: int, *, interval_s: float, output: Path, links: bool = 
     except (psutil.Error, ValueError, OverflowError):
         raise ConfigError(f"--pid {pid}: no such process") from None
     ended = "ended"
-    with Profiler(output, sampler_interval_s=interval_s, links=links) as profiler:
-        with profiler.phase("command", step=1):
+    with seeing_what(process), Profiler(output, sampler_interval_s=interval_s, links=links) as profiler:
+        with GpuUsers(output, of_tree(process)) as users, profiler.phase(COMMAND, step=1):
             try:
                 process.wait()
             except KeyboardInterrupt:
                 ended = "still runs"
+        _trace_note(profiler, users.note())
         wall_s = profiler.finish("finished")
     write_totals(profiler, wall_s)
     _print(Run(output), wall_s, f"{name} ({pid}) {ended}")
     return 0
+
+
+def _trace_note(profiler: Profiler, text: str | None) -> None:
+    if text is not None:
+        profiler.trace({"type": "note", "text": text})
 
 
 def check_interval(interval_s: float) -> None:
@@ -95,8 +109,7 @@ def check_interval(interval_s: float) -> None:
 
 def write_totals(profiler: Profiler, wall_s: float) -> None:
     run = Run(profiler.writer.path)
-    cluster = Cluster(engines=1, gpus_per_engine=1)
-    phases, engine, rollouts = run.phases, run.engine, run.rollouts
+    cluster, phases, engine, rollouts = run.cluster, run.phases, run.engine, run.rollouts
     ledger = build_ledger(cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, wall_s=wall_s)
     profiler.writer.ledger({name: ledger[name] for name in ledger.columns})
     summary = summarise(
@@ -131,14 +144,16 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 def _print(run: Run, wall_s: float, how: str) -> None:
     columns = ("device", "samples", "utilisation", "power, W", "energy, J", "peak memory, GiB")
     table = plain_table(f"{run.path}: {wall_s:.1f} s, {how}", *columns)
+    names = {device["uuid"]: device["name"] for device in run.header["devices"]}
     for device, samples in run.devices.groupby("device", sort=False):
         energy = samples.energy_joules.dropna()
+        known = is_counting(samples.t[energy.index].to_numpy(float), energy.to_numpy(float))
         table.add_row(
-            str(device),
+            f"{device} ({names.get(device, '?')})",
             str(len(samples)),
-            _mean(samples.utilisation, ".0%"),
+            _busy(run, str(device), samples.utilisation),
             _mean(samples.power_watts, ".0f"),
-            f"{energy.iloc[-1] - energy.iloc[0]:.0f}" if len(energy) > 1 else "-",
+            f"{energy.iloc[-1] - energy.iloc[0]:.0f}" if known else "-",
             _mean(samples.memory_bytes.dropna().nlargest(1) / 2**30, ".1f"),
         )
     notes = [record["text"] for record in run.trace if record["type"] == "note"]
@@ -159,13 +174,21 @@ def by_phase(run: Run) -> list[Table]:
         seconds = float(own.seconds.iloc[0])
         texts = [
             interval_text(known, "busy", 100.0, " %"), interval_text(known, "joules"),
-            interval_text(known, "joules", 1 / seconds),
+            interval_text(known, "joules", 1 / max(seconds, 1e-9)),
         ]  # fmt: skip
         main.add_row(str(device), str(phase), f"{seconds:.1f}", *(text or "-" for text in texts))
         texts = [interval_text(known, name, 100.0, " %") for name in counted]
         if any(texts):
             counters.add_row(str(device), str(phase), *(text or "-" for text in texts))
     return [main, *([counters] if counted else [])]
+
+
+def _busy(run: Run, device: str, polls: pd.Series) -> str:
+    """Mean of the driver's own windows, which leave no time out; of the polls where it keeps none."""
+    own = run.windows[(run.windows.device == device) & (run.windows.metric == "utilisation")]
+    if own.empty:
+        return _mean(polls, ".0%")
+    return format(np.average(own.value, weights=own.t_end - own.t_begin), ".0%")
 
 
 def _mean(values: "object", form: str) -> str:

@@ -7,13 +7,25 @@ import pandas as pd
 
 from profiling.estimators import TICK_S
 
+STALE_S = 2.0
+"""A counter that shows one value for longer than this does not count: an idle GPU draws tens of watts. The sampler
+leaves out what it reads after three seconds of it."""
+
+
+def is_counting(t: np.ndarray, joules: np.ndarray) -> bool:
+    """Whether differences of a counter's readings are joules: there are two or more, it never ran backwards (its
+    driver was loaded again), and it did not stand still all the time."""
+    if len(t) < 2 or t[-1] <= t[0] or (np.diff(joules) < 0).any():
+        return False
+    return bool(joules[-1] > joules[0] or t[-1] - t[0] <= STALE_S)
+
 
 def joules_by_piece(devices: pd.DataFrame, pieces: pd.DataFrame) -> np.ndarray | None:
     """Joules that all GPUs together drew in each of the pieces (t_start, t_end), in their order.
 
     A counter shows its last tick: a reading is half a tick old on average, so the error of a piece is some half a tick
     at each end. Before the first reading and after the last one the counter goes on at the mean power of the whole.
-    None without counters, or where one of them ran backwards (its driver was loaded again).
+    None without counters, or where one of them does not count.
     """
     total = np.zeros(len(pieces))
     counters = devices[devices.energy_joules.notna()]
@@ -21,7 +33,7 @@ def joules_by_piece(devices: pd.DataFrame, pieces: pd.DataFrame) -> np.ndarray |
         return None
     for _, own in counters.groupby("device", sort=False):
         t, joules = own.t.to_numpy(float) - TICK_S / 2, own.energy_joules.to_numpy(float)
-        if len(t) < 2 or t[-1] <= t[0] or (np.diff(joules) < 0).any():
+        if not is_counting(t, joules):
             return None
         total += _drawn_until(pieces.t_end.to_numpy(float), t, joules)
         total -= _drawn_until(pieces.t_start.to_numpy(float), t, joules)

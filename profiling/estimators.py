@@ -11,17 +11,15 @@ readings the difference counts, extended at its own mean power to the phase's en
 neighbours by the same regression, over the counter's increments.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
-from scipy.optimize import lsq_linear
+
+from profiling.regression import Fit, fitted
+from profiling.windows import WINDOWS_TO_INTEGRATE, Pieces, Windows
 
 TICK_S = 0.1
 """Of the energy counter, as recent GPUs keep it."""
-WINDOWS_TO_INTEGRATE = 3.0
-"""A phase that lasts as many windows holds at least two whole ones."""
 READINGS_TO_INTEGRATE = 3
 """Of the energy counter, inside one phase."""
 END_READINGS = 4
@@ -30,9 +28,12 @@ RESOLVED_BUSY = 0.02
 """Half-width of a 95 % interval from regression up to which a busy fraction counts as resolved."""
 RESOLVED_ENERGY = 0.1
 """The same of energy, relative."""
-RESAMPLES = 60
+MOST_UNSEEN = 0.1
+"""Of the time of a phase's occurrences, that samples are missing from, up to which it counts as resolved."""
 QUANTUM = 0.01
 """Utilisation is read in whole per cent."""
+SHORTER_THAN_A_WINDOW = 2.0
+"""Factor on the interval of a phase that no window shows alone: its neighbours are not as even as the model has it."""
 
 
 @dataclass(frozen=True)
@@ -49,110 +50,35 @@ class Estimate:
     """That the phase lasted in all."""
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """Adjoining pieces of a run, each with the phase that names it (profiling.ledger.innermost_phases)."""
-
-    names: tuple[str, ...]
-    name: np.ndarray
-    """Place in `names`."""
-    step: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
-
-    @classmethod
-    def of(cls, pieces: pd.DataFrame) -> "Pieces":
-        names = tuple(dict.fromkeys(pieces.name))
-        place = {name: number for number, name in enumerate(names)}
-        return cls(
-            names, pieces.name.map(place).to_numpy(int), pieces.step.to_numpy(int), pieces.t_start.to_numpy(float),
-            pieces.t_end.to_numpy(float),
-        )  # fmt: skip
-
-    def seconds(self) -> np.ndarray:
-        return np.bincount(self.name, self.end - self.start, len(self.names))
-
-    def with_ends_apart(self, window_s: float) -> "Pieces":
-        """Pieces longer than three windows in three, under names of their own behind all others: what the ends do, and
-        their neighbours are told from, may differ from the middle."""
-        long = np.flatnonzero(self.end - self.start > WINDOWS_TO_INTEGRATE * window_s)
-        many = len(self.names)
-        part = np.arange(len(self.name))
-        place = np.concatenate([part, long, long])
-        start = np.concatenate([self.start, self.start[long] + window_s, self.end[long] - window_s])
-        end = np.concatenate([self.end, self.end[long] - window_s, self.end[long]])
-        end[long] = self.start[long] + window_s
-        name = np.concatenate([self.name, self.name[long] + many, self.name[long] + 2 * many])
-        order = np.argsort(start, kind="stable")
-        names = (*self.names, *(f"{n}, middle" for n in self.names), *(f"{n}, end" for n in self.names))
-        return Pieces(names, name[order], self.step[place][order], start[order], end[order])
-
-    def shares(self, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """(windows, phases): seconds of each phase within each window."""
-        edges = np.concatenate([self.start, self.end[-1:]])
-        lengths = np.zeros((len(edges), len(self.names)))
-        np.add.at(lengths, (np.arange(1, len(edges)), self.name), self.end - self.start)
-        spent = np.cumsum(lengths, axis=0)  # at each edge
-
-        def at(t: np.ndarray) -> np.ndarray:
-            return np.column_stack([np.interp(t, edges, spent[:, phase]) for phase in range(len(self.names))])
-
-        return at(end) - at(begin)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Utilisation readings with the time that each is the mean of."""
-
-    begin: np.ndarray
-    end: np.ndarray
-    busy: np.ndarray
-    slack_s: float = 0.0
-    """All of them may lie so much earlier or later, together."""
-
-    def shifted(self, by_s: float) -> "Windows":
-        return Windows(self.begin + by_s, self.end + by_s, self.busy)
-
-    def within(self, first: float, last: float) -> "Windows":
-        usable = (self.begin >= first) & (self.end <= last)
-        return Windows(self.begin[usable], self.end[usable], self.busy[usable], self.slack_s)
-
-
-def windows_of_polls(t: np.ndarray, busy: np.ndarray, window_s: float) -> Windows:
-    """Windows behind polled readings. A new reading appears some time after its window's end, at most one poll later;
-    windows follow each other without a gap, so their common offset is the circular mean over all changes, half a poll
-    back."""
-    known = np.isfinite(busy)
-    t, busy = t[known], busy[known]
-    if len(t) < 2:
-        return Windows(np.zeros(0), np.zeros(0), np.zeros(0))
-    changed = np.flatnonzero(np.diff(busy) != 0) + 1
-    poll_s = float(np.median(np.diff(t)))
-    if poll_s >= window_s or not len(changed):  # no offset to be seen
-        return Windows(t - 1.5 * window_s, t - 0.5 * window_s, busy, window_s / 2)
-    seen = t[changed] - (t[changed] - t[changed - 1]) / 2
-    angles = np.exp(2j * np.pi * seen / window_s)
-    offset = float(np.angle(angles.mean()) / (2 * np.pi) * window_s) % window_s
-    ends = offset + window_s * np.arange(
-        np.ceil((t[0] - offset) / window_s), np.floor((t[-1] - offset) / window_s) + 1
-    )
-    # The reading that shows window e is the last one before e + W.
-    shown = np.searchsorted(t, ends + window_s - poll_s / 4, side="left") - 1
-    inside = (shown >= 0) & (t[np.maximum(shown, 0)] >= ends)
-    return Windows(ends[inside] - window_s, ends[inside], busy[shown[inside]], poll_s / 2)
-
-
 def busy_by_phase(pieces: Pieces, windows: Windows) -> dict[str, Estimate]:
     """Share of each phase's time with a kernel running, as the sensor counts it."""
-    seconds = pieces.seconds()
     windows = windows.within(pieces.start[0], pieces.end[-1])
-    solved, shift_s = _regression(pieces, windows)
-    windows = windows.shifted(shift_s)
+    length = windows.end - windows.begin
+    fit = fitted(
+        pieces, windows.begin, windows.end, windows.busy * length, windows.slack_s, upper=1.0, ages_s=windows.ages_s
+    )  # fmt: skip
+    windows = windows.shifted(fit.shift_s)
+    occurrences = np.bincount(pieces.name, minlength=len(pieces.names))
     found = {}
     for place, name in enumerate(pieces.names):
-        own = _integrated_busy(pieces, windows, place)
-        found[name] = own or solved(place, float(seconds[place]))
+        seconds = float(pieces.seconds()[place])
+        half = fit.half[place] + QUANTUM / 2
+        if len(length) and seconds / max(1, occurrences[place]) < np.median(length):  # no window shows it alone
+            half *= SHORTER_THAN_A_WINDOW
+        found[name] = _integrated_busy(pieces, windows, place) or _bounded(
+            fit.value[place], half, seconds, resolved=half <= RESOLVED_BUSY, upper=1.0
+        )
     return found
+
+
+def _bounded(value: float, half: float, seconds: float, *, resolved: bool, upper: float) -> Estimate:
+    """From a regression, within what is possible; no interval where it knows nothing."""
+    if not np.isfinite(value) or not np.isfinite(half):
+        return Estimate(None, None, None, "unresolved", seconds)
+    low, high = float(max(0.0, value - half)), float(min(upper, value + half))
+    if not resolved:
+        return Estimate(None, low, high, "unresolved", seconds)
+    return Estimate(float(value), low, high, "regression", seconds)
 
 
 def _integrated_busy(pieces: Pieces, windows: Windows, place: int) -> Estimate | None:
@@ -162,133 +88,61 @@ def _integrated_busy(pieces: Pieces, windows: Windows, place: int) -> Estimate |
     if not len(windows.end):
         return None
     window_s = float(np.median(windows.end - windows.begin))
+    apart_s = max(window_s, float(np.median(np.diff(windows.end)))) if len(windows.end) > 1 else window_s
     long = end - start >= WINDOWS_TO_INTEGRATE * window_s
     if (end - start)[long].sum() < 0.5 * (end - start).sum():
         return None
-    means, weights, spreads, left = [], [], [], []
-    for a, b in zip(start[long], end[long], strict=True):
-        which = np.flatnonzero((windows.begin >= a - 1e-9) & (windows.end <= b + 1e-9))
-        if not len(which):
-            continue
-        inside = windows.busy[which]
+    means, weights, spreads, left, lost = [], [], [], [], []
+    first = np.searchsorted(windows.begin, start - 1e-9, "left")
+    last = np.searchsorted(windows.end, end + 1e-9, "right")
+    for one in np.flatnonzero(long & (last > first)):
+        a, b, inside = start[one], end[one], windows.busy[first[one] : last[one]]
         # The ends, which no whole window saw, go on as the windows next to them.
-        before, after = max(0.0, windows.begin[which[0]] - a), max(0.0, b - windows.end[which[-1]])
+        before, after = max(0.0, windows.begin[first[one]] - a), max(0.0, b - windows.end[last[one] - 1])
         seen_s = (b - a) - before - after
         means.append((before * inside[0] + inside.mean() * seen_s + after * inside[-1]) / (b - a))
         weights.append(b - a)
         spreads.append(inside.std(ddof=1) if len(inside) > 1 else 0.05)
         left.append(1 - len(inside) * window_s / (b - a))
+        lost.append(max(0.0, 1 - (len(inside) + 2) * apart_s / (b - a)))
     if not means:
         return None
     values, weight = np.array(means), np.array(weights) / sum(weights)
     value = float((values * weight).sum())
     # What no whole window saw may differ as windows do from each other; the mean of those that were seen is uncertain
-    # by their spread; occurrences that were left out, by that between occurrences.
+    # by their spread; occurrences that were left out, by that between occurrences. Where samples are missing, for more
+    # than a window at each end, anything may have happened.
     own = np.sqrt(np.square(spreads) * (np.square(np.clip(left, 0.0, 1.0)) + 0.15) + QUANTUM**2 / 12)
     error = float(np.sqrt((weight**2 * own**2).sum()))
     unseen = 1 - float((end - start)[long].sum() / (end - start).sum())
     between = float(values.std(ddof=1)) if len(values) > 1 else 0.05
     half = 1.96 * np.hypot(error, unseen * between) + QUANTUM / 2
-    return Estimate(value, max(0.0, value - half), min(1.0, value + half), "integration", float((end - start).sum()))
-
-
-SHORTER_THAN_A_WINDOW = 1.5
-"""Factor on the interval of a phase that no window shows alone: its neighbours are not as even as the model has it."""
-SHIFTS = 11
-"""Of the windows' common offset that are tried within their slack."""
-
-
-def _regression(pieces: Pieces, windows: Windows) -> tuple[Callable[[int, float], Estimate], float]:
-    """Busy fractions of all phases at once, with a bootstrap over steps; and the offset of the windows that explains
-    the readings best. Where others explain them almost as well, the interval holds what they would say."""
-    none: Callable[[int, float], Estimate] = lambda place, seconds: Estimate(  # noqa: E731
-        None, None, None, "unresolved", seconds
-    )
-    if len(windows.end) < 2 * len(pieces.names):
-        return none, 0.0
-    length = windows.end - windows.begin
-    parts = pieces.with_ends_apart(float(np.median(length)))
-
-    def shares(shift_s: float) -> np.ndarray:
-        return parts.shares(windows.begin + shift_s, windows.end + shift_s) / length[:, None]
-
-    tried = np.linspace(-windows.slack_s, windows.slack_s, SHIFTS) if windows.slack_s else np.zeros(1)
-    solutions = [_solved(shares(shift), windows.busy, 1.0) for shift in tried]
-    misfit = np.array([np.square(windows.busy - np.nan_to_num(x) @ shares(s).T).sum()
-                       for x, s in zip(solutions, tried, strict=True)])  # fmt: skip
-    best = int(misfit.argmin())
-    as_good = [x for x, own in zip(solutions, misfit, strict=True) if own <= misfit[best] * (1 + 4 / len(windows.end))]
-    block = pieces.step[np.clip(np.searchsorted(pieces.start, windows.begin, "right") - 1, 0, None)]
-    value, low, high = _bootstrapped(shares(tried[best]), windows.busy, block, upper=1.0)
-    step_s = tried[1] - tried[0] if len(tried) > 1 else 0.0  # the offset is known to half a step of the search
-    near = [solutions[place] for place in (best - 1, best + 1) if 0 <= place < len(solutions)] if step_s else []
-    apart = np.max([np.abs(x - value) for x in as_good] + [np.abs(x - value) / 2 for x in near], axis=0)
-
-    def estimate(place: int, seconds: float) -> Estimate:
-        if not np.isfinite(value[place]):
-            return none(place, seconds)
-        half = (high[place] - low[place]) / 2 + apart[place] + QUANTUM / 2
-        if seconds / max(1, int((pieces.name == place).sum())) < np.median(length):  # no window shows it alone
-            half *= SHORTER_THAN_A_WINDOW
-        a, b = float(max(0.0, value[place] - half)), float(min(1.0, value[place] + half))
-        if half > RESOLVED_BUSY:
-            return Estimate(None, a, b, "unresolved", seconds)
-        return Estimate(float(value[place]), a, b, "regression", seconds)
-
-    return estimate, float(tried[best])
-
-
-def _solved(work: np.ndarray, seen: np.ndarray, upper: float) -> np.ndarray:
-    """x of seen = work @ x, 0 <= x <= upper; NaN for columns without work."""
-    return _from_products(work.T @ work, work.T @ seen, upper)
-
-
-def _from_products(gram: np.ndarray, right: np.ndarray, upper: float) -> np.ndarray:
-    """The same from work' work and work' seen, which are small and add up over steps."""
-    used = np.diag(gram) > 1e-12
-    x = np.full(len(right), np.nan)
-    if used.any():
-        own = gram[np.ix_(used, used)]
-        root = np.linalg.cholesky(own + 1e-10 * np.trace(own) * np.eye(len(own)))
-        x[used] = lsq_linear(root.T, np.linalg.solve(root, right[used]), (0, upper)).x
-    return x
-
-
-def _bootstrapped(
-    work: np.ndarray, seen: np.ndarray, block: np.ndarray, *, upper: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Least squares of seen = work @ x with 0 <= x <= upper, and its 95 % interval over blocks drawn with replacement
-    (a t-like widening for few blocks). NaN for columns without work."""
-    value = _solved(work, seen, upper)
-    blocks = np.unique(block)
-    random = np.random.default_rng(0)
-    if len(blocks) < 3:
-        return value, np.full_like(value, -np.inf), np.full_like(value, np.inf)
-    grams = np.array([work[block == name].T @ work[block == name] for name in blocks])
-    rights = np.array([work[block == name].T @ seen[block == name] for name in blocks])
-    drawn = []
-    for _ in range(RESAMPLES):
-        chosen = random.integers(0, len(blocks), len(blocks))
-        drawn.append(_from_products(grams[chosen].sum(axis=0), rights[chosen].sum(axis=0), upper))
-    wider = 1 + 4 / len(blocks)
-    spread = 1.96 * wider * np.std(drawn, axis=0)
-    return value, value - spread, value + spread
+    missing = float((np.array(lost) * weight).sum())
+    low = float(max(0.0, value * (1 - missing) - half))
+    high = float(min(1.0, value * (1 - missing) + missing + half))
+    total_s = float((end - start).sum())
+    if missing > MOST_UNSEEN or high - low >= 1.0:
+        return Estimate(None, low, high, "unresolved", total_s)
+    return Estimate(value, low, high, "integration", total_s)
 
 
 def energy_by_phase(
     pieces: Pieces, t: np.ndarray, joules: np.ndarray, *, tick_s: float = TICK_S
 ) -> dict[str, Estimate]:
-    """Joules that each phase drew. t, joules: readings of the counter, which shows its last tick."""
+    """Joules that each phase drew. t, joules: readings of the counter, which shows its last tick. A counter that stood
+    still all the time tells nothing; one that ran backwards was started anew there."""
     known = np.isfinite(joules)
     t, joules = t[known], joules[known]
     seconds = pieces.seconds()
-    solved: dict[int, tuple[float, float, float]] | None = None
+    fit: Fit | None = None
     found = {}
     for place, name in enumerate(pieces.names):
         own = _integrated_energy(pieces, t, joules, place, tick_s)
         if own is None:
-            solved = _powers(pieces, t, joules, tick_s) if solved is None else solved
-            own = _from_power(solved.get(place), float(seconds[place]))
+            fit = fit or _powers(pieces, t, joules, tick_s)
+            value, half = (float(seconds[place]) * of[place] for of in (fit.value, fit.half))
+            resolved = half <= RESOLVED_ENERGY * value
+            own = _bounded(value, half, float(seconds[place]), resolved=resolved, upper=np.inf)
         found[name] = own
     return found
 
@@ -297,11 +151,15 @@ def _integrated_energy(
     pieces: Pieces, t: np.ndarray, joules: np.ndarray, place: int, tick_s: float
 ) -> Estimate | None:
     """Counter differences inside each occurrence, extended to its ends at its own mean power."""
+    if len(t) < READINGS_TO_INTEGRATE or joules.max() == joules.min():
+        return None
     mine = np.flatnonzero(pieces.name == place)
     start, end = pieces.start[mine], pieces.end[mine]
     first = np.searchsorted(t, start + tick_s, "left")  # this reading's tick is inside
     last = np.searchsorted(t, end, "right") - 1
-    enough = last - first + 1 >= READINGS_TO_INTEGRATE
+    started_anew = np.concatenate([[0], np.cumsum(np.diff(joules) < 0)])
+    alike = started_anew[np.minimum(first, len(t) - 1)] == started_anew[np.maximum(last, 0)]
+    enough = (last - first + 1 >= READINGS_TO_INTEGRATE) & alike
     if (end - start)[enough].sum() < 0.5 * (end - start).sum() or not enough.any():
         return None
     a, b, begin, length = first[enough], last[enough], start[enough], (end - start)[enough]
@@ -314,40 +172,32 @@ def _integrated_energy(
     after = (begin + length - t[b] + tick_s / 2) * (joules[b] - joules[b - near]) / (t[b] - t[b - near])
     drawn = joules[b] - joules[a] + before + after
     # The ages of two readings differ by a triangular error; the ends differ from their neighbours alike every time.
+    # Where readings are missing, at more than a reading's distance from an end, it may have drawn all or nothing.
     of_ticks = tick_s / np.sqrt(6) * power
     of_ends = 0.1 * power * np.clip(length - covered, 0, None)
+    poll_s = float(np.median(np.diff(t)))
+    lost_s = np.clip(length - covered - 2 * (poll_s + tick_s), 0, None)
+    most = float((np.diff(joules) / np.diff(t)).max())
     total_s = float((end - start).sum())
     rest_s = total_s - float(length.sum())
     mean = float(drawn.sum() / length.sum())
     between = float((power.std(ddof=1) if len(power) > 1 else 0.1 * mean) * rest_s)
     value = float(drawn.sum()) + mean * rest_s
     half = 1.96 * float(np.sqrt((of_ticks**2).sum() + between**2)) + float(of_ends.sum())
-    return Estimate(value, max(0.0, value - half), value + half, "integration", total_s)
+    low = max(0.0, value - half - float((lost_s * power).sum()))
+    high = value + half + float((lost_s * np.clip(most - power, 0, None)).sum())
+    if lost_s.sum() > MOST_UNSEEN * length.sum():
+        return Estimate(None, low, high, "unresolved", total_s)
+    return Estimate(value, low, high, "integration", total_s)
 
 
-def _powers(pieces: Pieces, t: np.ndarray, joules: np.ndarray, tick_s: float) -> dict[int, tuple[float, float, float]]:
-    """Watts of each phase and their interval, from the counter's increments between readings."""
-    if len(t) < 2 * len(pieces.names) + 2:
-        return {}
-    stamped = t - tick_s / 2  # on average a reading is half a tick old
-    inside = (stamped >= pieces.start[0]) & (stamped <= pieces.end[-1])
-    stamped, joules = stamped[inside], joules[inside]
-    parts = pieces.with_ends_apart(4 * tick_s)
-    shares = parts.shares(stamped[:-1], stamped[1:])
-    block = pieces.step[np.clip(np.searchsorted(pieces.start, stamped[:-1], "right") - 1, 0, None)]
-    value, low, high = _bootstrapped(shares, np.diff(joules), block, upper=np.inf)
-    return {
-        place: (float(value[place]), float(low[place]), float(high[place]))
-        for place in range(len(pieces.names))
-        if np.isfinite(value[place])
-    }
-
-
-def _from_power(power: tuple[float, float, float] | None, seconds: float) -> Estimate:
-    if power is None or not np.isfinite(power[1]):
-        return Estimate(None, None, None, "unresolved", seconds)
-    value, low, high = (seconds * watts for watts in power)
-    low = max(0.0, low)
-    if (high - low) / 2 > RESOLVED_ENERGY * max(value, 1e-9):
-        return Estimate(None, low, high, "unresolved", seconds)
-    return Estimate(value, low, high, "regression", seconds)
+def _powers(pieces: Pieces, t: np.ndarray, joules: np.ndarray, tick_s: float) -> Fit:
+    """Watts of each phase, from the counter's increments between readings."""
+    stamped = t - tick_s / 2  # on average a reading is half a tick old; where ticks are shorter, all are younger
+    drawn = np.diff(joules)
+    usable = (stamped[:-1] >= pieces.start[0]) & (stamped[1:] <= pieces.end[-1]) & (drawn >= 0)
+    if not drawn[usable].any():  # a counter that stands still
+        usable[:] = False
+    return fitted(
+        pieces, stamped[:-1][usable], stamped[1:][usable], drawn[usable], tick_s / 2, upper=np.inf, ages_s=tick_s
+    )  # fmt: skip

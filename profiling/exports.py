@@ -4,6 +4,7 @@ import heapq
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from profiling.errors import DataError
@@ -20,14 +21,20 @@ MARKED_PIDS = 2_000_000
 """Of the processes of a profiled command that marked phases."""
 DEVICE_TID = 100
 """Of the process of phases: the same phases as the GPU saw them."""
+DEVICE_PIDS = 3_000_000
+"""Of the counters of each device."""
+MOST_POINTS = 2_000
+"""Of a counter's track; of a longer one, means of neighbours."""
 ENGINE_PIDS = 1
 """Engine e is process ENGINE_PIDS + e: thread 0 shows what it does, thread 1 + s the rows in slot s."""
 
 
 def chrome_trace(run: Run, first_step: int = 0, last_step: int | None = None) -> dict[str, Any]:
-    """Phases, engine spans and rows of steps first_step..last_step as complete events; times in microseconds.
+    """Phases, engine spans and rows of steps first_step..last_step as complete events, and what the devices' sensors
+    said meanwhile as counters; times in microseconds.
 
-    Format: "Trace Event Format" (Google, 2016), phases `X` and `M`. Raises DataError when no step is in the range.
+    Format: "Trace Event Format" (Google, 2016), phases `X`, `C` and `M`. Raises DataError when no step is in the
+    range.
     """
 
     def chosen(frame: pd.DataFrame) -> pd.DataFrame:
@@ -48,6 +55,7 @@ def chrome_trace(run: Run, first_step: int = 0, last_step: int | None = None) ->
     if len(run.device_phases):
         events.append(_name("thread_name", PHASES_PID, DEVICE_TID, "on the GPU"))
     events += _torch_events(run, 1e6 * float(phases.t_start.min()), 1e6 * float(phases.t_end.max()))
+    events += _counters(run, float(phases.t_start.min()), float(phases.t_end.max()))
     engines = sorted({*spans.engine.unique().tolist(), *rows.engine.unique().tolist()})
     for engine in engines:
         events += _engine(engine, spans[spans.engine == engine], rows[rows.engine == engine])
@@ -65,6 +73,34 @@ def _torch_events(run: Run, first_us: float, last_us: float) -> Iterator[dict[st
             raise DataError(f"{path}: not a trace: {error}") from None
         if any("ts" in event for event in inside):
             yield from ({**e, "pid": TORCH_PIDS + e["pid"]} if isinstance(e.get("pid"), int) else e for e in inside)
+
+
+def _counters(run: Run, first_s: float, last_s: float) -> Iterator[dict[str, Any]]:
+    """Of each device: utilisation by the driver's own windows, polled where it keeps none; power; and the counters of
+    the GPU (GPM) and of the host's disks."""
+    samples = run.devices[run.devices.t.between(first_s, last_s)]
+    windows = run.windows[run.windows.t_begin.between(first_s, last_s)]
+    for number, device in enumerate([*dict.fromkeys([*samples.device, *windows.device])]):
+        pid, own = DEVICE_PIDS + number, samples[samples.device == device]
+        tracks = {
+            str(metric): (of.t_begin, of.value)
+            for metric, of in windows[windows.device == device].groupby("metric", sort=False)
+        }
+        if "utilisation" not in tracks:
+            tracks["utilisation"] = (own.t, own.utilisation)
+        tracks["power_watts"] = (own.t, own.power_watts)
+        yield _name("process_name", pid, 0, f"{device}: sensors")
+        for metric, (t, value) in tracks.items():
+            for at, mean in _thinned(t, value).itertuples(index=False):
+                yield {"name": metric, "ph": "C", "ts": 1e6 * at, "pid": pid, "tid": 0, "args": {"value": mean}}
+
+
+def _thinned(t: pd.Series, value: pd.Series) -> pd.DataFrame:
+    """t, value: at most MOST_POINTS of those that were read."""
+    known = pd.DataFrame({"t": t, "value": value}).dropna().astype(float).sort_values("t")
+    if len(known) <= MOST_POINTS:
+        return known
+    return known.groupby(np.arange(len(known)) * MOST_POINTS // len(known)).agg({"t": "first", "value": "mean"})
 
 
 def _engine(engine: int, spans: pd.DataFrame, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:

@@ -66,17 +66,20 @@ def ledger_totals(ledger: pd.DataFrame) -> dict[str, float]:
     return {cause: float(seconds.get(cause, 0.0)) for cause in CAUSES}
 
 
-def innermost_phases(phases: pd.DataFrame, wall_s: float, *, rollout_first: bool = False) -> pd.DataFrame:
+def innermost_phases(
+    phases: pd.DataFrame, wall_s: float, *, rollout_first: bool = False, other_names: Sequence[str] = ()
+) -> pd.DataFrame:
     """The run as adjoining pieces (name, step, t_start, t_end), each with the phase that names it; "" for none.
 
     Where phases overlap, the one that stands first in CAUSES wins (an evaluation that rolls out is evaluation), then
     the deeper one. rollout_first: as the engines' GPUs see it, where the trainer has its own: a rollout beside
-    training is rollout.
+    training is rollout. other_names: of a program's own phases, which count where none of the ledger's is.
     """
-    known = phases[phases.name.isin(PHASES) & (phases.t_end > phases.t_start)]
+    known = phases[phases.name.isin([*PHASES, *other_names]) & (phases.t_end > phases.t_start)]
     training = [cause for cause in CAUSES if cause in PHASES and cause not in WHOLE_CLUSTER]
     order_of = ["rollout", *training] if rollout_first else [*training, "rollout"]
     rank = {name: place for place, name in enumerate([*WHOLE_CLUSTER, *order_of])}
+    rank |= dict.fromkeys(other_names, len(rank))
     if known.empty:
         return pd.DataFrame([("", OUTSIDE, 0.0, wall_s)], columns=["name", "step", "t_start", "t_end"])
     edges = np.unique(np.concatenate([[0.0, wall_s], known.t_start.clip(0, wall_s), known.t_end.clip(0, wall_s)]))

@@ -12,6 +12,7 @@ import pyarrow as pa
 from profiling import schema
 from profiling.errors import ConfigError, DataError
 from profiling.files import parse_json, read_json, whole_lines
+from profiling.ledger import TOLERANCE, Cluster
 from profiling.settings import read_toml
 from profiling.tables import read_table
 
@@ -70,9 +71,39 @@ class Run:
             raise DataError(f"{path}: line 1: no header; the file is not a trace")
         return records
 
-    @property
+    @cached_property
     def header(self) -> dict[str, Any]:
-        return self.outline[0]
+        """The trace's first record. It was written before the sampler had looked: devices and capabilities are what
+        the sampler said later. A profiled program, of which nothing else is known, has the GPUs that were sampled."""
+        header = dict(self.outline[0])
+        seen = self.sampler.get("devices")
+        found = [device for device in seen if isinstance(device, dict)] if isinstance(seen, list) else []
+        gpus = [device for device in found if device.get("uuid") != "host"]
+        header["devices"] = header["devices"] or gpus
+        states = self.sampler.get("capabilities")
+        header["capabilities"] = header["capabilities"] or (states if isinstance(states, dict) else {})
+        if "zero_s" in header:
+            whole = sum(device.get("part_of") is None for device in gpus)  # a MIG instance is part of one
+            header["gpus"] = header["gpus_per_engine"] = max(1, whole)
+        if fault := schema.fault_in_header(header):
+            raise DataError(f"{self.path}: the sampler's devices: {fault}")
+        return header
+
+    @cached_property
+    def sampler(self) -> dict[str, Any]:
+        """What the sampler said of itself last: devices, what they can tell, ticks. Empty without one."""
+        if self.trailer is not None:
+            said = self.trailer.get("sampler")
+        else:
+            try:
+                said = read_json(self.path / "sampler.json")
+            except (OSError, ValueError):
+                said = None
+        return said if isinstance(said, dict) else {}
+
+    @property
+    def cluster(self) -> Cluster:
+        return Cluster(self.header["engines"], self.header["gpus_per_engine"], self.header["trainer_gpus"])
 
     @property
     def simulated(self) -> bool:
@@ -149,9 +180,14 @@ class Run:
 
     @cached_property
     def ledger(self) -> pd.DataFrame | None:
-        """None for a run that has not ended."""
+        """None for a run that has not ended. Raises DataError, also where its seconds are not the run's."""
         path = self.path / "ledger.parquet"
-        return read_table(path, schema.LEDGER).to_pandas() if path.exists() else None
+        if not path.exists():
+            return None
+        ledger = read_table(path, schema.LEDGER).to_pandas()
+        if self.trailer is not None and self.summary is not None:  # else one of them may be about to be replaced
+            _check_sums(path, ledger, self.summary["wall_seconds"], self.summary["gpu_seconds"])
+        return ledger
 
     @cached_property
     def summary(self) -> dict[str, Any] | None:
@@ -187,6 +223,24 @@ class Run:
         parts = sorted((self.path / name).glob(f"{schema.PART_NAMES[name]}-*.parquet"))
         tables = [read_table(part, expected) for part in parts]
         return pa.concat_tables([expected.empty_table(), *tables]).to_pandas()
+
+
+def _check_sums(path: Path, ledger: pd.DataFrame, wall_s: float | None, gpu_s: float | None) -> None:
+    """Every GPU's seconds are the wall time's, and all of them the run's GPU-seconds. Raises DataError."""
+    if wall_s is None or gpu_s is None:
+        return
+    sums = ledger.groupby("gpu").seconds.sum()
+    wrong = sums[(sums - wall_s).abs() > TOLERANCE * wall_s]
+    if len(wrong):
+        raise DataError(
+            f"{path}: column 'seconds' of GPU {wrong.index[0]} sums to {wrong.iloc[0]:.6g}, not to the run's "
+            f"{wall_s:.6g} s; it is not this run's ledger"
+        )
+    if abs(sums.sum() - gpu_s) > TOLERANCE * gpu_s:
+        raise DataError(
+            f"{path}: column 'seconds' sums to {sums.sum():.6g} GPU-seconds, not to the run's {gpu_s:.6g}; GPUs are "
+            "missing"
+        )
 
 
 def _json(path: Path) -> Any:

@@ -7,19 +7,20 @@ its parent dies.
 
 import argparse
 import json
+import os
 import select
 import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from profiling import schema
-from profiling.errors import RunError
-from profiling.shell import end_with_the_parent
+from profiling.shell import end_with_the_parent, exit_code_of
 from profiling.sources import NoDriver, Sample, Source, Window
 from profiling.sources.amd import AmdSource
 from profiling.sources.host import HostSource
@@ -32,17 +33,21 @@ LATER_PART_SECONDS, LATER_S = 60.0, 600.0
 """A day would else be seventeen thousand files."""
 REPORT_SECONDS = 5.0
 """Between signs of life."""
+ENDS_WITHIN_S = 5.0
+"""Of SIGTERM, however a driver call goes on."""
 
 
 def open_sources(links: bool) -> tuple[list[Source], str | None]:
-    """NVML where a driver answers, else amdsmi, and the host always; a note when there is no GPU."""
+    """NVML where a driver answers, else amdsmi, and the host always; a note for the trace."""
     reasons = []
     openers: list[Callable[[], Source]] = [lambda: NvmlSource(links=links), AmdSource]
     for opened in openers:
         try:
-            return [opened(), HostSource(beside_gpus=True)], None
+            gpus = opened()
         except NoDriver as error:
             reasons.append(str(error))
+        else:
+            return [gpus, HostSource(beside_gpus=True)], gpus.note
     return [HostSource()], f"no GPU: host samples only (NVML: {'; '.join(reasons)})"
 
 
@@ -56,15 +61,16 @@ class Sampler:
         self.sources, self.note = open_sources(links)
         self.rows: list[tuple[float, Sample]] = []
         self.windows: list[Window] = []
-        self.part = 1 + max((int(p.stem[5:]) for p in (directory / "devices").glob("part-*.parquet")), default=-1)
+        earlier = (p for name in ("devices", "windows") for p in (directory / name).glob("part-*.parquet"))
+        self.part = 1 + max((int(p.stem[5:]) for p in earlier), default=-1)
         self.ticks = self.missed = 0
         self.start_cpu_s = 0.0
         """Spent on imports, on finding the devices and on getting ready to write."""
         self.first_s: float | None = None
         self.last_s: float | None = None
 
-    def run(self) -> None:
-        """Sample until standard input closes; the first sample at once, the last one at the end."""
+    def run(self, until: Sequence[Any]) -> None:
+        """Sample until one of these files can be read; the first sample at once, the last one at the end."""
         self.tick()
         self.report()
         self.read_windows()  # says whether there are any: utilisation is polled where not
@@ -72,7 +78,7 @@ class Sampler:
         self.start_cpu_s = time.process_time()
         deadline = time.perf_counter() + self.interval_s
         began = written = reported = time.perf_counter()
-        while not _told_to_end(min(REPORT_SECONDS, max(0.0, deadline - time.perf_counter()))):
+        while not _told_to_end(until, min(REPORT_SECONDS, max(0.0, deadline - time.perf_counter()))):
             now = time.perf_counter()
             if now >= deadline:  # else it is only time for a sign of life
                 late = int((now - deadline) / self.interval_s)
@@ -86,16 +92,16 @@ class Sampler:
                 self.read_windows()
                 self.report()
                 reported = now
-        self.tick()
+        self.tick(last=True)
         self.write_part()
         for source in self.sources:
             source.close()
 
-    def tick(self) -> None:
+    def tick(self, *, last: bool = False) -> None:
         t = time.perf_counter() - self.zero_s
         for source in self.sources:
             at = time.perf_counter() - self.zero_s  # a sweep of slow calls takes a while: each device has its time
-            for sample in source.read(t):
+            for sample in source.read(t, last=last):
                 self.rows.append((at, sample))
                 at = time.perf_counter() - self.zero_s
         self.ticks += 1
@@ -152,11 +158,28 @@ def _warm_up() -> None:
         write_parquet(Path(folder) / "part.parquet", columns, schema.DEVICES)
 
 
-def _told_to_end(timeout_s: float) -> bool:
+def _told_to_end(until: Sequence[Any], timeout_s: float) -> bool:
     """Wait; True as soon as the parent has closed its end of the pipe, or said so: a child that it forked may hold
     the pipe open."""
-    ready, _, _ = select.select([sys.stdin], [], [], timeout_s)
+    ready, _, _ = select.select(until, [], [], timeout_s)
     return bool(ready)
+
+
+def sigterm() -> int:
+    """A file descriptor that can be read from SIGTERM on, which the parent's death sends. A process that has not ended
+    ENDS_WITHIN_S later, for a driver call does not return, ends there."""
+    readable, woken = os.pipe()
+    os.set_blocking(woken, False)
+    signal.set_wakeup_fd(woken)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def end() -> None:
+        select.select([readable], [], [])
+        time.sleep(ENDS_WITHIN_S)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=end, name="end at SIGTERM", daemon=True).start()
+    return readable
 
 
 def main() -> None:
@@ -167,12 +190,14 @@ def main() -> None:
     parser.add_argument("--links", action="store_true", help="also PCIe and NVLink traffic")
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's; the pipe tells us
+    until = [sys.stdin, sigterm()]
     end_with_the_parent()
-    try:
-        Sampler(options.output, options.interval, options.zero, links=options.links).run()
-    except RunError as error:
-        print(f"sampler: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+
+    def sample() -> int:
+        Sampler(options.output, options.interval, options.zero, links=options.links).run(until)
+        return 0
+
+    raise SystemExit(exit_code_of("sampler", sample))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ HANGS_AFTER_S = 20.0
 WATCH_EVERY_S = 1.0
 BACK_OFF_S = (1.0, 5.0, 25.0, 120.0)
 """Between restarts; after the last of them there is none."""
+FORGIVEN_AFTER_S = 3600.0
+"""Without a fault, restarts are counted anew."""
 
 
 class SamplerProcess:
@@ -34,6 +36,7 @@ class SamplerProcess:
         note: Callable[[str], None] = lambda text: None,
         hangs_after_s: float = HANGS_AFTER_S,
         back_off_s: tuple[float, ...] = BACK_OFF_S,
+        forgiven_after_s: float = FORGIVEN_AFTER_S,
     ) -> None:
         self.directory = directory
         self.restarts = 0
@@ -44,7 +47,7 @@ class SamplerProcess:
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
         self._note = note
-        self._hangs_after_s, self._back_off_s = hangs_after_s, back_off_s
+        self._hangs_after_s, self._back_off_s, self._forgiven_after_s = hangs_after_s, back_off_s, forgiven_after_s
         self._earlier: list[dict[str, Any]] = []
         """Reports of samplers that died."""
         self._last_report = 0, time.monotonic()
@@ -90,6 +93,7 @@ class SamplerProcess:
 
     def _replace(self) -> None:
         """A sampler that died or does not report any more, later every time."""
+        faults, launched_s = 0, time.monotonic()
         while not self._stop.wait(min(WATCH_EVERY_S, self._hangs_after_s / 4)):
             fault = self._fault()
             if fault is None:
@@ -98,16 +102,20 @@ class SamplerProcess:
             if (report := self._report()) is not None:
                 self._earlier.append(report)
                 (self.directory / "sampler.json").unlink(missing_ok=True)
-            if self.restarts == len(self._back_off_s):
+            if time.monotonic() - launched_s >= self._forgiven_after_s:
+                faults = 0
+            if faults == len(self._back_off_s):
                 self._say(f"the sampler {fault} again; no more device samples")
                 return
-            wait_s = self._back_off_s[self.restarts]
+            wait_s = self._back_off_s[faults]
+            faults += 1
             self.restarts += 1
             self._say(f"the sampler {fault}; it is started again in {wait_s:g} s")
             if self._stop.wait(wait_s):
                 return
             if (note := self._launch()) is not None:
                 self._say(note)
+            launched_s = time.monotonic()
 
     def _say(self, text: str) -> None:
         with contextlib.suppress(ToolkitError):  # a full disk: the run itself will say so
@@ -129,7 +137,8 @@ class SamplerProcess:
     def _kill(self) -> None:
         assert self._process is not None
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # inside a driver call, a kill may wait for its end
+            self._process.wait(STOP_TIMEOUT_S)
         if self._process.stdin is not None:
             self._process.stdin.close()
 
@@ -137,7 +146,7 @@ class SamplerProcess:
         """Tell it to write what it has and end; kill it when it does not."""
         assert self._process is not None
         assert self._process.stdin is not None
-        if not self._process.stdin.closed:
+        if not self._process.stdin.closed:  # else it was killed
             with contextlib.suppress(OSError):  # it has died
                 self._process.stdin.write(b"stop")
                 self._process.stdin.flush()
@@ -146,8 +155,7 @@ class SamplerProcess:
         try:
             self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self._kill()
 
     def stop(self) -> dict[str, Any] | None:
         """End it; its own account of what it did, or None when it left none. With restarts, what all of them did."""
@@ -160,7 +168,9 @@ class SamplerProcess:
         reports = [own for own in (*self._earlier, self._report()) if own is not None]
         if not reports or not self.restarts:
             return reports[-1] if reports else None
-        sums = {name: sum(own[name] for own in reports) for name in ("ticks", "missed_ticks", "cpu_seconds")}
+        names = ("ticks", "missed_ticks", "cpu_seconds", "start_cpu_seconds")
+        sums: dict[str, Any] = {name: sum(own[name] for own in reports) for name in names}
+        sums["devices"] = list({device["uuid"]: device for own in reports for device in own["devices"]}.values())
         first = min((own["first_sample_s"] for own in reports if own["first_sample_s"] is not None), default=None)
         return {**reports[-1], **sums, "first_sample_s": first, "restarts": self.restarts}
 

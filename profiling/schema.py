@@ -172,7 +172,7 @@ EVALUATIONS = _columns(
     ("tokens", _INT),  # of the response
     ("finished", _BOOL),  # it ended with a stop token
     ("correct", _BOOL),
-    ("answer", _TEXT),  # as the reward read it; null: none
+    ("answer", _TEXT),  # as the reward read it, equal ones of a problem as the first of them; null: none
     nullable=("step", "answer"),
 )
 
@@ -221,8 +221,8 @@ TRACE_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
         "unix_time_s": (int, float, type(None)),  # at t = 0; null in a simulation
         "host": (str, type(None)),
         "simulated": bool,
-        "devices": list,  # [{"uuid", "name", "index"}]
-        "capabilities": dict,  # metric -> ok | not supported | no permission | ...
+        "devices": list,  # GPUs: [{"uuid", "name", "index", "part_of"}]; [] where only the sampler knows them
+        "capabilities": dict,  # device -> metric -> ok | not supported | no permission | ...; as devices
         "gpus": int,  # GPU-equivalents of the ledger; a CPU-only host counts as 1
         "engines": int,
         "gpus_per_engine": int,

@@ -9,6 +9,7 @@ import pandas as pd
 
 from profiling.energy import energy_totals
 from profiling.ledger import Cluster, innermost_phases, ledger_totals
+from profiling.schema import PHASES
 
 NOT_TRAINING = ("down", "evaluation", "checkpoint")
 """Phases left out of rates per step, row and token."""
@@ -24,6 +25,10 @@ NEEDS_RECORDS = (
     "wait_tail",
 )
 """Causes that only engine records can tell; null for a program that writes none."""
+WAITS = ("wait_rollout", "wait_train")
+"""Of GPUs of a cluster's two sides: null for a program of whose cluster nothing is known."""
+COMMAND = "command"
+"""The phase around a profiled program: not one of its own."""
 
 
 def summarise(
@@ -46,6 +51,7 @@ def summarise(
     rollout_seconds: not hidden behind training; generation_busy_seconds: of the engines, hidden or not, each's mean.
     Rates leave out the first `startup_steps` steps (fewer when the run is shorter: `startup_steps` in the result is
     the number left out), evaluation, checkpoints and failures. What lies between two steps belongs to the one before.
+    Steps of a program without records are those that it marks, under whatever names.
     drawn_mean_tokens: mean length of the rows drawn, where it is known; else it is known if all rows finished.
     trains_whole_responses: only rows that finished in a step are processed in it, else all of its rows.
     devices: samples of the GPUs, for energy; null without their counters.
@@ -69,17 +75,21 @@ def summarise(
     ends = spans.groupby("step").agg(first=("t_start", "min"), last=("t_end", "max"))
     engine_s = cluster.engines * max(rollout_s, float((ends["last"] - ends["first"]).sum()))
     recorded = len(spans) > 0
-    training = pieces[(pieces.step >= 1) & (pieces.name != "") & ~pieces.name.isin(NOT_TRAINING)]
+    own = pieces
+    if not recorded:
+        names = set(phases.name) - {COMMAND, *PHASES}
+        own = innermost_phases(phases, wall_s, other_names=sorted(names))
+    training = own[(own.step >= 1) & (own.name != "") & ~own.name.isin(NOT_TRAINING)]
     marked = training.step.nunique()
     steps = int(rows.step.nunique() if recorded else marked)
     totals = ledger_totals(ledger)
     ages, age_weights = staleness(rows)
     skipped = min(startup_steps, max(steps - 1, 0))
     late = rows.step > skipped
-    timed = (pieces.step > skipped) & (pieces.step >= 1) & ~pieces.name.isin(NOT_TRAINING)
+    timed = (own.step > skipped) & (own.step >= 1) & ~own.name.isin(NOT_TRAINING)
     if not recorded:  # a program may go on for long after its last step
-        timed &= pieces.t_end <= (training.t_end.max() if marked else 0.0)
-    step_s = float(_seconds(pieces[timed]))
+        timed &= own.t_end <= (training.t_end.max() if marked else 0.0)
+    step_s = float(_seconds(own[timed]))
     counts = {
         "step": steps - skipped,
         "finished_row": int(rows.finished[late].sum()),
@@ -108,9 +118,10 @@ def summarise(
         "length_bias": _length_bias(finished, rows_in, drawn_mean_tokens),
         "startup_steps": skipped,
         **{f"seconds_per_{name}": _ratio(step_s, count) for name, count in counts.items()},
-        **energy_totals(devices, pieces, timed, counts),
+        **energy_totals(devices, own, timed, counts),
         "ledger": {
-            cause: None if cause in NEEDS_RECORDS and not recorded else seconds for cause, seconds in totals.items()
+            cause: None if cause in (*NEEDS_RECORDS, *WAITS) and not recorded and not seconds else seconds
+            for cause, seconds in totals.items()
         },
         "gpu_seconds": cluster.gpus * wall_s,
     }

@@ -3,6 +3,7 @@
 A trainer is not touched by it: another process, which reads what the run has written.
 """
 
+import contextlib
 import math
 import threading
 import time
@@ -22,10 +23,11 @@ from rich.table import Table
 from profiling.alarms import alarms
 from profiling.console import plain_table, table_console
 from profiling.errors import ConfigError, ConservationError, DataError, ToolkitError
-from profiling.ledger import Cluster, build_ledger
+from profiling.ledger import build_ledger
 from profiling.markers import read_markers
 from profiling.metrics_server import MetricsServer
 from profiling.reader import Run
+from profiling.sampler_process import HANGS_AFTER_S
 
 REFRESH_S = 2.0
 REST = 10.0
@@ -47,6 +49,10 @@ class Snapshot:
     """Up to its end."""
     ledger: pd.DataFrame
     """Of the complete steps."""
+    elapsed_s: float
+    """Up to the last phase's end, or to the last sample that the sampler told of."""
+    silent_s: float
+    """Since the run's files last changed."""
 
 
 def snapshot(path: Path) -> Snapshot:
@@ -64,13 +70,24 @@ def snapshot(path: Path) -> Snapshot:
     phases, engine = phases[phases.step <= step], engine[engine.step <= step]
     wall_s = run.trailer["t"] if run.trailer else float(phases.t_end.max()) if len(phases) else 0.0
     rollouts = run.rollouts[run.rollouts.step <= step]
-    header = run.header
-    cluster = Cluster(header["engines"], header["gpus_per_engine"], header["trainer_gpus"])
     try:
-        ledger = build_ledger(cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, wall_s=wall_s)
+        ledger = build_ledger(cluster=run.cluster, phases=phases, engine=engine, rollouts=rollouts, wall_s=wall_s)
     except ConservationError as error:
         raise DataError(f"{path}: its records do not add up: {error}") from None
-    return Snapshot(run, step, wall_s, ledger)
+    sampled_s = run.sampler.get("last_sample_s")
+    if run.trailer is not None or not isinstance(sampled_s, int | float):
+        sampled_s = 0.0
+    elapsed_s = max(known_s, float(sampled_s))
+    return Snapshot(run, step, wall_s, ledger, elapsed_s, _silent_s(path))
+
+
+def _silent_s(path: Path) -> float:
+    """The sampler says every five seconds that it lives, and it dies with the run."""
+    times = []
+    for name in ("trace.jsonl", "metrics.jsonl", "sampler.json"):
+        with contextlib.suppress(OSError):
+            times.append((path / name).stat().st_mtime)
+    return max(0.0, time.time() - max(times, default=0.0))
 
 
 def markers_so_far(run: Run) -> list[dict[str, Any]]:
@@ -105,8 +122,14 @@ def watch(
 
 def view(now: Snapshot) -> Group:
     run = now.run
-    status = run.trailer["status"] if run.trailer else "running"
-    title = f"{run.path} ({run.kind}): {status}, step {now.step}, {now.wall_s:.1f} s"
+    if run.trailer is not None:
+        status = str(run.trailer["status"])
+    elif now.silent_s > HANGS_AFTER_S:
+        status = f"no sign of life for {now.silent_s:.0f} s"
+    else:
+        status = "running"
+    doing = "" if len(run.phases) else ", in its first phase"
+    title = f"{run.path} ({run.kind}): {status}, step {now.step}, {now.elapsed_s:.1f} s{doing}"
     return Group(title, _phases(now), _devices(now), _causes(now), *alarms(now.ledger, run))
 
 

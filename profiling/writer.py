@@ -2,10 +2,11 @@
 
 import contextlib
 import errno
+import functools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +19,7 @@ from profiling.errors import ConfigError, DataError, RunError
 
 APPEND_ONLY = ("trace.jsonl", "metrics.jsonl")
 """Files of a run directory that only grow: the ones that a checkpoint knows the length of, and resuming cuts back."""
+_PHASE = ("type", *schema.TRACE_FIELDS["phase"])
 
 
 def refuse_a_run(path: Path) -> None:
@@ -94,19 +96,16 @@ class RunWriter:
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written: {error.strerror}") from None
 
-    def trace(self, record: Mapping[str, Any]) -> None:
-        """Append one record. An invalid record is our own bug: ValueError."""
-        fault = schema.fault_in(record)
-        if fault:
-            raise ValueError(f"trace record: {fault}")
-        self._append(self._trace, record, "trace.jsonl")
+    def trace(self, *records: Mapping[str, Any]) -> None:
+        """Append records, all in one write. An invalid record is our own bug: ValueError."""
+        self._append(self._trace, [_trace_line(record) for record in records], "trace.jsonl")
 
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Append one row of training metrics; NaN and infinities become null."""
         if self._metrics is None:
             self._metrics = self._open("metrics.jsonl")
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._append(self._metrics, finite, "metrics.jsonl")
+        self._append(self._metrics, [_json(finite)], "metrics.jsonl")
 
     def table(self, name: str, number: int, columns: Mapping[str, Any]) -> None:
         """Write part `number` of table `name` of profiling.schema.TABLES, with its columns."""
@@ -136,16 +135,59 @@ class RunWriter:
         except OSError as error:
             raise RunError(f"{self.path / name}: cannot be written: {error.strerror}") from None
 
-    def _append(self, file: IO[bytes], record: Mapping[str, Any], name: str) -> None:
-        line = json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    def _append(self, file: IO[bytes], lines: Sequence[str], name: str) -> None:
+        content = "".join(f"{line}\n" for line in lines).encode()
         end = file.seek(0, os.SEEK_END)
+        whole = 0  # bytes of lines that are on disk
         try:
-            written = file.write(line)
-            if written != len(line):
+            written = file.write(content) or 0
+            if written != len(content):
+                whole = content.rfind(b"\n", 0, written) + 1
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            file.truncate(end)  # no half line
+            file.truncate(end + whole)  # no half line
             raise RunError(f"{self.path / name}: cannot be written: {error.strerror}") from None
+
+
+_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+_quoted = functools.lru_cache(json.dumps)
+
+
+def _trace_line(record: Mapping[str, Any]) -> str:
+    """Raises ValueError for an invalid record."""
+    if (line := _phase_line(record)) is not None:
+        return line
+    if fault := schema.fault_in(record):
+        raise ValueError(f"trace record: {fault}")
+    return _json(record)
+
+
+def _phase_line(record: Mapping[str, Any]) -> str | None:
+    """A valid phase, as `_json` writes it but several times faster: the trainer waits meanwhile. None: something else,
+    or a fault in it."""
+    try:
+        kind, name, step, start, end, depth = record.values()
+    except ValueError:
+        return None
+    most = schema.LARGEST
+    if (
+        kind == "phase"
+        and tuple(record) == _PHASE
+        and type(name) is str
+        and type(step) is int
+        and type(depth) is int
+        and type(start) is float
+        and type(end) is float
+        and -most <= step <= most
+        and -most <= depth <= most
+        and -most <= start <= most
+        and -most <= end <= most
+    ):
+        return (
+            f'{{"type":"phase","name":{_quoted(name)},"step":{step},"t_start":{start!r},"t_end":{end!r},'
+            f'"depth":{depth}}}'
+        )
+    return None
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -16,23 +16,28 @@ from functools import cached_property
 import numpy as np
 
 from profiling.errors import ConfigError
+from profiling.model_memory import (
+    ACTIVATIONS,
+    BF16,
+    FP32,
+    GATHERED,
+    LOGITS,
+    STATES,
+    TRAINED,
+    USABLE,
+    Pass,
+    Sizes,
+    training_needs,
+)
 from simulator.cost_settings import AffineCostSettings, AnalyticCostSettings, Occasions
 from simulator.hardware import Gpu, load_gpu
 from simulator.hardware.efficiency import Efficiency, load_efficiency, peaks_only
+from simulator.memory import Memory, sizes_of
 from simulator.models import Model, load_model
 
-BF16 = 2
-STATE_BYTES = 16
-"""Of a trained parameter: bf16 weight and gradient, fp32 weight and two Adam moments."""
-TRAINING_USABLE = 0.95
-"""Of a GPU's memory: the rest is the context's and lost to fragments."""
 OPTIMIZER_TRAFFIC = 30
 """Bytes that an Adam step reads and writes per parameter: fp32 weight, gradient and moments; then all but the
 gradient, and the bf16 weight."""
-ACTIVATION_BYTES = {"full": 2, "none": 34}
-"""Per token, hidden unit and layer that wait for the backward pass (Korthikanti et al., arXiv 2205.05198)."""
-LOGIT_BYTES = 6
-"""Per token and word: in bf16, and in fp32 for the loss."""
 
 
 @dataclass(frozen=True)
@@ -153,28 +158,6 @@ class AnalyticEngineCosts:
         return seconds
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What a phase needs of each GPU, in bytes, by what needs it."""
-
-    phase: str
-    needs: dict[str, float]
-    available: float
-
-    @property
-    def headroom(self) -> float:
-        return self.available - sum(self.needs.values())
-
-    def check(self, gpu: Gpu, remedy: str) -> None:
-        """Raises ConfigError saying what does not fit and by how much."""
-        if self.headroom < 0:
-            parts = " + ".join(f"{size / 1e9:.1f} GB {what}" for what, size in self.needs.items())
-            raise ConfigError(
-                f"{self.phase} on {gpu.name}: {parts} exceed {self.available / 1e9:.1f} GB by "
-                f"{-self.headroom / 1e9:.1f} GB; {remedy}"
-            )
-
-
 class AnalyticCosts:
     """Everything that one experiment costs. engine_gpus: of one engine; trainer_gpus: all that train."""
 
@@ -254,25 +237,29 @@ class AnalyticCosts:
         free = fits - memory.needs["weights"] - memory.needs["engine overhead"]
         return int(free / (self.cache_bytes_per_token + self._cache_bytes_per_row / row_tokens))
 
-    def training_memory(self) -> Memory:
-        settings, model = self.settings, self.model
-        trained = model.parameters + (model.backbone_parameters if settings.value_model else 0)
-        split = settings.trainer_tensor_parallel * settings.trainer_pipeline_parallel
-        frozen = model.parameters * BF16 * settings.reference_model
-        tokens = settings.micro_batch_tokens / settings.trainer_tensor_parallel
-        layers = model.layers / settings.trainer_pipeline_parallel
-        needs = {
-            "weights, gradients and optimizer": (trained * STATE_BYTES + frozen) / self.trainer_gpus,
-            "activations": tokens * model.hidden * layers * ACTIVATION_BYTES[settings.recompute],
-            "logits": tokens * model.vocabulary * LOGIT_BYTES,
-        }
-        if settings.trainer == "fsdp":
-            needs["two gathered layers"] = 2 * (model.backbone_parameters / model.layers) * BF16
-        else:
-            needs["weights, gradients and optimizer"] = (
-                trained * 2 * BF16 / split + (trained * (STATE_BYTES - 2 * BF16) + frozen) / self.trainer_gpus
-            )
-        return Memory("training", needs, self.gpu.memory_bytes * TRAINING_USABLE)
+    @property
+    def sizes(self) -> Sizes:
+        own = self.settings
+        return sizes_of(self.model, value_model=own.value_model, reference_model=own.reference_model)
+
+    def training_memory(self, row_tokens: int) -> Memory:
+        """Where the longest row has `row_tokens` tokens: it makes a pass of its own. Engines have left the memory."""
+        settings, sizes = self.settings, self.sizes
+        tokens = max(settings.micro_batch_tokens, row_tokens)
+        own = Pass(
+            shards=self.trainer_gpus, tokens=tokens, logit_tokens=min(settings.logit_tokens, tokens),
+            checkpointed=settings.recompute == "full", cpu_offload=settings.cpu_offload,
+        )  # fmt: skip
+        needs = training_needs(sizes, own)
+        if settings.trainer == "megatron":  # nothing is gathered: bf16 weights and gradients stay, split
+            split = settings.trainer_tensor_parallel * settings.trainer_pipeline_parallel
+            kept = sizes.trained * (TRAINED - 2 * BF16) + sizes.frozen * FP32
+            if not settings.cpu_offload:
+                needs[STATES] = sizes.trained * 2 * BF16 / split + kept / self.trainer_gpus
+            needs[ACTIVATIONS] /= split
+            needs[LOGITS] /= settings.trainer_tensor_parallel
+            del needs[GATHERED]
+        return Memory("training", needs, self.gpu.memory_bytes * USABLE)
 
     def _pass_s(self, passes: float, gathers: float, *, logits: bool) -> tuple[float, float]:
         """(per token, per attended pair) of `passes` forward passes' worth of work, all training GPUs together."""

@@ -15,7 +15,7 @@ import numpy as np
 import simpy
 
 from profiling.errors import ConservationError
-from simulator.costs import graded_at, phase_s, resolve, reward_s
+from simulator.costs import Costs, graded_at, phase_s, resolve, reward_s
 from simulator.experiment import Experiment
 from simulator.failures import Outage, draw_outages, insert_outages
 from simulator.log import Log, RowRecord, StepLog
@@ -50,13 +50,14 @@ class Work(NamedTuple):
 class TrainingRun:
     """One simulated run. `run()` plays it; the log and the rows tell what happened."""
 
-    def __init__(self, experiment: Experiment, *, skipped_steps: int = 0) -> None:
-        """skipped_steps: played without a clock (`skip`), where the schedule allows it."""
+    def __init__(self, experiment: Experiment, *, skipped_steps: int = 0, costs: Costs | None = None) -> None:
+        """skipped_steps: played without a clock (`skip`), where the schedule allows it. costs: instead of the
+        experiment's own."""
         self.experiment = experiment
         self.skipped_steps = skipped_steps
         self.skipped_tokens = 0
         self.schedule = experiment.make_schedule()
-        self.all_costs = resolve(experiment)
+        self.all_costs = costs or resolve(experiment)
         self.costs = self.all_costs.phases
         self.source = RowSource(experiment.workload)
         self.env = simpy.Environment()

@@ -117,7 +117,11 @@ class AnalyticCostSettings(Occasions):
     mini_batches: PositiveInt = 16
     """Optimizer steps per step and model."""
     micro_batch_tokens: PositiveInt = 16384
-    """Tokens that one GPU passes forward and backward at once."""
+    """Tokens that one GPU passes forward and backward at once; a longer row makes a pass of its own."""
+    logit_tokens: PositiveInt = 4096
+    """Tokens whose logits a pass holds at once."""
+    cpu_offload: bool = False
+    """Weights, gradients and moments are on the CPU between passes."""
     reward_base_s: NonNegativeFloat = 0.0
     reward_per_row_s: NonNegativeFloat = 0.0
     reward_workers: PositiveInt = 1

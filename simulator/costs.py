@@ -160,7 +160,8 @@ def _analytic(settings: AnalyticCostSettings, experiment: Experiment) -> Costs:
             f"on {cluster.gpus_per_engine} x {costs.gpu.name}; lower it, or leave it out"
         )
     if cluster.trainer != "none":
-        remedy = "train on more GPUs, or lower cost.micro_batch_tokens"
-        costs.training_memory().check(costs.gpu, remedy)
+        costs.training_memory(row_tokens).check(
+            costs.gpu, "train on more GPUs, or lower cost.logit_tokens or workload.max_response_tokens"
+        )
     tokens = workload.rows_per_step * workload.max_response_tokens / 3
     return Costs(costs.engine, costs.phases(tokens), fits if given is None else given)

@@ -19,23 +19,24 @@ from profiling.summary import summarise
 from profiling.writer import RunWriter
 from simulator.about import files_about
 from simulator.cluster import TrainingRun
+from simulator.costs import Costs
 from simulator.engine import KINDS
 from simulator.experiment import Experiment
 from tppo.schedule import describe
 from tppo.schedule.log import plan_record, row_end_record
 
 
-def simulate(experiment: Experiment, *, skipped_steps: int = 0) -> "Result":
+def simulate(experiment: Experiment, *, skipped_steps: int = 0, costs: Costs | None = None) -> "Result":
     """Play the experiment on a virtual clock.
 
     skipped_steps: the first ones leave their unfinished rows behind and take no time (schedules whose rows all run to
-    their ends or windows); rates and totals are of the others. Raises ConfigError when a row cannot fit the KV memory
-    or the clock goes beyond a trace's numbers, and ConservationError when rows, tokens, KV blocks or GPU-seconds do
-    not add up (a fault of ours).
+    their ends or windows); rates and totals are of the others. costs: instead of the experiment's own. Raises
+    ConfigError when a row cannot fit the KV memory or the clock goes beyond a trace's numbers, and ConservationError
+    when rows, tokens, KV blocks or GPU-seconds do not add up (a fault of ours).
     """
     start = time.perf_counter()
     with no_garbage_collection():
-        run = TrainingRun(experiment, skipped_steps=skipped_steps)
+        run = TrainingRun(experiment, skipped_steps=skipped_steps, costs=costs)
         run.run()
         if run.wall_s > LARGEST:
             raise ConfigError(f"the run takes {run.wall_s:.1e} s, more than a trace can hold; look at [cost] again")

@@ -90,7 +90,7 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     train.add_argument("--check", action="store_true",
                        help="only say what memory it needs, beside tppo plan; 2 where it does not fit")  # fmt: skip
     train.add_argument("--gpu", help="of --check: a bundled name or a TOML file")
-    train.add_argument("--gpus", type=int, help="of --check: how many (1)")
+    train.add_argument("--gpus", type=int, help="of --check: how many (as many as [ray] asks for, else 1)")
 
     evaluation = add("eval", _eval, "avg@k, pass@k and maj@k of a run or a model, with intervals; --section.key value "
                      "overrides", overrides=True)  # fmt: skip
@@ -235,10 +235,9 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> int:
         print_fields()
         return 0
     if options.check:
-        gpus = 1 if options.gpus is None else options.gpus
         check_training(
             options.config, rest, output=options.output, resume=options.resume, ray=options.ray, gpu=options.gpu,
-            gpus=gpus,
+            gpus=options.gpus,
         )  # fmt: skip
         return 0
     for flag, given in (("--gpu", options.gpu), ("--gpus", options.gpus)):

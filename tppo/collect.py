@@ -141,13 +141,14 @@ class Collector:
         state.carried += [row for row in got.rows if not row.finished]
         return got
 
-    def collect_for_values(self, rows: int, times: StepTimes) -> Collected:
-        """Finished rows of the policy as it is, whatever the schedule: for the value model's pre-training."""
+    def collect_for_values(self, rows: int, times: StepTimes, between: Callable[[], None]) -> Collected:
+        """Finished rows of the policy as it is, whatever the schedule: for the value model's pre-training. between: as
+        of `Generation.run`."""
         schedule = Synchronous()
         self._remember()
         plan, fresh = self.admit(schedule, times.step, rows)
         with times.phase("rollout"):
-            records = self.generation.run(schedule, plan, by_number(fresh))
+            records = self.generation.run(schedule, plan, by_number(fresh), between)
         with times.phase("reward"):
             grades = self.grade(fresh)
         return Collected(fresh, [], records, grades)

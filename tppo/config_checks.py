@@ -76,6 +76,10 @@ def check_it_fits_together(config: "RunConfig") -> None:
         raise ValueError('data.path: missing; name a data set, or set data.task = "arithmetic"')
     if "{problem}" not in config.data.prompt_template:
         raise ValueError(f"data.prompt_template = {config.data.prompt_template!r}: put {{problem}} into it")
+    if "{problem}" not in (config.evaluation.prompt_template or "{problem}"):
+        raise ValueError(
+            f"evaluation.prompt_template = {config.evaluation.prompt_template!r}: put {{problem}} into it"
+        )
     if config.data.task == "arithmetic" and (config.data.path or config.evaluation.path):
         raise ValueError('data.path, evaluation.path: belong to data.task = "dataset"; set it, or leave them out')
     if config.data.task == "dataset" and config.reward.kind == "final_answer":

@@ -22,6 +22,7 @@ from tppo.rollout.packing import packed, unpacked
 from tppo.rollout.protocol import Completion, EngineError, RolloutEngine, Sampling
 from tppo.rollout.rows import Row
 from tppo.schedule import Schedule, StepPlan, StepState
+from tppo.signals import nothing
 
 T = TypeVar("T")
 Records = list[dict[str, Any]]
@@ -31,8 +32,12 @@ Records = list[dict[str, Any]]
 class Generation(Protocol):
     """All ranks call it together."""
 
-    def run(self, schedule: Schedule, plan: StepPlan, rows: Mapping[int, Row]) -> Records:
-        """Generate the plan's tokens into `rows`, which have begun their window. Raises EngineError, on all ranks."""
+    def run(
+        self, schedule: Schedule, plan: StepPlan, rows: Mapping[int, Row], between: Callable[[], None] = nothing
+    ) -> Records:
+        """Generate the plan's tokens into `rows`, which have begun their window. between: called between the ends of
+        rows, on ranks that drive engines; what it raises ends the rollout, on all ranks. Raises EngineError, likewise.
+        """
         ...
 
     def start(self, schedule: Schedule, plan: StepPlan, rows: Mapping[int, Row]) -> Callable[[], Records]:
@@ -59,10 +64,12 @@ class OneProcess:
     max_response_tokens: int
     profiler: Profiler
 
-    def run(self, schedule: Schedule, plan: StepPlan, rows: Mapping[int, Row]) -> Records:
+    def run(
+        self, schedule: Schedule, plan: StepPlan, rows: Mapping[int, Row], between: Callable[[], None] = nothing
+    ) -> Records:
         run_rollout(
             schedule, self.engine, plan, rows, self.max_response_tokens, self.sampling, self.profiler.trace,
-            self.profiler.now,
+            self.profiler.now, between,
         )  # fmt: skip
         return self.engine.take_records()
 
@@ -78,7 +85,9 @@ class EveryRanksEngine:
     profiler: Profiler
     ranks: Ranks
 
-    def run(self, schedule: Schedule, plan: StepPlan, rows: Mapping[int, Row]) -> Records:
+    def run(
+        self, schedule: Schedule, plan: StepPlan, rows: Mapping[int, Row], between: Callable[[], None] = nothing
+    ) -> Records:
         """Each rank with its own engine and rows; then every rank hears of all ends, in the order of their times.
         Raises EngineError."""
         ranks, requests = self.ranks, requests_of(plan, rows)
@@ -91,6 +100,7 @@ class EveryRanksEngine:
                 self.engine.submit(requests[ranks.rank :: ranks.world], self.sampling)
                 while completions := self.engine.run_until_a_row_ends():
                     ended += map(packed, completions)
+                    between()
                 return ended, self.engine.take_records()
 
         everyones = ranks.everyones(generate)
@@ -126,20 +136,24 @@ class FirstRanksEngines:
     profiler: Profiler
     ranks: Ranks
 
-    def run(self, schedule: Schedule, plan: StepPlan, rows: Mapping[int, Row]) -> Records:
-        return self._told(schedule, plan, rows, lambda: self._generated(schedule, plan, rows))
+    def run(
+        self, schedule: Schedule, plan: StepPlan, rows: Mapping[int, Row], between: Callable[[], None] = nothing
+    ) -> Records:
+        return self._told(schedule, plan, rows, lambda: self._generated(schedule, plan, rows, between))
 
     def start(self, schedule: Schedule, plan: StepPlan, rows: Mapping[int, Row]) -> Callable[[], Records]:
         if not self.ranks.main:
             return lambda: self._told(schedule, plan, rows, self._nothing)
-        generated = in_a_thread(lambda: self._generated(schedule, plan, rows))
+        generated = in_a_thread(lambda: self._generated(schedule, plan, rows, nothing))
         return lambda: self._told(schedule, plan, rows, generated)
 
-    def _generated(self, schedule: Schedule, plan: StepPlan, rows: Mapping[int, Row]) -> Generated:
+    def _generated(
+        self, schedule: Schedule, plan: StepPlan, rows: Mapping[int, Row], between: Callable[[], None]
+    ) -> Generated:
         pool = self.engines.pool
         state, completions = run_rollout(
             schedule, pool, plan, rows, self.max_response_tokens, self.sampling, self.profiler.trace,
-            self.profiler.now,
+            self.profiler.now, between,
         )  # fmt: skip
         return Generated(plan, list(map(packed, completions)), state, pool.take_records())
 

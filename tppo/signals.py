@@ -9,9 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from profiling.errors import RunError
+
 SAME_S = 1.0
 """Signals so close to the first are the same wish: a launcher passes Ctrl-C on to ranks that have it already, and
 Linux tells of a parent's death once for each of its threads."""
+
+
+class Stopped(RunError):
+    """What was under way has been broken off, because someone asked the loop to stop."""
+
+
+def nothing() -> None:
+    """Between parts of what no signal breaks off."""
 
 
 @dataclass
@@ -24,10 +34,16 @@ class Stop:
     def asked(self) -> bool:
         return self.signal is not None
 
+    def leave(self) -> None:
+        """For what a resumed run can begin again. Raises Stopped where someone asked."""
+        if self.asked:
+            raise Stopped
+
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM ask the loop to stop after the step under way; a later signal, either one, stops at once."""
+    """Ctrl-C and SIGTERM ask the loop to stop after the step under way, or in the midst of step 0; a later signal,
+    either one, stops at once."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -25,7 +25,7 @@ from tppo.config import RunConfig
 from tppo.data.tasks import problems_of
 from tppo.evaluation.evaluate import longest_prompt_of
 from tppo.learner.recipe import recipe_of
-from tppo.models.policy import architecture_of, describe_model, is_without_weights
+from tppo.models.policy import architecture_of, describe_model, is_without_weights, own_stops
 from tppo.models.value_source import check_value_rows_fit
 from tppo.parallel.clocks import notes_of, offsets_to_main
 from tppo.parallel.ranks import Ranks, joined_processes, on_devices
@@ -88,7 +88,8 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks, place
     model_path = str(found.path / POLICY) if found else config.model.path
     start = config.model.path if config.model.lora_rank else model_path  # adapters are restored beside their base
     policy, tokenizer = loaded(start, config, ranks)
-    problems = problems_of(config, tokenizer)
+    stops = ranks.from_main(own_stops(policy))  # other ranks may know config.json alone
+    problems = problems_of(config, tokenizer, ranks)
     if found is not None:
         check_problems_are_the_same(found.run, problems)
     for note in problems.notes if ranks.main else ():
@@ -115,7 +116,7 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks, place
     about = {"model.json": {"architecture": architecture_of(policy), **describe_model(policy)}}
     if problems.fingerprint is not None:
         about[DATA_JSON] = {"fingerprint": problems.fingerprint}
-    with reward_of(config, tokenizer) as reward:
+    with reward_of(config, tokenizer, own_stops=stops) as reward:
         writer = open_run(config, found if goes_on_here else None, ranks, header=header, about=about, last_t_s=time_s)
         offsets = offsets_to_main(ranks)
         zero_s = ranks.from_main(time.perf_counter() - time_s)
@@ -130,7 +131,7 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks, place
                 profiler.trace(record)
             if isinstance(engine, EnginePool | LedEngines):
                 engine.attach(profiler.zero_s, profiler.trace)
-            sampling = sampling_of(config, tokenizer, ranks)
+            sampling = sampling_of(config, tokenizer, ranks, own_stops=stops)
             tracker = stack.enter_context(tracked(config, found, ranks, profiler))
             trainer = Trainer(
                 config, state, problems.task, reward, schedule, engine, sampling, problems.held_out, writer, profiler,
@@ -222,6 +223,11 @@ def check_it_fits_the_ranks(config: RunConfig, ranks: Ranks) -> None:
         raise ConfigError(
             f'rollout.engine = "vllm": cannot run inside {ranks.world} ranks that torchrun started; give it processes '
             'of its own with --ray, set "torch", or use one process'
+        )
+    if engines_of_their_own and config.rollout.draws == "engine":
+        raise ConfigError(
+            f'rollout.draws = "engine": the engines of {ranks.world} ranks would draw the same numbers for different '
+            'rows; set "row" or "auto"'
         )
     if ranks.world > config.rollout.prompts_per_step * config.rollout.samples_per_prompt:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """The training loop: roll out, grade, score, update value, update policy. Read it top to bottom."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -17,12 +17,13 @@ from tppo.checkpoints.content import save_checkpoint
 from tppo.checkpoints.store import prune_checkpoints
 from tppo.collect import Collected, Collector, StepTimes
 from tppo.config import RunConfig
+from tppo.consent import words_that_allow
 from tppo.data.problem import Problem, Task
 from tppo.evaluation.evaluate import evaluate, evaluation_sampling, evaluation_slots, longest_prompt_of
 from tppo.evaluation.graded import Graded, validation_metrics, validation_names
 from tppo.evidence import keeping_evidence
 from tppo.guards import check, guard_metrics
-from tppo.learner.estimates import estimate, monte_carlo_batch, policy_spans, score_log_probs, score_values
+from tppo.learner.estimates import estimate, policy_spans, score_log_probs, score_values
 from tppo.learner.policy_update import additive_width, total_variation, update_policy
 from tppo.learner.recipe import recipe_of
 from tppo.learner.step import set_learning_rate
@@ -42,8 +43,9 @@ from tppo.rollout.protocol import EngineError, RolloutEngine, Sampling
 from tppo.run_records import finish_run, write_step
 from tppo.samples import chosen, sample_records
 from tppo.schedule import Schedule
-from tppo.signals import Stop, stop_on_signal
+from tppo.signals import Stop, nothing, stop_on_signal
 from tppo.state import TrainingState
+from tppo.step_zero import step_zero
 from tppo.torch_traces import DeviceTimes, TorchProfile, steps_of
 from tppo.tracking.tracker import Tracker
 
@@ -122,14 +124,7 @@ class Trainer:
         )  # fmt: skip
         with stop_on_signal() as stop, bar as advance:
             if not state.started:
-                if config.evaluation.every and state.evaluated_step is None:
-                    with self.saving(step=0):
-                        accuracy, found = self.evaluate(step=0)
-                    times = {"time_s": self.clock(), "clock_s": 0.0}
-                    self.log({"step": 0, **times, **found})
-                with self.saving(step=0), self.keeping_evidence(step=0):
-                    self.pretrain_value()
-                state.started = True
+                accuracy = step_zero(self, stop)
             while state.step < config.train.steps and not self.asked_to_stop(stop) and not self.score_reached():
                 state.step += 1
                 with self.torch_profile.around(state.step):
@@ -198,7 +193,7 @@ class Trainer:
         self.checkpoint()
         raise RunError(
             f"{error}; the checkpoint of step {self.state.step} holds every unfinished row: go on with --resume "
-            f"{self.writer.path}"
+            f"{self.writer.path}{words_that_allow(self.config.model_dump())}"
         ) from error
 
     def train_step(self, step: int) -> dict[str, Any]:
@@ -325,29 +320,9 @@ class Trainer:
         with times.phase("weight_sync"), engine_faults(times.step):
             self.engine.update_weights(self.state.policy_version)
 
-    def pretrain_value(self) -> None:
-        """Step 0: fit the value model to Monte-Carlo returns of the warm start's policy, which stays as it is
-        (VAPO, arXiv 2504.05118; T-PPO's port). Its time counts."""
-        config, state = self.config, self.state
-        if config.value.pretrain_rows == 0 or state.value_model is None or state.value_optimizer is None:
-            return
-        start = self.clock()
-        times = StepTimes(self.profiler, step=0, ranks=self.ranks)
-        got = self.collector.collect_for_values(config.value.pretrain_rows, times)
-        batch = monte_carlo_batch([row for row in got.rows if row.finished], self.recipe.gamma)
-        with times.phase("update_value", batch.spans.work):
-            set_learning_rate(state.value_optimizer, config.optimizer.value_lr, step=1, warmup_steps=0)
-            update_value(
-                state.value_model, state.value_optimizer, batch, self.recipe, config, self.pad_token_id,
-                state.generator, epochs=config.value.pretrain_epochs,
-                steps_per_epoch=max(1, len(got.rows) * config.train.mini_batches // config.rows_per_step), clip=None,
-                ranks=self.ranks,
-            )  # fmt: skip
-        write_step(self.writer, 0, got, trained_tokens={})
-        state.clock_s += self.clock() - start
-
-    def evaluate(self, step: int) -> tuple[Graded, dict[str, float | None]]:
+    def evaluate(self, step: int, between: Callable[[], None] = nothing) -> tuple[Graded, dict[str, float | None]]:
         """Answers to the held-out problems, graded, and their metrics; no random state of the training is touched.
+        between: called between the ends of responses; what it raises ends the evaluation.
 
         The drift probe runs here too, outside the training clock."""
         with self.profiler.phase("evaluation", step=step), engine_faults(step):
@@ -361,6 +336,7 @@ class Trainer:
                 self.reward,
                 max_response_tokens=self.config.rollout.max_response_tokens,
                 samples=self.config.evaluation.samples,
+                on_end=lambda ended, of: between(),
                 ranks=self.ranks,
             )
             if self.config.rollout.release_memory and self.evaluation_engine is not self.engine:

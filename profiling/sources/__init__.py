@@ -70,14 +70,34 @@ class OnceASecond:
         return due
 
 
+STALE_S = 3.0
+"""Without a new value an energy counter, which ticks ten times a second, has stopped."""
+
+
+class Ticking:
+    """Whether a counter still counts."""
+
+    def __init__(self) -> None:
+        self._last: tuple[float, float] | None = None
+        """Its value, and when that was first seen."""
+
+    def has_stopped(self, value: float, now_s: float) -> bool:
+        """True from STALE_S after its last change on. now_s: any clock that goes on."""
+        if self._last is None or value != self._last[0]:
+            self._last = value, now_s
+        return now_s - self._last[1] > STALE_S
+
+
 class Source(Protocol):
     capabilities: Capabilities
+    note: str | None
+    """What a reader of its samples should know."""
 
     def devices(self) -> list[Device]: ...
 
-    def read(self, now_s: float) -> Iterator[Sample]:
+    def read(self, now_s: float, *, last: bool = False) -> Iterator[Sample]:
         """A sample per device, read when it is asked for: what changes fast every time, what changes slowly once a
-        second. now_s: the run's clock."""
+        second, and at the last reading. now_s: the run's clock."""
         ...
 
     def windows(self, now_s: float) -> list[Window]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from profiling.sources import Capabilities, Device, NoDriver, OnceASecond, Sample, Window
+from profiling.sources import Capabilities, Device, NoDriver, OnceASecond, Sample, Ticking, Window
 
 STATES = {2: "not supported", 3: "not supported", 10: "no permission", 31: "lost"}
 """Of amdsmi_status_t: NOT_SUPPORTED, NOT_YET_IMPLEMENTED, NO_PERM, NOT_FOUND; others by their number."""
@@ -72,6 +72,7 @@ class Gpu:
     handle: Any
     absent: set[str] = field(default_factory=set)
     """Metrics that it does not have."""
+    energy: Ticking = field(default_factory=Ticking)
 
 
 class AmdSource:
@@ -91,6 +92,7 @@ class AmdSource:
         if not handles:
             raise NoDriver("amdsmi: no GPU")
         self.capabilities = Capabilities()
+        self.note: str | None = None
         self._gpus = [Gpu(self._described(handle, index), handle) for index, handle in enumerate(handles)]
         self._slow = OnceASecond()
 
@@ -106,11 +108,15 @@ class AmdSource:
     def devices(self) -> list[Device]:
         return [gpu.device for gpu in self._gpus]
 
-    def read(self, now_s: float) -> Iterator[Sample]:
-        slow = self._slow.is_due(now_s)
+    def read(self, now_s: float, *, last: bool = False) -> Iterator[Sample]:
+        slow = self._slow.is_due(now_s) or last
         for gpu in self._gpus:
             wanted = {**FAST, **(SLOW if slow else {})}
             values = {name: self._read(gpu, name, of) for name, of in wanted.items() if name not in gpu.absent}
+            joules = values.get("energy_joules")
+            if joules is not None and gpu.energy.has_stopped(joules, now_s):
+                values["energy_joules"] = None
+                self.capabilities.note(gpu.device.uuid, "energy_joules", "stale")
             yield Sample(gpu.device.uuid, **values)  # type: ignore[arg-type]
 
     def _read(self, gpu: Gpu, name: str, of: Callable[[ModuleType, Any], Any]) -> float | None:

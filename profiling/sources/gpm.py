@@ -3,6 +3,8 @@
 A counter is the difference of two snapshots, at least a tenth of a second apart as NVML has it; here half a second.
 """
 
+import math
+from contextlib import suppress
 from typing import Any
 
 import pynvml as nvml
@@ -44,6 +46,14 @@ class Counters:
         self._taken_s: float | None = None
         self._due_s = 0.0
 
+    def restart(self, handle: Any, parent: Any) -> None:
+        """The GPU was lost: it has new handles, and what it counted before says nothing of what it counts now."""
+        for snapshot in self._snapshots:
+            with suppress(nvml.NVMLError):
+                nvml.nvmlGpmSampleFree(snapshot)
+        self._snapshots, self._taken_s = [], None
+        self.handle, self._parent = handle, parent
+
     def due(self, now_s: float) -> bool:
         return now_s >= self._due_s
 
@@ -71,7 +81,7 @@ class Counters:
         return [
             Window(device, name, since, now_s, asked.metrics[place].value * unit)
             for place, (name, (_, unit)) in enumerate(self._metrics.items())
-            if asked.metrics[place].nvmlReturn == nvml.NVML_SUCCESS
+            if asked.metrics[place].nvmlReturn == nvml.NVML_SUCCESS and math.isfinite(asked.metrics[place].value)
         ]
 
     def _prepare(self) -> None:

@@ -1,5 +1,6 @@
 """The host's CPU, memory and disk through psutil: what is left to measure where there is no GPU."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,8 @@ import psutil
 from profiling.sources import Capabilities, Device, OnceASecond, Sample, Window
 
 HOST = "host"
+SHORTEST_S = 0.05
+"""Of an interval that CPU time can be told for: the kernel counts it in hundredths of a second."""
 
 
 class HostSource:
@@ -18,19 +21,32 @@ class HostSource:
         self.capabilities = Capabilities()
         for metric in ("utilisation", "memory_bytes"):
             self.capabilities.note(HOST, metric, "ok")
+        self.note: str | None = None
+        self._first = True
         psutil.cpu_percent()  # starts the interval that the first reading ends
+        self._began_s = time.perf_counter()
         self._slow = OnceASecond()
         self._disk: tuple[float, int, int] | None = None
 
     def devices(self) -> list[Device]:
         return [Device(HOST, f"{psutil.cpu_count()} CPU cores", 0)]
 
-    def read(self, now_s: float) -> Iterator[Sample]:
-        """CPU time of all cores since the last reading, as a fraction of all cores; memory in use."""
-        slow = self._slow.is_due(now_s)
-        if slow or not self._beside_gpus:
-            memory = float(psutil.virtual_memory().used) if slow else None
-            yield Sample(HOST, utilisation=psutil.cpu_percent() / 100, memory_bytes=memory)
+    def read(self, now_s: float, *, last: bool = False) -> Iterator[Sample]:
+        """CPU time of all cores since the last reading, as a fraction of all cores; memory in use. Nothing sooner than
+        SHORTEST_S after the last reading; the first comes at once, and its CPU time is null where that is too soon."""
+        interval_s = time.perf_counter() - self._began_s
+        first, self._first = self._first, False
+        if interval_s < SHORTEST_S and not first:
+            return
+        slow = self._slow.is_due(now_s) or last
+        if self._beside_gpus and not slow:
+            return
+        utilisation = None
+        if interval_s >= SHORTEST_S:
+            utilisation = psutil.cpu_percent() / 100
+            self._began_s += interval_s
+        memory = float(psutil.virtual_memory().used) if slow else None
+        yield Sample(HOST, utilisation=utilisation, memory_bytes=memory)
 
     def windows(self, now_s: float) -> list[Window]:
         """Bytes a second that all disks together read and wrote since the last call."""

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pynvml as nvml
 
-from profiling.sources import Capabilities, Device, NoDriver, OnceASecond, Sample, Window
+from profiling.sources import Capabilities, Device, NoDriver, OnceASecond, Sample, Ticking, Window
 from profiling.sources.gpm import Counters, links_without_gpm
 
 STATES = {
@@ -59,8 +59,6 @@ SLOW: dict[str, Callable[[Any], float]] = {
 }
 LONGEST_WINDOW_S = 1.5
 """Between two of the driver's samples that follow each other."""
-STALE_S = 3.0
-"""Without a new value an energy counter, which ticks ten times a second, has stopped."""
 CLOCK_STEP_S = 0.05
 """That the wall clock, by which drivers stamp their samples, has moved against ours: it was set."""
 
@@ -81,8 +79,7 @@ class Gpu:
     """Its driver keeps utilisation samples."""
     ring_us: int = 0
     """Time of the last of the driver's samples that was read."""
-    energy: tuple[float, float] = (-1.0, 0.0)
-    """Last value of the counter, and when it was first seen."""
+    energy: Ticking = field(default_factory=Ticking)
 
 
 class NvmlSource:
@@ -99,34 +96,49 @@ class NvmlSource:
             raise NoDriver(str(error)) from None
         self.capabilities = Capabilities()
         self._links = links
-        found = []
-        for index in range(count):
+        self._unopened = set(range(count))
+        self._found: list[tuple[Device, Any]] = []
+        self._gpus: list[Gpu] = []
+        self._open()
+        if not self._gpus and not self._unopened:
+            raise NoDriver(f"CUDA_VISIBLE_DEVICES leaves none of {count} GPUs" if count else "no GPU")
+        self.note = order_note([device for device, _ in self._found], os.environ)
+        self._slow, self._retry = OnceASecond(), OnceASecond()
+        self._averages: list[Window] = []
+        """Of the GPUs' own counters, since windows() was called."""
+        self._wall_s: float | None = None
+        """The wall clock against ours, when windows() was called last."""
+        self._seen: dict[str, dict[int, dict[str, Any]]] = {}
+
+    def _open(self) -> None:
+        """Try the GPUs that could not be opened so far; keep, of all that could, those that are visible."""
+        for index in sorted(self._unopened):
             try:
                 handle = nvml.nvmlDeviceGetHandleByIndex(index)
                 device = Device(_text(nvml.nvmlDeviceGetUUID(handle)), _text(nvml.nvmlDeviceGetName(handle)), index)
             except nvml.NVMLError as error:  # one broken GPU does not hide the others
                 self.capabilities.note(f"GPU {index}", "all", STATES.get(error.value, str(error)))
                 continue
-            found.append((device, handle))
-            found += _instances(device, handle)
-        chosen = visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
-        parents = {device.uuid: handle for device, handle in found}
+            self._unopened.remove(index)
+            self.capabilities.states.pop(f"GPU {index}", None)
+            self._found += [(device, handle), *_instances(device, handle)]
+        self._found.sort(key=lambda entry: entry[0].index)  # instances stay behind their GPU
+        handles = {device.uuid: handle for device, handle in self._found}
+        known = {gpu.device.uuid: gpu for gpu in self._gpus}
         self._gpus = [
-            Gpu(device, handle, Counters(handle, parents.get(device.part_of or ""), links))
-            for device, handle in chosen
+            known.get(device.uuid)
+            or Gpu(device, handle, Counters(handle, handles.get(device.part_of or ""), self._links))
+            for device, handle in visible(self._found, os.environ.get("CUDA_VISIBLE_DEVICES"), self._unopened)
         ]
-        self._slow = OnceASecond()
-        self._averages: list[Window] = []
-        """Of the GPUs' own counters, since windows() was called."""
-        self._unix_zero_s: float | None = None
-        self._seen: dict[str, dict[int, dict[str, Any]]] = {}
 
     def devices(self) -> list[Device]:
         return [gpu.device for gpu in self._gpus]
 
-    def read(self, now_s: float) -> Iterator[Sample]:
-        """A GPU that was lost is looked for again at every reading."""
-        slow = self._slow.is_due(now_s)
+    def read(self, now_s: float, *, last: bool = False) -> Iterator[Sample]:
+        """A GPU that was lost is looked for again at every reading; one that could not be opened, once a second."""
+        if self._unopened and self._retry.is_due(now_s):
+            self._open()
+        slow = self._slow.is_due(now_s) or last
         for gpu in self._gpus:
             yield self._sample(gpu, now_s, slow)
 
@@ -147,7 +159,10 @@ class NvmlSource:
             except nvml.NVMLError as error:
                 state = self._fault(gpu, metric, error)
             self.capabilities.note(gpu.device.uuid, metric, state)
-        self._check_energy(gpu, values.get("energy_joules"), now_s)
+        joules = values.get("energy_joules")
+        if joules is not None and gpu.energy.has_stopped(joules, now_s):
+            values["energy_joules"] = None
+            self.capabilities.note(gpu.device.uuid, "energy_joules", "stale")
         if "gpm" not in gpu.absent and gpu.counters.due(now_s):
             with self._noting(gpu, "gpm"):
                 self._averages += gpu.counters.read(gpu.device.uuid, now_s)
@@ -187,14 +202,6 @@ class NvmlSource:
             gpu.absent.add(metric)
         return state
 
-    def _check_energy(self, gpu: Gpu, joules: float | None, now_s: float) -> None:
-        if joules is None:
-            return
-        if joules != gpu.energy[0]:
-            gpu.energy = (joules, now_s)
-        elif now_s - gpu.energy[1] > STALE_S:
-            self.capabilities.note(gpu.device.uuid, "energy_joules", "stale")
-
     @contextmanager
     def _noting(self, gpu: Gpu, metric: str) -> Iterator[None]:
         """Keep the state that reading the metric ends in."""
@@ -208,11 +215,11 @@ class NvmlSource:
     def windows(self, now_s: float) -> list[Window]:
         """The driver's ring of utilisation samples, a sixth of a second each, kept for some twenty seconds; and what
         the GPUs' own counters say."""
-        unix_zero_s = time.time() - now_s
-        if self._unix_zero_s is not None and abs(unix_zero_s - self._unix_zero_s) > CLOCK_STEP_S:
+        unix_zero_s, wall_s = time.time() - now_s, _wall_clock_s()
+        if self._wall_s is not None and abs(wall_s - self._wall_s) > CLOCK_STEP_S:
             for gpu in self._gpus:  # what was stamped by the clock before it was set cannot be placed
                 gpu.ring_us = int(1e6 * time.time())
-        self._unix_zero_s = unix_zero_s
+        self._wall_s = wall_s
         averages, self._averages = self._averages, []
         return [
             window
@@ -257,14 +264,28 @@ class NvmlSource:
         nvml.nvmlShutdown()
 
 
+def _wall_clock_s() -> float:
+    """The wall clock against ours: the quickest of three looks, for a busy machine may hold us up between the two."""
+
+    def look() -> tuple[float, float]:
+        before = time.perf_counter()
+        wall_s = time.time()
+        return time.perf_counter() - before, wall_s - before
+
+    return min(look() for _ in range(3))[1]
+
+
 def _look_for(gpu: Gpu) -> None:
-    if gpu.lost:
-        try:
-            gpu.handle = nvml.nvmlDeviceGetHandleByUUID(gpu.device.uuid)
-        except nvml.NVMLError:
-            return
-        gpu.lost = False
-        gpu.counters.handle = gpu.handle
+    if not gpu.lost:
+        return
+    try:
+        gpu.handle = nvml.nvmlDeviceGetHandleByUUID(gpu.device.uuid)
+        parent = nvml.nvmlDeviceGetHandleByUUID(gpu.device.part_of) if gpu.device.part_of else None
+    except nvml.NVMLError:
+        return
+    gpu.lost = False
+    gpu.counters.restart(gpu.handle, parent)
+    gpu.energy = Ticking()
 
 
 def _instances(device: Device, handle: Any) -> list[tuple[Device, Any]]:
@@ -285,9 +306,12 @@ def _instances(device: Device, handle: Any) -> list[tuple[Device, Any]]:
     return found
 
 
-def visible(handles: list[tuple[Device, Any]], setting: str | None) -> list[tuple[Device, Any]]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves: indices or UUID prefixes, up to the first unknown one. A MIG instance
-    comes with its GPU, which alone counts energy; a GPU comes with its instances."""
+def visible(
+    handles: list[tuple[Device, Any]], setting: str | None, unopened: Collection[int] = ()
+) -> list[tuple[Device, Any]]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves: indices or UUID prefixes, up to the first unknown one; one
+    that may be among the unopened is only left out. A MIG instance comes with its GPU, which alone counts energy; a
+    GPU comes with its instances."""
     if setting is None:
         return handles
     chosen: list[tuple[Device, Any]] = []
@@ -299,6 +323,8 @@ def visible(handles: list[tuple[Device, Any]], setting: str | None) -> list[tupl
             or (word and device.uuid.startswith(word))
         ]
         if not named:
+            if unopened and (word.startswith(("GPU-", "MIG-")) or (word.isdigit() and int(word) in unopened)):
+                continue
             break
         own = named[0]
         chosen += [
@@ -308,6 +334,19 @@ def visible(handles: list[tuple[Device, Any]], setting: str | None) -> list[tupl
             and (entry[0] == own or own.uuid == entry[0].part_of or entry[0].uuid == own.part_of)
         ]
     return chosen
+
+
+def order_note(devices: list[Device], environment: Mapping[str, str]) -> str | None:
+    """A warning where CUDA may count GPUs in another order than NVML, which goes by PCI bus."""
+    words = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    by_index = any(word.strip().isdigit() for word in words)
+    models = {device.name for device in devices if device.part_of is None}
+    if not by_index or len(models) < 2 or environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
+        return None
+    return (
+        "CUDA_VISIBLE_DEVICES names GPUs by index, and models differ: CUDA counts the fastest first, NVML by PCI bus, "
+        "so samples may be another GPU's; use UUIDs, or CUDA_DEVICE_ORDER=PCI_BUS_ID"
+    )
 
 
 def _name_of(pid: int) -> str | None:

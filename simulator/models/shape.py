@@ -60,6 +60,8 @@ class Model:
     window: int = 0
     window_layers: int = 0
     """Layers that attend to the last `window` tokens only."""
+    qk_norm: bool = False
+    """Queries and keys are normed."""
 
     @property
     def moe_layers(self) -> int:
@@ -85,6 +87,18 @@ class Model:
     def backbone_parameters(self) -> int:
         """Without the output layer, as a value model with a scalar head has them."""
         return self.parameters - (0 if self.tied else self.embedding_parameters)
+
+    @property
+    def largest_layer_parameters(self) -> int:
+        mixture = self.experts * self.expert_parameters + self.shared_parameters
+        vectors = (self.vector_parameters - self.hidden) // self.layers
+        return self.attention_parameters + vectors + max(self.dense_mlp_parameters, mixture)
+
+    @property
+    def inner_units_per_token(self) -> float:
+        """Of the gated MLPs that a token passes, mean over layers: three matrices of hidden x inner."""
+        mlps = self.linear_parameters_per_token - self.layers * self.attention_parameters
+        return mlps / self.layers / (3 * self.hidden)
 
     @property
     def linear_parameters_per_token(self) -> int:
@@ -244,6 +258,7 @@ def model_from_config(values: Mapping[str, Any], *, name: str, where: str) -> Mo
         name=name, layers=layers, hidden=hidden, vocabulary=config.number("vocab_size"), heads=heads,
         tied=config.flag("tie_word_embeddings", default=False), vector_parameters=vectors,
         positions=config.number("max_position_embeddings"), window=window, window_layers=window_layers,
+        qk_norm=kind in QK_NORM,
         **attention, **_mlps(config, str(kind), hidden, layers),
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from profiling.errors import ConfigError, ToolkitError
+from profiling.model_memory import LOGIT
 from simulator.failures import MOST_TRIES
 from simulator.hardware import Gpu, load_gpu
 from simulator.hardware.efficiency import load_efficiency
@@ -53,7 +54,7 @@ class Draws:
     @classmethod
     def of(cls, question: Question, gpu: Gpu) -> "Draws":
         random = np.random.default_rng(question.seed)
-        factors, _ = load_efficiency(gpu.family, question.engine, question.efficiency)
+        factors, _ = load_efficiency(gpu.family, question.factors_of, question.efficiency)
         of_mean = question.mean_uncertainty
         if question.lengths is not None:  # standard error of a pilot's mean
             pilot = question.lengths
@@ -177,6 +178,9 @@ def _row(question: Question, gpu: Gpu, option: Option, own: Estimate | str, draw
         "simulated_only": option.schedule in ("in_flight",),
         "memory_headroom_gb": None if option.headroom_bytes is None else option.headroom_bytes / 1e9,
         "tightest_phase": option.tightest or None,
+        "memory_gb": option.needs and {
+            phase: {part: size / 1e9 for part, size in needs.items()} for phase, needs in option.needs.items()
+        },
     }  # fmt: skip
     if isinstance(own, str):
         return {**row, "fault": own}
@@ -338,7 +342,7 @@ def _where_the_tail_dominates(
 def _assumptions(question: Question, gpu: Gpu) -> list[str]:
     """What was assumed because nothing was said."""
     said = question.model_fields_set
-    factors, borrowed = load_efficiency(gpu.family, question.engine, question.efficiency)
+    factors, borrowed = load_efficiency(gpu.family, question.factors_of, question.efficiency)
     found = []
     if question.lengths is None:
         law = f"lognormal, mean {question.mean_tokens:g} after the cap, sigma {question.sigma:g}"
@@ -348,6 +352,15 @@ def _assumptions(question: Question, gpu: Gpu) -> list[str]:
         f"efficiency factors: {where}; rollout +-{factors.rollout_uncertainty:.0%}, training at "
         f"{factors.train_gemm:.0%} of the peak +-{factors.train_uncertainty:.0%}"
     )
+    if question.engine == "torch":
+        found.append("the engine's speed: vLLM's, which ours does not reach")
+    more = load_model(question.model).vocabulary * LOGIT * 1000 / 1e9
+    found.append(
+        f"training memory: logits of {question.logit_tokens} tokens at a time; ours holds a whole response's, or its "
+        f"window's: {more:.2g} GB more for each 1000 tokens above (--config says it of a training configuration)"
+    )
+    if not question.cpu_offload:
+        found.append("training memory: weights, gradients and moments stay during rollouts (else --cpu-offload)")
     price = _price(question, gpu)
     if price is None:
         found.append(f"price: unknown for {gpu.name}; give --price-per-hour")

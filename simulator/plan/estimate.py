@@ -7,6 +7,7 @@ import numpy as np
 
 from profiling.errors import ConfigError
 from profiling.schema import CAUSES
+from simulator.costs import Costs
 from simulator.plan.options import Option
 from simulator.run import Result, simulate
 
@@ -75,11 +76,13 @@ def estimate(option: Option) -> Estimate:
     return estimate_of(option, played(option))
 
 
-def played(option: Option) -> Result:
-    """The option's simulation; its start-up takes no time where its steps do not depend on time."""
+def played(option: Option, costs: Costs | None = None) -> Result:
+    """The option's simulation; its start-up takes no time where its steps do not depend on time. costs: instead of
+    its own."""
     assert option.experiment is not None
     timeless = option.schedule in ("synchronous", "truncated")
-    return simulate(option.experiment, skipped_steps=option.experiment.startup_steps if timeless else 0)
+    skipped_steps = option.experiment.startup_steps if timeless else 0
+    return simulate(option.experiment, skipped_steps=skipped_steps, costs=costs)
 
 
 def estimate_of(option: Option, result: Result) -> Estimate:

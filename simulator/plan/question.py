@@ -62,11 +62,26 @@ class Question(Settings):
     """Relative, of the mean length, where no lengths are given: 90 % are believed to lie within."""
     length_growth_per_step: float = Field(0.0, gt=-0.1, lt=0.1)
     """Drift of the mean length over training."""
-    engine: Literal["vllm", "sglang", "trtllm"] = "vllm"
+    engine: Literal["vllm", "sglang", "trtllm", "torch"] = "vllm"
+    """torch: our own, whole on each GPU; its memory is counted, and its speed is taken to be vLLM's."""
     expert_parallel: bool = False
     """An engine's GPUs hold whole experts."""
+    memory_utilization: float | None = Field(None, gt=0, le=1)
+    """Share of a GPU's memory that an engine takes; left out: 0.9, or what training leaves it on the same GPUs."""
+    max_rows_per_engine: Count | None = None
+    """Rows that run at once; left out: as many as the cache holds, under torch all."""
+    release_memory: bool = True
+    """Engines give their memory back while the policy trains; torch its cache, and not its weights."""
     value_model: bool = True
+    reference_model: bool = False
     mini_batches: int = Field(16, ge=1, le=100_000)
+    micro_batch_tokens: Count = 16384
+    """Of one forward and backward pass; a longer row makes a pass of its own."""
+    logit_tokens: Count = 4096
+    """Tokens whose logits a pass holds at once. Our trainer holds a micro-batch's, and those of a whole response (of
+    its window under the truncated schedule)."""
+    cpu_offload: bool = False
+    """Weights, gradients and moments are on the CPU between passes."""
     recompute: Literal["full", "none"] = "full"
     trainer: Literal["fsdp", "megatron"] = "fsdp"
     efficiency: Path | None = None
@@ -122,6 +137,8 @@ class Question(Settings):
             )
         if abs(self.length_growth_per_step * (self.steps or 0)) > 20:
             raise ValueError("length_growth_per_step: over these steps lengths would change beyond all reason")
+        if self.engine == "torch" and (self.memory_utilization is not None or set(self.tensor_parallel or ()) - {1}):
+            raise ValueError("engine = torch: takes no memory_utilization, and no tensor_parallel above 1")
         if self.reward_p90_s < self.reward_p50_s:
             raise ValueError(f"reward_p90_s = {self.reward_p90_s:g} is below reward_p50_s = {self.reward_p50_s:g}")
         if self.length_growth_per_step and self.lengths is not None:
@@ -131,6 +148,16 @@ class Question(Settings):
     @property
     def rows_per_step(self) -> int:
         return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def row_tokens(self) -> int:
+        """Of the longest."""
+        return self.prompt_tokens + self.max_response_tokens
+
+    @property
+    def factors_of(self) -> Literal["vllm", "sglang", "trtllm"]:
+        """Engine whose efficiency factors are taken."""
+        return "vllm" if self.engine == "torch" else self.engine
 
     @property
     def window_list(self) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from analysis.figures import FIGURES
-from analysis.report import MOST_NUMBERS, write_report
+from analysis.report import MOST_NUMBERS, title_of, write_report
 from analysis.svg import MOST_BYTES, MOST_POINTS, alt_text, to_svg
 from profiling import schema
 from profiling.advice import Advice, Option, Tail, trace_bytes_of, write_advice
@@ -61,12 +61,39 @@ def test_a_report_with_every_figure_stands_alone(runs, tmp_path, all_figures):
     assert "steps = 3" in page.text  # the configuration
     drawn = [a for a in page.all("div") if a.get("role") == "img"]
     assert len(drawn) == len(page.all("figure")) > 3
-    titles = [name.replace("_", " ").capitalize() for name in all_figures]
-    assert all(title in page.text for title in titles)  # drawn, or left out with the reason
+    titles = ["Cost against time", "Idle ledger", "Idle ledger by step", "Speed-up over the synchronous run"]
+    assert set(titles) < {title_of(name) for name in all_figures}
+    assert all(title_of(name) in page.text for name in all_figures)  # drawn, or left out with the reason
+    assert "Rollout: by the clock" in page.text
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
     assert all(len(a["aria-label"]) > 60 for a in drawn)
     assert len(text) < 3_000_000
+
+
+def test_one_run_of_a_kind_is_told_without_a_range(runs, tmp_path):
+    predictions = pd.read_csv(tmp_path / "predictions.csv").query("target == 'tppo-s1'")
+    predictions.to_csv(tmp_path / "predictions.csv", index=False)
+    text = Page(report(runs[:2], tmp_path)).text
+    assert "T-PPO reaches 85% 2.00 times as fast as PPO in the one seed in which both did." in text
+    assert "Calibrated on PPO alone, a forecast of T-PPO misses the training time by +10.0%." in text
+
+
+def test_several_arms_of_a_prediction_are_joined_by_and(runs, tmp_path):
+    predictions = pd.read_csv(tmp_path / "predictions.csv")
+    predictions.target = predictions.target.replace({"tppo-s2": "tppo-full-s2"})
+    predictions.to_csv(tmp_path / "predictions.csv", index=False)
+    text = Page(report(runs, tmp_path)).text
+    assert (
+        "a forecast of T-PPO and T-PPO, window = maximum misses the training time by 10.0% on the median of 3 runs "
+        "(from +0.0% to +20.0%)." in text
+    )
+
+
+def test_what_is_not_known_of_a_runs_start_is_left_out(runs, simulated, tmp_path):
+    text = Page(report([runs[0], simulated["synchronous"]], tmp_path)).text
+    assert re.search(r"ppo-s0: PPO, measured, finished, started [\d-]+ [\d:]+ UTC on \S+", text)
+    assert re.search(r"synchronous: .*, simulated, finished\n", text)
 
 
 def test_its_policy_forbids_every_request_and_every_script_but_its_own(runs, tmp_path):
@@ -151,6 +178,12 @@ def test_advice_in_the_run_directory_stands_in_the_report(tmp_path):
     assert "a replay of the run itself misses its measured seconds by -2.0%" in text
 
 
+def test_a_tail_that_rounds_to_nothing_is_left_out(tmp_path):
+    run = make_run(tmp_path / "ppo-s0", accuracies=RISING)
+    own = made_advice(run, tail=Tail(time_share=0.004, row_share=0.031))
+    assert own.sentence() == "A window of 6K would save 22% ± 4 per finished response."
+
+
 def test_damaged_advice_is_named_with_its_field_and_nothing_else_is_lost(tmp_path):
     run = make_run(tmp_path / "ppo-s0", accuracies=RISING)
     write_advice(run.path, made_advice(run))
@@ -182,7 +215,7 @@ def test_a_figure_whose_code_fails_says_so_and_the_others_stand(runs, tmp_path, 
 
     monkeypatch.setattr(FIGURES["accuracy_time"], "data", broken)
     page = Page(report(runs, tmp_path))
-    assert "Accuracy time: it cannot be drawn of these runs (ZeroDivisionError: by nothing)" in page.text
+    assert "Accuracy against wall-clock: it cannot be drawn of these runs (ZeroDivisionError: by nothing)" in page.text
     assert len(page.all("figure")) == 1
 
 
@@ -196,6 +229,14 @@ def test_devices_by_phase_stand_in_the_report(tmp_path):
     text = Page(report([Run(run.path)], tmp_path)).text
     assert "Devices by phase" in text
     assert "GPU-1" in text
+
+
+def test_names_of_the_devices_that_were_sampled_stand_in_the_report(tmp_path):
+    run = make_run(tmp_path / "ppo-s0", accuracies=RISING, finish=False)
+    with (run.path / "trace.jsonl").open("a") as trace:
+        sampler = {"ticks": 1, "missed_ticks": 0, "devices": [{"name": "simulated sensor"}] * 2 + ["damaged"]}
+        trace.write(json.dumps({"type": "trailer", "t": 9.0, "status": "finished", "sampler": sampler}) + "\n")
+    assert "devices: simulated sensor;" in Page(report([Run(run.path)], tmp_path)).text
 
 
 def test_a_figure_of_many_points_becomes_pixels_inside_its_svg():

@@ -41,8 +41,8 @@ def test_the_speed_of_an_arm_is_the_median_of_its_runs(runs):
     assert table.loc["ppo", "s per step"] == pytest.approx(5.0)  # 4, 5, 6
     assert table.loc["ppo", "s per finished response"] == pytest.approx(2.5)
     assert table.loc["tppo", "ms per trained token"] == pytest.approx(1e3 * 2.0 / 40)
-    assert table.loc["tppo", "decode s"] == pytest.approx(1.0)
-    assert table.loc["tppo", "prefill s"] == pytest.approx(0.2)
+    assert table.loc["tppo", "decode, GPU-s"] == pytest.approx(1.0)
+    assert table.loc["tppo", "prefill, GPU-s"] == pytest.approx(0.2)
     # of 5 s: half of the decode second is unfilled, 5 - 1.8 s are in no phase
     assert table.loc["ppo", "waiting or unfilled"] == pytest.approx((0.5 + 3.2) / 5)
 
@@ -54,7 +54,7 @@ def test_a_run_in_which_no_response_finished_has_no_rate_and_is_no_fault(tmp_pat
     (run.path / "summary.json").write_text(json.dumps(summary | none))
     (row,) = speed_table([Run(run.path)]).to_dict("records")
     assert pd.isna(row["ms per trained token"]) and pd.isna(row["s per finished response"])
-    assert row["rollout s"] == pytest.approx(1.2)
+    assert row["rollout, s"] == pytest.approx(1.2)
 
 
 def test_the_score_table_counts_what_was_trained_on_by_then(runs):

@@ -90,9 +90,9 @@ def test_choose_see_the_commands_numbers_and_download_them(page, address, capsys
     expected = planned(capsys, *words_of(page))
     assert len(expected["rows"]) == 6
     for place, row in enumerate(expected["rows"]):
-        front = " front" if row["on_the_front"] else ""
+        assert ("front" in page.inner_text(f"tr[data-place='{place}'] td.left")) == row["on_the_front"]
         assert cells(page, place)[1:10] == [
-            str(row["gpus"]), row["schedule"] + front, short(row["hours"]["p50"]), short(row["dollars"]["p50"]),
+            str(row["gpus"]), row["schedule"], short(row["hours"]["p50"]), short(row["dollars"]["p50"]),
             short(row["kwh"]["p50"] / 1000), f"{100 * row['idle_share']:.0f} %", short(row["speedup_per_step"]),
             short(row["speedup_per_finished_row"]), "1" if row["schedule"] == "synchronous" else "not known",
         ]  # fmt: skip
@@ -156,8 +156,7 @@ def test_pasted_lengths_and_another_model_are_taken(page, address):
     drawn(page)
     before = cells(page, 0)[3]
     page.check("[name=source][value=paste]")
-    page.fill("#paste", "100 200 300")
-    after(page, lambda: page.dispatch_event("#paste", "change"))
+    after(page, lambda: page.fill("#paste", "100 200 300"))
     assert float(cells(page, 0)[3]) < float(before)
     after(page, lambda: page.set_input_files("#model-file", CONFIGS / "Qwen2.5-1.5B.json"))
     assert "1.54 billion parameters" in page.inner_text("[name=model]")
@@ -225,6 +224,78 @@ def test_only_the_last_question_is_shown(page, address):
     after(page, lambda: [page.fill("[name=windows]", str(window)) for window in (500, 700, 900, 1100)])
     assert cells(page, 1)[2].startswith("truncated 1100")
     assert "windows=1100" in page.url
+
+
+def test_pasted_lengths_are_taken_as_they_are_typed_and_dim_the_old_answer_until_then(faulty_page, address):
+    page = faulty_page
+    page.goto(address + SMALL)
+    drawn(page)
+    page.check("[name=source][value=paste]")
+    page.wait_for_selector("#answer.stale #status:has-text('Paste lengths')", timeout=WAIT_MS)
+    page.fill("#paste", "3000 100 x")
+    page.wait_for_selector("#error-lengths:has-text(\"number 3, 'x', is not a positive number\")", timeout=WAIT_MS)
+    page.wait_for_selector("#answer.stale #status:has-text('These lengths cannot be used')", timeout=WAIT_MS)
+    assert page.query_selector("#actions[inert]")
+    after(page, lambda: page.fill("#paste", "3000 100"))
+    assert "lengths=upload-" in page.url
+    assert page.inner_text("#error-lengths") == ""
+    assert not page.query_selector("#actions[inert]")
+
+
+def test_a_refused_file_takes_the_place_of_the_accepted_one(faulty_page, address, tmp_path):
+    page, good, bad = faulty_page, tmp_path / "good.csv", tmp_path / "bad.csv"
+    good.write_text("tokens\n500\n900\n")
+    bad.write_bytes(b"\x00\xff")
+    page.goto(address + SMALL)
+    drawn(page)
+    page.check("[name=source][value=file]")
+    after(page, lambda: page.set_input_files("#lengths-file", good))
+    page.set_input_files("#lengths-file", bad)
+    page.wait_for_selector("#error-lengths:has-text('bad.csv: is not text')", timeout=WAIT_MS)
+    page.wait_for_selector("#answer.stale #actions[inert]", timeout=WAIT_MS)
+    assert page.inner_text("#kept") == ""
+    after(page, lambda: page.fill("[name=gpus]", "8,16") or page.check("[name=source][value=law]"))
+    assert "lengths" not in page.url
+
+
+def test_a_first_estimate_is_shown_as_one_until_the_whole_answer_comes(page, address):
+    page.goto(address + SMALL)
+    drawn(page)
+    seen = page.evaluate_handle(
+        """() => new Promise((done) => {
+          const seen = [], look = () => {
+            const {first, numbers} = document.body.dataset, answer = document.getElementById("answer");
+            const now = numbers ? "whole" : first ? "first" : "none";
+            if (now !== seen.at(-1)?.[0]) setTimeout(() => {
+              seen.push([now, answer.className, document.getElementById("status").textContent.slice(0, 9)]);
+              if (now === "whole") { observer.disconnect(); done(seen.filter(([name]) => name !== "none")); }
+            });
+          };
+          const observer = new MutationObserver(look);
+          observer.observe(document.body, {attributes: true});
+          const field = document.querySelector("[name=prompts_per_step]");
+          field.value = "640";
+          field.dispatchEvent(new Event("input", {bubbles: true}));
+        })"""
+    )
+    assert seen.json_value() == [["first", "first", "First est"], ["whole", "", "Simulated"]]
+
+
+def test_the_table_fits_its_card_and_the_roofline_names_its_lines(page, address):
+    page.goto(address + SMALL + "&schedules=synchronous,truncated,oversample")
+    drawn(page)
+    assert page.evaluate_handle("(({scrollWidth, clientWidth}) => scrollWidth - clientWidth)"
+                                "(document.querySelector('.scroll'))").json_value() == 0  # fmt: skip
+    roofline = page.query_selector_all("#pictures figure")[-1]
+    assert "dashed: in practice (vllm on hopper)." in roofline.inner_text()
+    assert "ridge: 295 FLOP per byte" in roofline.text_content()
+    margin = roofline.query_selector("svg[role=img]").evaluate_handle(
+        """svg => svg.viewBox.baseVal.height - Math.max(...[...svg.querySelectorAll("text")].map((own) => {
+          const {y, height} = own.getBBox();
+          return y + height;
+        }))"""
+    )
+    assert margin.json_value() > 0
 
 
 @pytest.mark.parametrize("width", [360, 1280])

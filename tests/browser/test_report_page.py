@@ -124,8 +124,30 @@ def test_the_theme_can_be_chosen_and_is_kept(report):
     assert report.evaluate(background) == "rgb(255, 255, 255)"
 
 
-def test_a_figure_looks_the_same_in_the_dark(report):
+def test_a_figure_takes_the_themes_ink_and_ground(report):
+    used = """(figure) => {
+      const style = (selector) => getComputedStyle(figure.querySelector(`svg ${selector}`));
+      return [style("[style*='fill: #ffffff']").fill, style("[style*='stroke: #000000']").stroke,
+        style("[style*='stroke: #e3e3e3']").stroke, style("use").fill];
+    }"""
+    figure = report.locator("figure").first
+    assert figure.evaluate(used) == ["rgb(255, 255, 255)", "rgb(27, 31, 36)", "rgb(227, 227, 227)", "rgb(27, 31, 36)"]
     report.get_by_role("button", name="Dark theme").click()
-    assert report.locator(".card").first.evaluate("card => getComputedStyle(card).backgroundColor") == (
-        "rgb(255, 255, 255)"
+    assert figure.evaluate(used) == ["rgb(24, 32, 41)", "rgb(230, 237, 243)", "rgb(58, 66, 76)", "rgb(230, 237, 243)"]
+    ground = report.locator(".card").first.evaluate("card => getComputedStyle(card).backgroundColor")
+    assert ground == "rgb(24, 32, 41)"
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_letters_of_figures_are_of_11_pixels_and_what_does_not_fit_scrolls(page, report_file, width):
+    page.set_viewport_size({"width": width, "height": 800})
+    page.goto(report_file.as_uri())
+    scales = page.locator("figure svg").evaluate_all(
+        "all => all.map((svg) => svg.getBoundingClientRect().width / svg.viewBox.baseVal.width)"
     )
+    assert min(scales) * 10 / 1.2 >= 11  # "small" is 10 points / 1.2, and a unit of the picture is a point
+    hints = page.locator(".card").evaluate_all(
+        "all => all.map((card) => [card.scrollWidth > card.clientWidth, getComputedStyle(card, '::before').content])"
+    )
+    assert all(("Scroll sideways" in content) == scrolls for scrolls, content in hints)
+    assert any(scrolls for scrolls, _ in hints) == (width == 390)

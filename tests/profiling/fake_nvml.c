@@ -7,10 +7,12 @@
  * Sensors: utilisation is the mean over the last whole window (FAKE_NVML_WINDOW, 1 s) and over sixths of a second in
  * the sample ring; energy is the integral of power up to the last tick (FAKE_NVML_TICK, 0.1 s).
  * GPM: SMs are as active as the GPU is busy, warps half, tensor cores 0.6 and DRAM 0.3 of that; links carry 100 MiB/s.
- * FAKE_NVML_GPUS (2, at most 8) devices; GPU 0 is cut into FAKE_NVML_MIG (0) instances; every call on one waits FAKE_NVML_CALL_US microseconds, as for a driver.
+ * FAKE_NVML_GPUS (2, at most 8) devices; GPU 0 is cut into FAKE_NVML_MIG (0) instances; GPU FAKE_NVML_OTHER is another
+ * model; every call on one waits FAKE_NVML_CALL_US microseconds, as for a driver.
  * FAKE_NVML_CLOCK="at,by": stamps move by so many seconds at that time, as when the host's clock is set.
  * Faults: FAKE_NVML_FAULTS="function=code;..." makes a function fail with that return code, on GPU 1 only with
- * "function@1=code"; code -1 never returns. FAKE_NVML_LOST="from,to": GPU 0 is lost between these seconds. */
+ * "function@1=code"; code -1 never returns. FAKE_NVML_LOST="from,to": GPU 0 and its instances are lost between these
+ * seconds, and for handles from before them they stay so. */
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,7 +26,7 @@
 #define RING_S (1.0 / 6)
 #define RING_LENGTH 120
 
-typedef struct { int index; } device;
+typedef struct { int index, reopened; } device;
 typedef struct { unsigned gpu, memory; } utilization;
 typedef struct { unsigned long long total, free, used; } memory;
 typedef union { double d; unsigned ui; unsigned long long ull; } value;
@@ -37,8 +39,7 @@ typedef struct { double t; int gpu; } snapshot;
 typedef struct { unsigned id; int code; double value; char *texts[3]; } gpm_metric;
 typedef struct { unsigned version, count; snapshot *first, *second; gpm_metric metrics[]; } gpm_request;
 
-static device devices[GPUS] = {{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}};
-static device instances[GPUS] = {{100}, {101}, {102}, {103}, {104}, {105}, {106}, {107}};  /* of GPU 0 */
+static device devices[2][2 * GPUS];  /* as opened before a loss and after it; GPUs, then GPU 0's instances from 100 on */
 static segment *segments;
 static int count_of_segments, work_is_read, within_a_call;
 static double loaded_at = -1, time_is = -1;
@@ -98,8 +99,21 @@ static double last_multiple(double t, double of) { return (double)(long long)(t 
 
 /* ---- faults ---- */
 
+static int loss(double *from, double *to) {
+    const char *lost = getenv("FAKE_NVML_LOST");
+    return lost && sscanf(lost, "%lf,%lf", from, to) == 2;
+}
+
+static device *opened(int index) {
+    double from, to;
+    int reopened = loss(&from, &to) && now() >= to;
+    device *d = &devices[reopened][index < 100 ? index : GPUS + index - 100];
+    *d = (device){index, reopened};
+    return d;
+}
+
 static int fault(const char *function, const device *d) {
-    const char *faults = getenv("FAKE_NVML_FAULTS"), *lost = getenv("FAKE_NVML_LOST");
+    const char *faults = getenv("FAKE_NVML_FAULTS");
     char own[128];
     int code = 0;
     double from, to;
@@ -107,7 +121,8 @@ static int fault(const char *function, const device *d) {
         int wait_us = (int)setting("FAKE_NVML_CALL_US", 0);
         if (wait_us > 0) usleep(wait_us);
     }
-    if (d && d->index == 0 && lost && sscanf(lost, "%lf,%lf", &from, &to) == 2 && now() >= from && now() < to) return 15;
+    if (d && (d->index == 0 || d->index >= 100) && loss(&from, &to) && now() >= from && (now() < to || !d->reopened))
+        return 15;
     for (int pass = 0; faults && pass < 2; pass++) {
         if (pass == 1 && !d) break;
         if (pass == 0) snprintf(own, sizeof own, ";%s=", function);
@@ -132,14 +147,16 @@ int nvmlDeviceGetCount_v2(unsigned *count) {
     *count = n < 1 ? 1 : n > GPUS ? GPUS : n;
     return 0;
 }
-int nvmlDeviceGetHandleByIndex_v2(unsigned i, device **d) { FAULT(&devices[i]); *d = &devices[i]; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, device **d) { *d = opened(i); FAULT(*d); return 0; }
 int nvmlDeviceGetHandleByUUID(const char *uuid, device **d) {
-    int index = uuid[strlen(uuid) - 1] - '0';
-    FAULT(&devices[index]);
-    *d = &devices[index];
+    *d = opened(uuid[strlen(uuid) - 1] - '0' + (strncmp(uuid, "MIG", 3) ? 0 : 100));
+    FAULT(*d);
     return 0;
 }
-int nvmlDeviceGetName(device *d, char *text, unsigned n) { (void)d; snprintf(text, n, "Stand-in GPU"); return 0; }
+int nvmlDeviceGetName(device *d, char *text, unsigned n) {
+    snprintf(text, n, d->index == setting("FAKE_NVML_OTHER", -1) ? "simulated sensor, another" : "simulated sensor");
+    return 0;
+}
 int nvmlDeviceGetUUID(device *d, char *text, unsigned n) {
     FAULT(d);
     snprintf(text, n, d->index >= 100 ? "MIG-0000-%d" : "GPU-0000-%d", d->index % 100);
@@ -155,7 +172,7 @@ int nvmlDeviceGetMigMode(device *d, unsigned *now_, unsigned *later) {
 int nvmlDeviceGetMigDeviceHandleByIndex(device *d, unsigned i, device **own) {
     (void)d;
     if (i >= setting("FAKE_NVML_MIG", 0)) return 6;
-    *own = &instances[i];
+    *own = opened(100 + i);
     return 0;
 }
 int nvmlDeviceGetGpuInstanceId(device *d, unsigned *id) { *id = d->index - 100; return 0; }

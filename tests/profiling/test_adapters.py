@@ -7,6 +7,8 @@ import time
 import types
 from contextlib import contextmanager
 
+import pytest
+
 from profiling.markers import VARIABLE, read_markers
 from profiling.reader import Run
 from tests.profiling.test_markers import profiled
@@ -40,6 +42,36 @@ def test_transformers_trainer_marks_steps_evaluations_and_saves(tmp_path):
     assert names["evaluation"] == 2
     assert names["checkpoint"] >= 2
     assert run.summary["ledger"]["evaluation"] > 0
+    steps = run.phases[run.phases.name == "step"]
+    assert run.summary["steps"] == 4
+    assert run.summary["seconds_per_step"] >= (steps.t_end - steps.t_start).sum() / 4 - 1e-9
+
+
+def test_trls_trainer_marks_steps(tmp_path, tiny_model):
+    pytest.importorskip("trl")
+    run = profiled(
+        tmp_path,
+        f"""
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from trl import GRPOConfig, GRPOTrainer
+        from tppo.adapters.transformers import PhaseCallback
+
+        path = {str(tiny_model)!r}
+        arguments = GRPOConfig(output_dir={str(tmp_path / "out")!r}, max_steps=2, per_device_train_batch_size=2,
+            num_generations=2, max_completion_length=4, report_to=[], disable_tqdm=True, use_cpu=True,
+            bf16=False, save_strategy="no")
+        GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(path), args=arguments,
+            reward_funcs=lambda completions, **others: [float(len(text)) for text in completions],
+            train_dataset=Dataset.from_dict({{"prompt": ["1+1="] * 8}}),
+            processing_class=AutoTokenizer.from_pretrained(path), callbacks=[PhaseCallback()],
+        ).train()
+        """,
+    )
+    assert run.phases.name.value_counts()["step"] == 2
+    assert run.summary["steps"] == 2
+    assert run.summary["seconds_per_step"] > 0
 
 
 def test_verls_timers_become_phases(tmp_path, monkeypatch):
@@ -82,7 +114,8 @@ def adapted(tmp_path, adapter, program, packages=()):
             (folder / "__init__.py").touch()
         path.write_text(textwrap.dedent(source))
     (tmp_path / "program.py").write_text(textwrap.dedent(program))
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    paths = [str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "tppo", "profile", "--output", str(tmp_path / "run"), "--adapter", adapter, "--"]
     subprocess.run([*command, sys.executable, str(tmp_path / "program.py")], env=environment, check=True)
     phases = Run(tmp_path / "run").phases
@@ -118,6 +151,33 @@ def test_torchs_nvtx_ranges_become_phases_without_a_change_to_the_program(tmp_pa
     ]  # fmt: skip
     assert found.depth.to_list() == [1, 2, 1, 2, 1, 1]
     assert (found.t_end - found.t_start > 0.045).all()
+
+
+def test_nvtx_ranges_that_are_started_and_ended_by_handle_become_phases(tmp_path):
+    """They do not nest: one may outlive the other that was started before it."""
+    found = adapted(
+        tmp_path, "nvtx",
+        """
+        import time, threading
+        import torch
+        nvtx = torch.cuda.nvtx
+        step = nvtx.range_start("step 4")
+        first = nvtx.range_start("rollout")
+        time.sleep(0.05)
+        second = nvtx.range_start("update_policy")
+        nvtx.range_end(first)
+        thread = threading.Thread(target=lambda: (time.sleep(0.05), nvtx.range_end(second)))
+        thread.start()
+        thread.join()
+        nvtx.range_end(step)
+        nvtx.range_end(12345)
+        import nvtx as package
+        package.end_range(package.start_range(message="reward"))
+        """,
+    )  # fmt: skip
+    assert list(zip(found.name, found.step, strict=True)) == [("rollout", 4), ("update_policy", 4), ("reward", 4)]
+    assert (found.t_end - found.t_start).iloc[:2].gt(0.045).all()
+    assert found.depth.to_list() == [1, 1, 1]
 
 
 def test_openrlhfs_methods_become_phases_in_any_process(tmp_path):

@@ -4,8 +4,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from profiling.sources.amd import AmdSource
 
 STAND_IN = """
 import time
@@ -70,6 +73,16 @@ def test_every_metric_is_read_in_its_unit_and_what_is_missing_is_null(tmp_path):
     assert states["power_watts"] == states["sm_clock_mhz"] == "not supported"
     assert states["temperature_c"] == "missing symbol"
     assert got["states"]["uuid-b"]["energy_joules"] == "no permission"
+
+
+def test_an_energy_counter_that_stands_still_is_stale_and_null(monkeypatch):
+    amdsmi = ModuleType("amdsmi")
+    exec(STAND_IN, amdsmi.__dict__)
+    amdsmi.amdsmi_get_energy_count = lambda h: {"energy_accumulator": 2, "counter_resolution": 1e6}
+    monkeypatch.setitem(sys.modules, "amdsmi", amdsmi)
+    source = AmdSource()
+    assert [next(iter(source.read(t))).energy_joules for t in (0.0, 3.0, 3.1)] == [2.0, 2.0, None]
+    assert source.capabilities.states["uuid-a"]["energy_joules"] == "stale"
 
 
 @pytest.mark.parametrize(

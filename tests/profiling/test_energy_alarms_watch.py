@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import time
 import urllib.request
 
 import numpy as np
@@ -38,6 +40,13 @@ def test_energy_is_null_without_a_counter_or_with_one_that_ran_backwards():
     assert joules_by_piece(samples_of(t, [None] * 3), pieces_of(0.0, 2.0)) is None
     assert joules_by_piece(samples_of(t, [500.0, 10.0, 20.0]), pieces_of(0.0, 2.0)) is None
     assert joules_by_piece(samples_of(t[:1], [5.0]), pieces_of(0.0, 2.0)) is None
+
+
+def test_energy_is_null_where_a_counter_never_ticked():
+    t = [0.0, 1.0, 2.0, 3.5]
+    ticks = samples_of(t, [0.0, 1.0, 2.0, 3.0])
+    assert joules_by_piece(pd.concat([ticks, samples_of(t, [500.0] * 4, "GPU-b")]), pieces_of(0.0, 3.0)) is None
+    assert joules_by_piece(samples_of(t[:3], [500.0] * 3), pieces_of(0.0, 2.0)).tolist() == [0.0]  # too short to tell
 
 
 def ledger_of(*rows):
@@ -106,6 +115,27 @@ def test_a_live_run_is_shown_with_its_complete_steps(run_path, capsys):
     assert "running, step 3, 9.0 s" in shown
     assert "75 %" in shown
     assert "GPU 0 spends 17% of the time on synchronising weights" in shown
+
+
+def test_a_command_without_phases_is_watched_by_the_samplers_word(tmp_path, capsys):
+    Profiler(tmp_path / "run", sampler_interval_s=None)
+    (tmp_path / "run" / "sampler.json").write_text(json.dumps({"last_sample_s": 12.3}))
+    watch(tmp_path / "run", once=True)
+    assert "running, step 0, 12.3 s, in its first phase" in capsys.readouterr().out
+    (tmp_path / "run" / "sampler.json").write_text("[")
+    assert snapshot(tmp_path / "run").elapsed_s == 0.0
+
+
+def test_a_run_that_was_killed_shows_no_sign_of_life(run_path, capsys):
+    (run_path / "sampler.json").write_text("{}")
+    then = time.time() - 600
+    for name in ("trace.jsonl", "sampler.json"):
+        os.utime(run_path / name, (then, then))
+    watch(run_path, once=True)
+    assert "no sign of life for 60" in capsys.readouterr().out
+    os.utime(run_path / "sampler.json")
+    watch(run_path, once=True)
+    assert "running, step 3" in capsys.readouterr().out
 
 
 def test_prometheus_sees_the_run_anew_at_every_scrape_from_this_machine_only(run_path):

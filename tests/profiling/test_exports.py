@@ -1,6 +1,7 @@
 import json
 from itertools import pairwise
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -131,3 +132,27 @@ def test_processes_of_a_profiled_command_have_tracks_of_their_own(tmp_path):
     names = {e["args"]["name"]: e["pid"] for e in events if e["name"] == "process_name"}
     assert set(names) == {"run: phases (measured)", "run: host-1", "run: host-2"}
     assert sorted(e["pid"] for e in events if e["ph"] == "X") == sorted(names.values())
+
+
+def test_what_the_sensors_said_stands_beside_the_phases(tmp_path):
+    writer = RunWriter(tmp_path / "run", header=plain_header(), config_toml="")
+    phase = {"type": "phase", "name": "rollout", "step": 1, "t_start": 1.0, "t_end": 10.0, "depth": 0}
+    writer.trace(phase)
+    t = [0.0, 2.0, 4.0, 6.0]
+    samples = {name: [None] * 4 for name in DEVICES.names} | {"t": t, "device": ["GPU-a"] * 4}
+    writer.table("devices", 0, samples | {"power_watts": [100.0, 300.0, None, 50.0], "utilisation": [0.5] * 4})
+    many = 10_000
+    begins = np.linspace(1.0, 9.0, many)
+    windows = {"t_begin": begins, "t_end": begins + 1e-3, "device": ["GPU-a"] * many}
+    writer.table("windows", 0, windows | {"metric": ["sm_activity"] * many, "value": np.arange(many) % 2})
+    events = chrome_trace(Run(tmp_path / "run"))["traceEvents"]
+    points = {}
+    for event in events:
+        if event["ph"] == "C":
+            points.setdefault(event["name"], []).append((event["ts"] / 1e6, event["args"]["value"]))
+    assert points["power_watts"] == [(2.0, 300.0), (6.0, 50.0)]
+    assert points["utilisation"] == [(2.0, 0.5), (4.0, 0.5), (6.0, 0.5)]
+    assert len(points["sm_activity"]) == 2000  # five neighbours each: two or three of them are 1
+    assert {round(value, 12) for _, value in points["sm_activity"]} == {0.4, 0.6}
+    assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"run: phases (measured)", "GPU-a: sensors"}
+    json.dumps(events, allow_nan=False)

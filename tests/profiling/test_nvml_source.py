@@ -7,12 +7,13 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from profiling.schema import WINDOW_METRICS
-from profiling.sources import Device
-from profiling.sources.nvml import visible
+from profiling.sources import Device, gpm
+from profiling.sources.nvml import order_note, visible
 
 READ = """
 import json
@@ -161,8 +162,85 @@ def test_pcie_traffic_without_gpm_is_read_from_its_counters(library):
     assert values == {"pcie_sent_bytes_per_s": 1000 * 1024, "pcie_received_bytes_per_s": 1001 * 1024}
 
 
-def test_an_energy_counter_that_stands_still_is_stale(library):
-    assert over_time(library, turns=7)["states"][::6] == ["ok", "stale"]
+BY_THE_CLOCK = """
+import ctypes, json, sys
+library = ctypes.CDLL("libnvidia-ml.so.1")
+library.sim_set_time.argtypes = [ctypes.c_double]
+library.sim_set_time(0.0)
+from profiling.sources.nvml import NvmlSource
+source, samples, found, states = NvmlSource(), [], [], []
+for tick in range(int(sys.argv[1])):
+    now = tick / 10
+    library.sim_set_time(now)
+    samples += [[now, s.device, s.power_watts, s.energy_joules] for s in source.read(now)]
+    found += [[w.device, w.metric, w.t_begin, w.t_end] for w in source.windows(now)]
+    states.append(json.loads(json.dumps(source.capabilities.states)))
+print(json.dumps({"samples": samples, "windows": found, "states": states,
+                  "devices": [[d.uuid, d.name] for d in source.devices()]}))
+"""
+"""Ten readings a second of the sensors' own time, as fast as they come."""
+
+
+def by_the_clock(library, ticks, **extra):
+    done = subprocess.run([sys.executable, "-c", BY_THE_CLOCK, str(ticks)], env=environment(library, **extra),
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    return json.loads(done.stdout)
+
+
+def test_an_energy_counter_that_stands_still_is_stale_and_null_until_it_goes_on(library, tmp_path):
+    work = tmp_path / "work"
+    work.write_text("0 0 1000 0.5 300\n")
+    got = by_the_clock(library, 60, FAKE_NVML_WORK=str(work), FAKE_NVML_TICK="5")
+    energy = {t: joules for t, device, _, joules in got["samples"] if device == "GPU-0000-0"}
+    assert {joules for t, joules in energy.items() if t <= 3.0} == {1234.5}
+    assert {joules for t, joules in energy.items() if 3.0 < t < 5.0} == {None}
+    assert {joules for t, joules in energy.items() if t >= 5.0} == {1234.5 + 5 * 300}
+    states = [state["GPU-0000-0"]["energy_joules"] for state in got["states"]]
+    assert states == ["ok"] * 31 + ["stale"] * 19 + ["ok"] * 10
+
+
+def test_a_gpu_that_is_lost_when_the_sampler_starts_is_found_later(library, withstood):
+    got = by_the_clock(library, 30, FAKE_NVML_LOST="0,1", FAKE_NVML_MIG="1")
+    assert [device for device, _ in got["devices"]] == ["GPU-0000-0", "MIG-0000-0", "GPU-0000-1"]
+    first = [t for t, device, _, _ in got["samples"] if device == "GPU-0000-0"]
+    assert 1.0 <= first[0] <= 2.0
+    assert len([t for t, device, _, _ in got["samples"] if device == "GPU-0000-1"]) == 30
+    assert got["states"][0]["GPU 0"] == {"all": "lost"}
+    assert "GPU 0" not in got["states"][-1]
+    assert got["states"][-1]["MIG-0000-0"]["gpm"] == "ok"
+    withstood("GPU lost when the sampler starts", lost="its samples until a second after it is back")
+
+
+def test_a_gpu_that_is_lost_at_the_start_does_not_end_the_list_of_visible_ones(library):
+    got = by_the_clock(library, 30, FAKE_NVML_LOST="0,1", FAKE_NVML_GPUS="3", CUDA_VISIBLE_DEVICES="0,GPU-0000-2")
+    assert {device for t, device, _, _ in got["samples"] if t < 1.0} == {"GPU-0000-2"}
+    assert [device for device, _ in got["devices"]] == ["GPU-0000-0", "GPU-0000-2"]
+
+
+def test_counters_of_a_lost_gpu_and_its_instance_start_anew(library):
+    """Lost between two snapshots, of which the first is at 1.0 s: a difference across the loss means nothing."""
+    got = by_the_clock(library, 40, FAKE_NVML_LOST="1.15,1.25", FAKE_NVML_MIG="1")
+    for device in ("GPU-0000-0", "MIG-0000-0"):
+        ends = [(a, b) for own, metric, a, b in got["windows"] if (own, metric) == (device, "sm_activity")]
+        assert (0.5, 1.0) in ends
+        assert not [(a, b) for a, b in ends if a < 1.25 < b]
+        assert ends[-1] == (3.0, 3.5)
+        assert got["states"][-1][device]["gpm"] == "ok"
+
+
+def test_a_counter_that_answers_with_no_number_is_left_out(monkeypatch):
+    def answer(asked):
+        asked.metrics[0].value, asked.metrics[1].value = float("nan"), 50.0
+
+    monkeypatch.setattr(gpm.nvml, "nvmlGpmQueryDeviceSupport", lambda handle: SimpleNamespace(isSupportedDevice=1))
+    monkeypatch.setattr(gpm.nvml, "nvmlGpmSampleAlloc", lambda: None)
+    monkeypatch.setattr(gpm.nvml, "nvmlGpmSampleGet", lambda handle, into: None)
+    monkeypatch.setattr(gpm.nvml, "nvmlGpmMetricsGet", answer)
+    counters = gpm.Counters(None, None, links=False)
+    assert counters.read("GPU", 0.0) == []
+    found = {window.metric: window.value for window in counters.read("GPU", 0.5)}
+    assert "sm_activity" not in found
+    assert found["sm_occupancy"] == 0.5
 
 
 @pytest.mark.parametrize("step_s", [-3600.0, 3600.0])
@@ -181,6 +259,20 @@ def test_a_clock_that_is_set_loses_no_more_than_the_windows_that_nobody_can_plac
     withstood("wall clock set, under the sampler", lost="sensor windows across the jump")
 
 
+def test_a_reading_that_was_held_up_is_no_step_of_the_clock(library, tmp_path):
+    """Between the sampler's look at its clock and the source's at the wall clock, as on a busy machine."""
+    work = tmp_path / "work"
+    work.write_text("0 0 1000 0.5 300\n")
+    code = (
+        "import time\nfrom profiling.sources.nvml import NvmlSource\n"
+        "source, zero = NvmlSource(), time.perf_counter()\nsource.windows(0.0)\ntime.sleep(1.5)\n"
+        "now = time.perf_counter() - zero\ntime.sleep(0.1)\nprint(len(source.windows(now)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env=environment(library, FAKE_NVML_WORK=str(work), CUDA_VISIBLE_DEVICES="0"))  # fmt: skip
+    assert int(done.stdout) >= 8
+
+
 def test_cuda_visible_devices_chooses_by_index_or_uuid(library):
     assert [s["device"] for s in read(library, CUDA_VISIBLE_DEVICES="1")["samples"]] == ["GPU-0000-1"]
     handles = [(Device(f"GPU-{c}", "x", i), None) for i, c in enumerate("abc")]
@@ -188,6 +280,25 @@ def test_cuda_visible_devices_chooses_by_index_or_uuid(library):
     assert visible(handles, "") == []
     assert [d.index for d, _ in visible(handles, "1,9,2")] == [1]  # CUDA stops at the first unknown one
     assert visible(handles, None) == handles
+    nothing = read(library, CUDA_VISIBLE_DEVICES="")
+    assert nothing == {"no driver": "CUDA_VISIBLE_DEVICES leaves none of 2 GPUs"}
+
+
+def test_indices_that_cuda_may_count_otherwise_are_noted(library):
+    code = "from profiling.sampler import open_sources; print(open_sources(False)[1])"
+
+    def note(**extra):
+        own = environment(library, **extra)
+        return subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True, check=True).stdout
+
+    told = note(FAKE_NVML_OTHER="1", CUDA_VISIBLE_DEVICES="1")
+    assert "CUDA counts the fastest first, NVML by PCI bus" in told
+    assert "use UUIDs, or CUDA_DEVICE_ORDER=PCI_BUS_ID" in told
+    assert note(CUDA_VISIBLE_DEVICES="1") == "None\n"
+    devices = [Device("GPU-a", "x", 0), Device("GPU-b", "y", 1)]
+    for settings in ({}, {"CUDA_VISIBLE_DEVICES": "GPU-b"},
+                     {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}):  # fmt: skip
+        assert order_note(devices, settings) is None
 
 
 def test_the_sampler_writes_gpu_and_host_samples(library, tmp_path):
@@ -203,7 +314,18 @@ def test_the_sampler_writes_gpu_and_host_samples(library, tmp_path):
     assert [device["uuid"] for device in run.trailer["sampler"]["devices"]][:2] == ["GPU-0000-0", "GPU-0000-1"]
     gpu = run.devices[run.devices.device == "GPU-0000-0"]
     assert gpu.energy_joules.eq(1234.5).all()
+    assert {device["name"] for device in run.trailer["sampler"]["devices"][:2]} == {"simulated sensor"}
+    host = run.devices[run.devices.device == "host"]
+    assert host.t.min() <= gpu.t.min() + 0.1
+    assert host.t.max() >= gpu.t.max()  # at stop, though it is read once a second
+    assert host.memory_bytes.notna().all()
     assert not [record for record in run.trace if record["type"] == "note"]
+
+
+def test_the_profile_of_a_command_names_its_gpus_beside_their_uuids(library, tmp_path):
+    command = [sys.executable, "-m", "tppo", "profile", "--output", str(tmp_path / "run"), "--", "sleep", "0.3"]
+    done = subprocess.run(command, env=environment(library), capture_output=True, text=True, check=True)
+    assert "GPU-0000-1 (simulated sensor)" in done.stdout
 
 
 def test_each_gpu_of_a_sweep_has_the_time_of_its_own_reading(library, tmp_path):

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from profiling.errors import ConfigError, DataError, RunError
+from profiling.ledger import Cluster
 from profiling.phases import plain_header
 from profiling.reader import Run
 from profiling.schema import DEVICES, LEDGER, SUMMARY_NUMBERS
@@ -41,6 +42,46 @@ def test_what_is_written_is_read_back(writer):
     assert run.ledger.columns.to_list() == LEDGER.names
     assert run.summary == summary
     assert run.trailer["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fault"),
+    [([2.0, 6.0], "GPU 1 sums to 6, not to the run's 2 s"), ([2.0], "sums to 2 GPU-seconds, not to the run's 4")],
+)
+def test_a_ledger_whose_seconds_are_not_the_runs_is_refused(writer, seconds, fault):
+    many = len(seconds)
+    writer.ledger({"step": [1] * many, "gpu": range(many), "cause": ["prefill"] * many, "seconds": seconds})
+    assert len(Run(writer.path).ledger) == many  # nothing to compare it with
+    writer.summary({**dict.fromkeys(SUMMARY_NUMBERS), "wall_seconds": 2.0, "gpu_seconds": 4.0})
+    writer.close(t=2.0, status="finished")
+    with pytest.raises(DataError, match=rf"ledger\.parquet: column 'seconds'.*{fault}"):
+        _ = Run(writer.path).ledger
+
+
+def test_a_killed_run_names_the_gpus_that_were_sampled(writer):
+    gpu = {"uuid": "GPU-a", "name": "H200", "index": 0, "part_of": None}
+    instance = {"uuid": "MIG-a", "name": "H200 MIG", "index": 0, "part_of": "GPU-a"}
+    report = {"devices": [gpu, instance, {"uuid": "host"}, "?"], "capabilities": {"GPU-a": {"energy_joules": "ok"}}}
+    (writer.path / "sampler.json").write_text(json.dumps(report))
+    header = Run(writer.path).header
+    assert header["devices"] == [gpu, instance]
+    assert header["capabilities"] == report["capabilities"]
+    assert (header["gpus"], header["gpus_per_engine"]) == (1, 1)
+    (writer.path / "sampler.json").write_text('{"devices": 3, "capabilities": []}')
+    assert Run(writer.path).header["devices"] == []
+
+
+def test_a_profiled_program_has_the_gpus_that_were_sampled(tmp_path):
+    writer = RunWriter(tmp_path / "run", header={**plain_header(), "zero_s": 0.0}, config_toml="")
+    assert Run(writer.path).cluster == Cluster(1, 1)
+    gpus = [{"uuid": f"GPU-{n}", "part_of": None} for n in range(3)]
+    instances = [{"uuid": f"MIG-{n}", "part_of": "GPU-0"} for n in range(2)]
+    writer.close(t=1.0, status="finished", sampler={"devices": [*gpus, *instances, {"uuid": "host"}]})
+    assert Run(writer.path).cluster == Cluster(1, 3)
+    path, many = writer.path / "trace.jsonl", '{"uuid":"GPU-9"},' * 16_400
+    path.write_text(path.read_text().replace('"devices":[{"uuid":"GPU-0"', f'"devices":[{many}{{"uuid":"GPU-0"'))
+    with pytest.raises(DataError, match=r"the sampler's devices: header: .* are more than 16384"):
+        _ = Run(writer.path).header
 
 
 def test_a_live_or_killed_run_reads_cleanly(writer):
@@ -117,6 +158,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from pathlib import Path
 from profiling.writer import RunWriter, write_atomically
 from profiling.errors import RunError
+from profiling.ledger import Cluster
 from profiling.phases import plain_header
 path = Path({str(tmp_path)!r})
 write_atomically(path / "kept", b"old")
@@ -141,6 +183,41 @@ for attempt in (lambda: write_atomically(path / "kept", b"x" * 5000),
         len(content.splitlines()) - 1
     )
     withstood("full disk under the run's own files", lost="nothing that was written")
+
+
+def test_records_written_together_are_what_they_are_alone(writer):
+    phase = {"type": "phase", "name": 'a "b" \u00e9', "step": 1, "t_start": 0.1, "t_end": 1e-7 + 1 / 3, "depth": 0}
+    records = [phase, {**phase, "t_start": 0}, {**phase, "process": "host-1"}, {"type": "note", "text": "x"}]
+    writer.trace(*records)
+    lines = (writer.path / "trace.jsonl").read_text().splitlines()[1:]
+    assert lines == [json.dumps(record, separators=(",", ":")) for record in records]
+    for fault in ({"step": True}, {"step": 2.0}, {"depth": 2**60}, {"t_end": float("nan")}, {"name": None}):
+        with pytest.raises(ValueError, match=rf"phase\.{next(iter(fault))}"):
+            writer.trace(phase, {**phase, **fault})
+    assert len((writer.path / "trace.jsonl").read_text().splitlines()) == 5
+
+
+def test_of_records_written_together_a_full_disk_keeps_the_whole_lines(tmp_path):
+    code = f"""
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from profiling.writer import RunWriter
+from profiling.errors import RunError
+from profiling.ledger import Cluster
+from profiling.phases import plain_header
+writer = RunWriter({str(tmp_path / "run")!r}, header=plain_header(), config_toml="")
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+try:
+    writer.trace(*[{{"type": "note", "text": "y" * 300}}] * 20)
+except RunError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "trace.jsonl: cannot be written" in done.stdout
+    content = (tmp_path / "run" / "trace.jsonl").read_bytes()
+    assert content.endswith(b"\n")
+    assert len(content) + 350 > 2000
+    assert [record["type"] for record in Run(tmp_path / "run").trace[1:]] == ["note"] * content.count(b"note")
 
 
 def test_an_unwritable_place_is_an_error_of_one_line(tmp_path):

@@ -1,9 +1,11 @@
+import numpy as np
 import pandas as pd
 import pytest
 
 from profiling.ledger import Cluster, build_ledger
 from profiling.schema import ENGINE, ROLLOUTS
 from profiling.summary import summarise
+from tests.profiling.test_energy_alarms_watch import samples_of
 
 PHASE_COLUMNS = ["name", "step", "t_start", "t_end", "depth"]
 
@@ -100,5 +102,41 @@ def test_what_a_run_without_records_cannot_know_is_null_not_zero():
     for name in ("rows_in", "generated_tokens", "engine_idle_fraction", "seconds_per_finished_row", "length_bias"):
         assert got[name] is None
     assert (got["steps"], got["seconds_per_step"], got["joules_per_step"]) == (1, 3.0, None)
-    assert got["ledger"]["wait_tail"] is None
+    assert [got["ledger"][cause] for cause in ("wait_tail", "wait_rollout", "wait_train")] == [None] * 3
     assert got["ledger"]["unresolved"] == 3
+
+
+def plain_summary(phases, wall_s, cluster=ONE, devices=None):
+    """Of a program without records."""
+    frames = {"phases": phases, "engine": spans_of(), "rollouts": NO_ROWS}
+    ledger = build_ledger(cluster=cluster, wall_s=wall_s, **frames)
+    return summarise(cluster=cluster, ledger=ledger, wall_s=wall_s, startup_steps=0, devices=devices, **frames)
+
+
+def test_steps_are_counted_by_a_programs_own_phases():
+    # Steps of 3 s under a name that the ledger does not know, an evaluation of 2 s after the second; 4 s of nothing.
+    phases = phases_of(
+        ("step", 1, 0, 3, 1), ("step", 2, 3, 6, 1), ("evaluation", 2, 6, 8, 1), ("step", 3, 8, 11, 1),
+        ("command", 1, 0, 15, 0),
+    )  # fmt: skip
+    devices = samples_of(np.arange(0.05, 15.1, 0.5), 100 * np.arange(0.0, 15.05, 0.5))
+    got = plain_summary(phases, 15, devices=devices)
+    assert (got["steps"], got["seconds_per_step"]) == (3, 3.0)
+    assert got["joules_per_step"] == pytest.approx(300)
+    assert got["ledger"]["wait_other"] == 13
+
+
+def test_a_step_ends_with_its_last_phase_whatever_its_name():
+    # A step: 0.5 s of rollout, 0.5 s of update, 0.25 s of its own: 1.25 s, also the last one.
+    phases = []
+    for step in (1, 2, 3):
+        start = 1.25 * (step - 1)
+        for name, begin, end in (("rollout", 0.0, 0.5), ("update_policy", 0.5, 1.0), ("own", 1.0, 1.25)):
+            phases.append((name, step, start + begin, start + end, 1))
+    got = plain_summary(phases_of(*phases, ("command", 1, 0, 9, 0)), 9)
+    assert got["seconds_per_step"] == 1.25
+
+
+def test_a_command_that_marks_nothing_has_no_steps():
+    got = plain_summary(phases_of(("command", 1, 0, 9, 0)), 9)
+    assert (got["steps"], got["seconds_per_step"]) == (None, None)

@@ -81,7 +81,7 @@ def test_a_truncated_run_is_told_when_no_other_window_helps(tmp_path):
     assert 256 not in [option.window for option in advice.others]
     assert next(option for option in advice.others if option.kind == "synchronous").saving < 0
     assert advice.best.saving <= advice.best.margin
-    assert "another window would not help, beside its own of 256" in advice.sentence()
+    assert "nother window would not help, beside its own of 256" in advice.sentence()
 
 
 def test_where_a_step_takes_no_longer_for_long_rows_truncation_is_not_advised(tmp_path):
@@ -89,7 +89,7 @@ def test_where_a_step_takes_no_longer_for_long_rows_truncation_is_not_advised(tm
     cost = {"kind": "affine", "policy_update_per_token_s": 1e-5, "decode_base_s": 1e-9}
     advice = advise(simulated_run(tmp_path / "ppo", {"workload": WORKLOAD, "cost": cost}))
     assert advice.best.saving < 0
-    assert "another window would not help: the best of" in advice.sentence()
+    assert "nother window would not help: the best of" in advice.sentence()
     assert "costs" in advice.sentence()
 
 

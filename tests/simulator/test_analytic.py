@@ -161,11 +161,26 @@ def test_a_pipeline_idles_while_it_fills():
 
 
 def test_memory_says_what_does_not_fit_and_by_how_much():
-    memory = costs_of(trainer_gpus=8).training_memory()
-    states = 16 * (MODEL.parameters + MODEL.backbone_parameters) / 8
-    assert memory.needs["weights, gradients and optimizer"] == pytest.approx(states)
+    # Embedding, output layer and last norm are outside of 28 layers; the one at hand and the next in bf16, gradients
+    # in bf16 and fp32. A row of 25,000 tokens makes a pass of its own; a layer's input is kept, and all of one layer:
+    # two norms, queries, keys, values, output twice, cosine and sine, a number a head, four times the inner units.
+    memory = costs_of(trainer_gpus=8, micro_batch_tokens=4096).training_memory(25_000)
+    states = 16 * (MODEL.parameters + MODEL.backbone_parameters + 3584 + 1) / 8
+    outside = 2 * TABLE + 3584
+    layer = (MODEL.parameters - outside) / 28
+    kept = 16 * 3584 + 2 * (3 * 3584 + 2 * 512 + 2 * 128) + 4 * 28 + 8 * 18944
+    assert memory.needs == {
+        "weights, gradients, moments": pytest.approx(states),
+        "gathered shards": pytest.approx(layer * (2 * 2 + 6) + outside * (2 + 6)),
+        "activations": pytest.approx(25_000 * (28 * 3584 * 2 + kept)),
+        "logits": 4096 * 152064 * 16,
+    }
+    longer = costs_of(trainer_gpus=8, micro_batch_tokens=50_000, recompute="none", logit_tokens=8192)
+    needs = longer.training_memory(25_000).needs
+    assert needs["activations"] == pytest.approx(50_000 * 28 * kept)
+    assert needs["logits"] == 8192 * 152064 * 16
     with pytest.raises(ConfigError, match=r"training on toy: .* exceed 76.0 GB by \d+.\d GB; fewer"):
-        costs_of(trainer_gpus=1).training_memory().check(GPU, "fewer")
+        costs_of(trainer_gpus=1).training_memory(25_000).check(GPU, "fewer")
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])

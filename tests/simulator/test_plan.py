@@ -8,12 +8,14 @@ from profiling.errors import ConfigError
 from profiling.schema import CAUSES
 from simulator import load_experiment, simulate
 from simulator.hardware import Gpu, load_gpu
+from simulator.models import load_model
 from simulator.plan import Question, answer
 from simulator.plan.answer import Draws
 from simulator.plan.estimate import estimate
 from simulator.plan.money import hours, paid_gpus, watts
-from simulator.plan.options import options_of
+from simulator.plan.options import fewest_gpus_of_an_engine, options_of, share_of
 from tppo.cli import main
+from tppo.commands.plan import print_answer
 
 SMALL = {
     "model": "Qwen2.5-0.5B", "gpu": "H100-SXM", "gpus": (8, 16), "steps": 100, "prompts_per_step": 32,
@@ -236,9 +238,53 @@ def test_a_model_that_does_not_fit_everywhere_says_where(capsys):
     assert "8 GPUs, synchronous: cannot run: training on H100-SXM" in capsys.readouterr().out
 
 
+def test_an_engine_gets_what_training_leaves_on_its_gpus():
+    """32 GPUs hold a 32nd of 16 bytes a number each, and one weight on its way in float32; two GPUs an engine would be
+    too few then for eight of the longest rows. Apart, or offloaded, training leaves all."""
+    own = {"model": "Qwen2.5-32B", "gpus": (32,), "max_response_tokens": 24576, "windows": (8192,)}
+    gpu, model = load_gpu("H100-SXM"), load_model("Qwen2.5-32B")
+    states = 16 * (model.parameters + model.backbone_parameters + model.hidden + 1) / 32
+    way = 4 * model.vocabulary * model.hidden
+    left = 0.95 - (states + way) / gpu.memory_bytes
+    assert share_of(Question(**SMALL | own), gpu, 32) == pytest.approx(left)
+    assert share_of(Question(**SMALL | own), gpu, 0) == 0.9
+    assert share_of(Question(**SMALL | own | {"cpu_offload": True}), gpu, 32) == 0.9
+    assert share_of(Question(**SMALL | own | {"memory_utilization": 0.5}), gpu, 32) == 0.5
+    assert fewest_gpus_of_an_engine(Question(**SMALL | own), model, gpu, 32) == 4
+    assert fewest_gpus_of_an_engine(Question(**SMALL | own | {"cpu_offload": True}), model, gpu, 32) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "part", "factor"),
+    [
+        ({"micro_batch_tokens": 7024}, "activations", 2),
+        ({"micro_batch_tokens": 1000}, "activations", 1),  # the longest row is 3,512
+        ({"logit_tokens": 2048}, "logits", 2),
+        ({"cpu_offload": True}, "weights, gradients, moments", 0),
+    ],
+)
+def test_settings_of_training_change_its_memory(change, part, factor):
+    plain = {**SMALL, "gpus": (8,), "windows": (), "micro_batch_tokens": 3512, "logit_tokens": 1024}
+    before, after = (options_of(Question(**own))[0].needs["training"] for own in (plain, plain | change))
+    assert after[part] == pytest.approx(factor * before[part])
+    assert {name: size for name, size in after.items() if name != part} == {
+        name: size for name, size in before.items() if name != part
+    }
+
+
+def test_an_option_without_a_synchronous_run_to_compare_with_is_printed(capsys):
+    question = Question(**SMALL | {"gpus": (8,), "windows": (700,)})
+    found = answer(question)
+    found.rows[1].update(speedup_per_step=None, speedup_per_finished_row=None)
+    print_answer(question, found)
+    assert "not known" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--steps", "10", "--engine", "torch", "--tensor-parallel", "2"], "--engine = torch: takes no"),
+        (["--steps", "10", "--gpus", "8", "--memory-utilization", "0.94"], "rollout on H100-SXM: "),
         (["--steps", "10", "--finished-rows", "5"], "either --steps or --finished-rows"),
         ([], "either --steps or --finished-rows"),
         (["--steps", "10", "--gpus", "8,,16"], "--gpus: an empty value between commas"),

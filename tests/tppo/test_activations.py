@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from profiling.errors import ConfigError
 from tppo.models.activations import checkpoint_activations
@@ -13,6 +13,7 @@ from tppo.models.policy import load_policy, token_log_probs
 from tppo.models.value import ValueModel
 
 IDS = torch.arange(2, 50).view(2, 24)
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 ROW, COLUMN = torch.tensor([0, 0, 1, 1]), torch.tensor([3, 9, 12, 22])
 
 
@@ -58,12 +59,16 @@ def test_losses_and_gradients_are_equal_and_less_is_kept(loss, tiny_model):
     assert kept < plain_bytes / 2
 
 
-def test_dropout_is_off_so_that_two_passes_are_equal():
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        attention_dropout=0.5,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        (LlamaForCausalLM, LlamaConfig(**SIZES, intermediate_size=48, attention_dropout=0.5)),
+        (OPTForCausalLM, OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, dropout=0.5, layerdrop=0.5)),
+    ],
+)
+def test_dropout_is_off_so_that_two_passes_are_equal(kind, own):
+    """OPT drops what it adds up, and whole layers, by numbers of its own instead of by modules."""
+    model = kind(own)
     model.train()
     assert not torch.equal(policy_loss(model), policy_loss(model))
     checkpoint_activations(model)

@@ -50,7 +50,7 @@ def config(tmp_path, tiny_model):
         (["--rollout.window"], "--rollout.window: a value is missing"),
         (["--train.mini_batches", "5"], "32 rows cannot be divided into train.mini_batches = 5; change one of them"),
         (["--algorithm.name", "grpo"], "algorithm.name = 'grpo': input should be 'ppo', 'ppo-ewma', 'geppo'"),
-        (["--model.path", "nowhere/at-all"], "no model can be loaded from it"),
+        (["--model.path", "nowhere/at-all"], "no such folder, and as a name on the hub no model"),
         (["--data.max_steps", "1000"], "max_steps = 1000: must lie between 1 and 107"),
         (["--evaluation.seed", "0"], "evaluation.seed equals data.seed"),
         (["extra"], "extra: not an option"),

@@ -1,16 +1,21 @@
 """A run directory that somebody else made executes nothing unless the command line says so."""
 
+import shlex
+
 import pytest
 
 from profiling.errors import ConfigError
+from profiling.settings import read_toml
 from tppo.cli import main
 from tppo.commands.eval import Flags, config_of
 from tppo.commands.train import read_config
+from tppo.consent import words_that_allow
 from tppo.evaluation.source import Source
 
 CODE = {
     "trust_remote_code = true": ("model", "model.trust_remote_code", "true"),
     'kind = "python"\nfunction = "timeit:timeit"': ("reward", "reward.function", "timeit:timeit"),
+    'kind = "http"\nurl = "http://x"\nheader_env = "SECRET"': ("reward", "reward.header_env", "SECRET"),
     'address = "ray://203.0.113.7:10001"': ("ray", "ray.address", "ray://203.0.113.7:10001"),
 }
 
@@ -31,8 +36,25 @@ def test_resuming_executes_what_the_command_line_names_and_nothing_else(tmp_path
     (error,) = capsys.readouterr().err.splitlines()
     assert f"{run / 'config.toml'}: {field} = {value}: " in error
     assert error.endswith(f"a run directory does not decide that; if you trust it, add --{field} {value}")
-    said = read_config(None, [f"--{field}", value], output=None, resume=run)
+    words = [f"--{field}", value, *(["--reward.url", "http://x"] if field == "reward.header_env" else [])]
+    said = read_config(None, words, output=None, resume=run)
     assert read_config(run / "config.toml", [], output=None, resume=run) == said  # a file that the user names
+
+
+@pytest.mark.parametrize("line", CODE)
+def test_the_words_for_going_on_are_those_that_are_asked_for(tmp_path, line):
+    section, field, value = CODE[line]
+    run = run_that_says(tmp_path / "run", section, line)
+    words = words_that_allow(read_toml(run / "config.toml"))
+    assert f" --{field} {value}" in words
+    assert read_config(None, shlex.split(words), output=None, resume=run)
+    assert words_that_allow({"model": {"path": "tiny"}}) == ""
+
+
+def test_a_run_directory_does_not_say_who_gets_a_secret(tmp_path):
+    run = run_that_says(tmp_path / "run", "reward", 'kind = "http"\nurl = "http://x"\nheader_env = "SECRET"')
+    with pytest.raises(ConfigError, match=r"reward.url = http://x: is sent the value of reward.header_env"):
+        read_config(None, ["--reward.header_env", "SECRET"], output=None, resume=run)
 
 
 @pytest.mark.parametrize("line", list(CODE)[:2])

@@ -11,6 +11,7 @@ from tppo.data.boxed import last_boxed
 from tppo.data.dataset import read_entries
 from tppo.data.prompts import prompter_of
 from tppo.data.tokenizer import character_tokenizer
+from tppo.rewards.golds import unreadable
 
 
 def write_lines(path, rows):
@@ -19,11 +20,11 @@ def write_lines(path, rows):
     return path
 
 
-def read(path, max_prompt_tokens=200, **settings):
+def read(path, max_prompt_tokens=200, unreadable=lambda answers: set(), **settings):
     """(prompt, answer) of every problem, and the counts of what was left out."""
     prompter = prompter_of(character_tokenizer(), "", "{problem}", "auto")
     source = SourceConfig(path=str(path), **settings)
-    entries, counts = read_entries(source, prompter, max_prompt_tokens, key="data")
+    entries, counts = read_entries(source, prompter, max_prompt_tokens, key="data", unreadable=unreadable)
     return [(entry.problem.prompt, entry.problem.answer) for entry in entries], counts
 
 
@@ -115,6 +116,38 @@ def test_missing_columns_are_one_line_that_names_file_columns_and_key(tmp_path, 
     assert str(fault.value).startswith(f"{path}: ")
     assert message in str(fault.value)
     assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("solution", "column", "there"),
+    [({"final": "1", "steps": 2}, "sol.nope", "in row 1 sol has final, steps, and sol.nope is wanted"),
+     ({}, "sol.nope", "in row 1 sol has no keys, and"), ("text", "sol.nope", "in row 1 sol is 'text', and sol.nope"),
+     ({"a": {"b": "1"}}, "sol.a.c", "in row 1 sol.a has b, and"), (None, "sol", "in row 1 sol is None, and sol is"),
+     ({"a": [1]}, "sol.a", "in row 1 sol.a is [1], and")],
+)  # fmt: skip
+def test_a_column_without_answers_is_told_with_what_it_holds(tmp_path, solution, column, there):
+    path = write_lines(tmp_path / "a.jsonl", [{"q": f"p{i}", "sol": solution} for i in range(3)])
+    with pytest.raises(DataError) as fault:
+        read(path, prompt_column="q", answer_column=column)
+    assert f"none is left; {there}" in str(fault.value)
+    assert "data.answer_column" in str(fault.value)
+
+
+def test_answers_that_cannot_be_read_are_left_out_and_counted(tmp_path, make_config):
+    golds = [r"\frac{1}{", "who knows ??", "1/2", "034", "Monday"]
+    config = make_config("run", data={"task": "dataset", "path": "x"}, reward={"workers": 1})
+    bad = unreadable(golds, config)
+    assert bad == {r"\frac{1}{", "who knows ??"}
+    path = write_lines(tmp_path / "a.jsonl", [{"question": str(i), "answer": gold} for i, gold in enumerate(golds)])
+    problems, counts = read(path, unreadable=lambda answers: bad & set(answers))
+    assert [answer for _, answer in problems] == ["1/2", "034", "Monday"]
+    assert counts.line("data", 9) == (
+        "data: of 5 rows 2 have an answer that math-verify cannot read; these do not train"
+    )
+    with pytest.raises(DataError, match=r"5 have an answer that math-verify cannot read .*set reward.kind"):
+        read(path, unreadable=set)
+    function = make_config("run", data={"task": "dataset", "path": "x"}, reward={"kind": "python", "function": "a.b"})
+    assert unreadable(golds, function) == set()
 
 
 def test_every_kind_of_local_file_gives_the_same_problems(tmp_path):

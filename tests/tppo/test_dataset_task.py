@@ -108,6 +108,15 @@ def test_held_out_problems_are_never_trained_on(data_config):
     assert "of 20 rows 5 are held out" in problems.notes[0]
 
 
+def test_further_columns_stay_with_a_problem_for_a_function_of_ones_own(data_config):
+    rows = [{"question": "p", "answer": 1, "level": 5, "extra": {"split": "train"}, "prompt": "not the problem"}]
+    own = {"evaluation": {"every": 0}, "reward": {"kind": "python", "function": "mine:f"}}
+    (problem,) = problems_of(data_config(rows=rows, **own), character_tokenizer()).task.problems
+    assert json.loads(problem.columns) == {"level": 5, "extra": {"split": "train"}}
+    (problem,) = problems_of(data_config(rows=rows, evaluation={"every": 0}), character_tokenizer()).task.problems
+    assert problem.columns == "{}"
+
+
 def test_without_evaluations_nothing_is_held_out(data_config):
     problems = problems_of(data_config(evaluation={"every": 0}), character_tokenizer())
     assert (len(problems.held_out), len(problems.task.problems), problems.notes) == (0, 20, [])
@@ -122,6 +131,27 @@ def test_another_data_set_can_be_evaluated_on_and_what_it_shares_does_not_train(
     assert len(problems.task.problems) == 19
     assert "p3" not in prompts(problems.task.problems)
     assert problems.task.longest_prompt_tokens == len("a much longer new one")
+
+
+def test_a_problem_is_recognised_in_another_layout_and_inside_the_instruction_that_comes_with_it(
+    data_config, tmp_path
+):
+    template = "Solve it.\n\n{problem}\n\nAnswer:"
+    rows = [
+        {"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": template.replace("{problem}", p)}],
+         "reward_model": {"ground_truth": "1"}} for p in ("What is  X?", "and y?", "held in?")
+    ]  # fmt: skip
+    rows.append({"prompt": [{"role": "user", "content": "and Z?"}], "reward_model": {"ground_truth": "1"}})
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"problem": p, "answer": "1"}) + "\n" for p in ("what is X?", "and z?")))
+    evaluation = {"every": 2, "problems": 100, "path": str(other)}
+    problems = problems_of(data_config(rows=rows, evaluation=evaluation), character_tokenizer())
+    assert (len(problems.task.problems), prompts(problems.held_out)) == (3, ["what is X?", "and z?"])
+    evaluation["prompt_template"] = template
+    problems = problems_of(data_config(rows=rows, evaluation=evaluation), character_tokenizer())
+    assert prompts(problems.held_out) == ["Solve it.\n\nwhat is X?\n\nAnswer:", "Solve it.\n\nand z?\n\nAnswer:"]
+    assert prompts(problems.task.problems) == [f"S\n\nSolve it.\n\n{p}\n\nAnswer:" for p in ("and y?", "held in?")]
+    assert "of 4 rows 2 are held out" in problems.notes[0]
 
 
 def test_a_data_set_too_small_to_hold_out_of_is_one_line(data_config):
@@ -146,6 +176,8 @@ def test_a_fault_of_the_evaluation_data_names_its_own_keys(data_config, tmp_path
     [({"data": {"task": "dataset"}}, "data.path: missing"),
      ({"data": {"path": "original"}}, 'belong to data.task = "dataset"'),
      ({"data": {"task": "dataset", "path": "original", "prompt_template": "x"}}, "put {problem} into it"),
+     ({"data": {"task": "dataset", "path": "original"}, "evaluation": {"path": "original", "prompt_template": "x"}},
+      "evaluation.prompt_template = 'x': put {problem} into it"),
      ({"data": {"task": "dataset", "path": "original"}, "reward": {"kind": "final_answer"}}, "the arithmetic task"),
      ({"reward": {"kind": "python", "function": "nothing"}}, "write package.module:function"),
      ({"reward": {"kind": "http", "url": "file:///etc/passwd"}}, "write http://HOST"),

@@ -21,6 +21,7 @@ from tppo.evaluation.statistics import (
     subsets,
     summarise,
 )
+from tppo.evaluation.votes import votes
 from tppo.rewards.final_answer import FinalAnswer
 from tppo.rewards.protocol import AnswerReader
 
@@ -212,6 +213,30 @@ def test_a_read_answer_is_the_right_one_where_the_response_is_right(response, nu
     (answer,) = reward.answers([response])
     (grade,) = reward.grade([Problem("", str(number))], [response])
     assert grade.correct == (answer == str(number))
+
+
+class Ranks:
+    """Both of two, one after the other."""
+
+    rank, world = 0, 2
+
+    def everyones(self, work):
+        parts = [work()]
+        self.rank = 1
+        return [*parts, work()]
+
+
+class IgnoresCase(FinalAnswer):
+    def alike(self, answers):
+        return [[next(a for a in own if a.lower() == b.lower()) for b in own] for own in answers]
+
+
+def test_ranks_share_the_problems_whose_answers_are_compared():
+    given = [["a", "A", None], ["b", "c", "b"], ["D", "e", "d"], [None, None, None], ["F", "f", "g"]]
+    # the right ones of the second problem are one whatever the reward says: b, c
+    correct = np.array([[False] * 3, [True] * 3, [False] * 3, [False] * 3, [False] * 3])
+    wanted = [["a", "a", None], ["b", "b", "b"], ["D", "e", "D"], [None] * 3, ["F", "F", "g"]]
+    assert votes(given, correct, IgnoresCase(), Ranks()) == votes(given, correct, IgnoresCase()) == wanted
 
 
 def test_answers_of_the_arithmetic_task_are_read():

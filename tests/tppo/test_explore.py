@@ -45,6 +45,16 @@ def test_the_answer_is_what_the_command_prints(page, capsys):
     assert len(printed["rows"]) == 2 * 4
 
 
+def test_a_first_answer_comes_before_and_is_the_whole_one_when_nothing_is_new(page):
+    first = asked(page, "first", seed="11", mean_tokens="800").json()
+    whole = asked(page, seed="11", mean_tokens="800").json()
+    assert not first["whole"]
+    assert first["answer"]["question"] == whole["question"]
+    for early, late in zip(first["answer"]["rows"], whole["rows"], strict=True):
+        assert early["hours"]["p50"] == pytest.approx(late["hours"]["p50"], rel=0.2)
+    assert asked(page, "first", seed="11", mean_tokens="800").json() == {"whole": True, "answer": whole}
+
+
 def test_an_option_is_simulated_once(page, monkeypatch):
     first = asked(page, seed="5").json()
     workers = page.app.state.planner._workers

@@ -36,6 +36,8 @@ def page(folder):
         ({"steps": "0"}, "steps", "steps = '0': input should be greater than or equal to 1"),
         ({"gpus": "8,,16"}, "gpus", "gpus: an empty value between commas"),
         ({"gpus": "8,many"}, "gpus", "gpus = 'many': input should be a valid integer"),
+        ({"gpus": "abc"}, "gpus", "gpus = 'abc': input should be a valid integer"),
+        ({"gpus": "0"}, "gpus", "gpus = '0': input should be greater than or equal to 1"),
         ({"model": "Qwen2.5-7"}, "model", "model 'Qwen2.5-7': not a bundled one; did you mean 'Qwen2.5-"),
         ({"model": "simulator/models/configs/Qwen2.5-7B.json"}, "model", "not a bundled one"),
         ({"gpu": "/etc/passwd.toml"}, "gpu", "gpu '/etc/passwd.toml': not a bundled one"),

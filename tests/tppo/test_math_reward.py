@@ -5,10 +5,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import psutil
 import pytest
 
 from tppo.data.problem import Problem
+from tppo.evaluation.statistics import majority_at_k
+from tppo.evaluation.votes import votes
 from tppo.rewards.form import FormReward
 from tppo.rewards.math import MathReward, certain
 from tppo.rewards.pool import TIMED_OUT, WorkerPool
@@ -47,6 +50,36 @@ def test_answers_are_compared_as_mathematics(pool, answer, response, correct):
 def test_a_response_without_an_answer_is_wrong_and_counted(pool):
     grades = graded(MathReward(pool, right=2.0, wrong=-0.5), ("5", "I do not know"), ("5", ""), ("5", r"\boxed{5}"))
     assert grades == [Grade(-0.5, False, False, True), Grade(-0.5, False, False, True), Grade(2.0, True, False, False)]
+
+
+def vote(pool, gold, responses):
+    """The responses' share of right ones, what they vote for, and maj@n."""
+    reward = MathReward(pool)
+    grades = graded(reward, *[(gold, response) for response in responses])
+    correct = np.array([[grade.correct for grade in grades]])
+    answers = votes([reward.answers(responses)], correct, reward)
+    return correct.mean(), answers[0], majority_at_k(correct, answers, len(responses)).tolist()
+
+
+def test_answers_without_a_box_vote_as_they_are_graded(pool):
+    assert vote(pool, "34", ["...\nAnswer: 34"] * 7 + [r"\boxed{5}"]) == (7 / 8, ["34"] * 7 + ["5"], [1.0])
+    assert vote(pool, "34", ["it is **034**", r"\boxed{34}", "I do not know"]) == (2 / 3, ["34", "34", None], [1.0])
+
+
+def test_equal_answers_vote_together_however_they_are_written(pool):
+    right = [r"\boxed{0.5}", r"\boxed{1/2}", r"\boxed{\frac12}"] * 2
+    assert vote(pool, "1/2", [*right, *[r"\boxed{3}"] * 3]) == (6 / 9, ["0.5"] * 6 + ["3"] * 3, [1.0])
+    # wrong ones too: 4 of 7 for sqrt(18)
+    wrong = [r"\boxed{\sqrt{18}}", r"\boxed{3\sqrt{2}}"] * 2
+    assert vote(pool, "7", [*[r"\boxed{7}"] * 3, *wrong]) == (3 / 7, ["7"] * 3 + [r"\sqrt{18}"] * 4, [0.0])
+
+
+def test_answers_whose_comparison_takes_too_long_differ_as_their_texts_do_and_the_right_ones_are_still_one(pool):
+    assert MathReward(pool).alike([["1/2", "10^{10^{10^{10}}}", "0.5"], ["1/3", r"\frac{1}{3}"], ["7", "8"], []]) == [
+        ["1/2", "10^{10^{10^{10}}}", "0.5"], ["1/3", "1/3"], ["7", "8"], [],
+    ]  # fmt: skip
+    responses = [r"\boxed{1/2}", r"\boxed{0.5}", HANGS]
+    assert vote(pool, "1/2", responses)[1:] == (["1/2", "1/2", "10^{10^{10^{10}}}"], [1.0])
 
 
 @pytest.mark.parametrize(
@@ -148,7 +181,7 @@ sleeping = WorkerPool({"math": False, "pattern": None, "function": "mine:sleep",
                       workers=1, timeout_s=60)
 searching.start(), sleeping.start()
 print(*searching.pids, *sleeping.pids, flush=True)
-job = {"kind": "function", "prompt": "", "response": "", "answer": ""}
+job = {"kind": "function", "prompt": "", "response": "", "answer": "", "columns": "{}"}
 threading.Thread(target=sleeping.run, args=([job],)).start()
 searching.run([{"kind": "format", "text": "a" * 40 + "b"}])
 """

@@ -4,7 +4,7 @@ import contextlib
 import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -32,6 +32,15 @@ def raises(prompt, response, answer): return 1 / 0
 def leaves(prompt, response, answer): sys.exit("bye")
 def dies(prompt, response, answer): os._exit(3)
 def hangs(prompt, response, answer): time.sleep(1000)
+
+class Graders:
+    @staticmethod
+    def by_level(prompt, response, answer, *, level=1): return level
+
+    class Inner:
+        any_column = staticmethod(lambda p, r, a, **columns: columns["level"] + 10 * len(columns))
+
+def by_position(level, response, answer, extra_info=None): return len(level) + len(extra_info["split"])
 """
 
 
@@ -53,6 +62,20 @@ def test_a_function_grades_with_prompt_response_and_answer(function_reward):
     with function_reward("overlap", right_above=1.4, function="mine.overlap") as reward:
         grades = reward.grade([Problem("q", "a"), Problem("p", "x")], ["ab", "b$"])
     assert grades == [Grade(1.5, True), Grade(1.25, False)]
+
+
+@pytest.mark.parametrize(
+    ("function", "reward"),
+    [("mine:Graders.by_level", 5), ("mine.Graders.by_level", 5), ("mine:Graders.Inner.any_column", 25),
+     ("mine.Graders.Inner.any_column", 25), ("mine:by_position", 6), ("mine:overlap", 2.25)],
+)  # fmt: skip
+def test_a_function_may_stand_inside_a_class_and_gets_the_columns_that_its_signature_names(
+    function_reward, function, reward
+):
+    # by_position: level is its first argument, the prompt: 1 + 5; overlap: 1/4 + 1 + 1
+    problem = Problem("p", "a", columns='{"level": 5, "extra_info": {"split": "train"}}')
+    with function_reward("", function=function) as made:
+        assert [grade.reward for grade in made.grade([problem], ["a"])] == [reward]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +106,11 @@ def test_a_function_that_never_returns_is_cut_short(function_reward, withstood):
 @pytest.mark.parametrize(
     ("function", "fault"),
     [("mine:absent", "AttributeError: module 'mine' has no attribute 'absent'"),
+     ("mine.absent", "AttributeError: module 'mine' has no attribute 'absent'"),
+     ("mine:Graders.absent", "AttributeError: type object 'Graders' has no attribute 'absent'"),
      ("nowhere.at_all:f", "ModuleNotFoundError: No module named 'nowhere'"),
+     ("nowhere.at_all.f", "ModuleNotFoundError: No module named 'nowhere'"),
+     ("nowhere.f", "ModuleNotFoundError: No module named 'nowhere'"),
      ("mine:np", "TypeError: mine:np is not a function")],
 )  # fmt: skip
 def test_a_function_that_is_not_there_is_told_before_the_run_starts(function_reward, function, fault):
@@ -116,14 +143,16 @@ def test_the_token_that_ended_a_response_is_not_graded():
 
 
 @contextlib.contextmanager
-def service(*replies):
+def service(*replies, tokens=None):
     """A server that gives `replies`, (status, body), one after the other and the last for ever; yields its url and
-    the bodies that it got. A body of None: it hangs up."""
+    the bodies that it got. A body of None: it hangs up. tokens: a list that gets what came as X-Token."""
     got = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             assert self.headers["Content-Type"] == "application/json"
+            if tokens is not None:
+                tokens.append(self.headers["X-Token"])
             status, body = replies[min(len(got), len(replies) - 1)]
             got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             if body is None:
@@ -131,13 +160,20 @@ def service(*replies):
             if callable(body):
                 body = body(got[-1])
             self.send_response(status)
+            if status == 302:
+                self.send_header("Location", body.decode())
             self.end_headers()
             self.wfile.write(body)
+
+        def do_GET(self):
+            tokens.append(self.headers["X-Token"])
+            self.send_response(200)
+            self.end_headers()
 
         def log_message(self, *arguments):
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -169,8 +205,58 @@ def test_a_service_that_fails_twice_and_then_works_has_graded():
 def test_responses_go_in_batches_and_come_back_in_order():
     with service((200, lengths)) as (url, got):
         grades, _ = grade(url, rows=5, batch_rows=2, right_above=2.5)
-    assert [len(batch) for batch in got] == [2, 2, 1]
+    assert sorted(len(batch) for batch in got) == [1, 2, 2]
     assert [(g.reward, g.correct) for g in grades] == [(-1, False), (0, False), (1, False), (2, False), (3, True)]
+
+
+def test_several_requests_are_under_way_at_once_and_come_back_in_order():
+    together = threading.Barrier(3, timeout=20)
+
+    def wait(batch):
+        together.wait()
+        return lengths(batch)
+
+    with service((200, wait)) as (url, _):
+        grades, _ = grade(url, rows=6, batch_rows=2, concurrency=3, retries=0)
+    assert [grade.reward for grade in grades] == [-1, 0, 1, 2, 3, 4]
+
+
+def test_a_header_has_the_value_of_an_environment_variable_which_nothing_shows(make_config, monkeypatch):
+    monkeypatch.setenv("REWARD_TOKEN", "Bearer s3cret")
+    settings = {"kind": "http", "header": "X-Token", "header_env": "REWARD_TOKEN", "retries": 0}
+    tokens = []
+    with service((200, b"<Bearer s3cret>"), (200, b'["Bearer s3cret"]'), (403, b""), tokens=tokens) as (url, _):
+        config = make_config("run", reward={**settings, "url": url})
+        with reward_of(config, character_tokenizer()) as reward:
+            for fault in (r"not JSON: b'<\*\*\*>'", r"'\*\*\*', which is not", "refuses the request: HTTP 403"):
+                with pytest.raises(RewardError, match=fault) as raised:
+                    reward.grade([Problem("p", "a")], ["x"])
+                assert "s3cret" not in str(raised.value)
+    assert tokens == ["Bearer s3cret"] * 3
+    assert "s3cret" not in config.model_dump_json()
+
+
+def test_a_header_does_not_follow_a_redirect_elsewhere():
+    tokens = []
+    with (
+        service((200, b""), tokens=tokens) as (elsewhere, _),
+        service((302, elsewhere.encode()), tokens=tokens) as (url, _),
+        pytest.raises(RewardError),
+    ):
+        grade(url, header=("X-Token", "s3cret"))
+    assert tokens == ["s3cret", None]
+
+
+@pytest.mark.parametrize("value", [None, "", "two\nlines", "ü"])
+def test_a_variable_that_makes_no_header_is_one_line_before_the_run_starts(make_config, monkeypatch, value):
+    monkeypatch.delenv("REWARD_TOKEN", raising=False)
+    if value is not None:
+        monkeypatch.setenv("REWARD_TOKEN", value)
+    config = make_config("run", reward={"kind": "http", "url": "http://127.0.0.1:1", "header_env": "REWARD_TOKEN"})
+    with pytest.raises(ConfigError, match=r"reward.header_env = 'REWARD_TOKEN': .*export it") as raised:  # noqa: SIM117
+        with reward_of(config, character_tokenizer()):
+            pass
+    assert "\n" not in str(raised.value)
 
 
 def test_a_service_that_never_recovers_is_one_line_after_the_last_try():

@@ -302,6 +302,7 @@ def test_torchrun_starts_the_command(make_config, tmp_path):
     ("settings", "message"),
     [
         ({"rollout": {"schedule": "asynchronous"}, "algorithm": {"name": "ppo"}}, "decides by what all engines do"),
+        ({"rollout": {"draws": "engine"}}, "engines of 3 ranks would draw the same numbers"),
         ({"parallel": {"replicas": 2}}, "parallel.replicas = 2: the 3 ranks cannot be divided"),
         ({"rollout": {"prompts_per_step": 2}}, "2 rows: fewer than the 3 ranks"),
         ({"model": {"path": "nowhere"}}, "no model can be loaded"),

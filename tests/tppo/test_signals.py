@@ -11,9 +11,15 @@ import pytest
 
 from profiling.reader import Run
 from tests.tppo.killing import assert_same_run, train_seeded
+from tests.tppo.ranks import on_ranks
+from tests.tppo.test_ranks import assert_equal_runs, settings_of
 from tppo.checkpoints.manifest import verified
 from tppo.checkpoints.store import checkpoints_of, newest_usable
+from tppo.collect import Collector
+from tppo.learner import value_update
+from tppo.rollout.torch_engine import TorchEngine
 from tppo.signals import SAME_S
+from tppo.start import train
 
 
 @pytest.mark.parametrize("schedule", ["recipe", "asynchronous"])
@@ -35,6 +41,68 @@ def test_a_signal_saves_first_and_the_run_goes_on_as_if_undisturbed(make_config,
     train_seeded(whole)
     assert_same_run(config.output, whole.output)
     withstood(f"{signal.Signals(number).name} ({schedule})")
+
+
+def stopped_at(monkeypatch, where, times):
+    """SIGTERM to this process in the n-th call of `where`; returns the calls, which grow."""
+    owner, name = where
+    whole, calls = getattr(owner, name), []
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == times:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("phase", ["evaluation", "rollout", "rewards", "update"])
+def test_a_signal_before_the_first_step_does_not_wait_for_it_and_the_run_goes_on_as_if_undisturbed(
+    make_config, monkeypatch, capsys, phase, withstood
+):
+    own = {"train": {"steps": 2}, "value": {"pretrain_rows": 16, "pretrain_epochs": 3}}
+    config = make_config("run", **own)
+    where, times = {
+        "evaluation": ((TorchEngine, "submit"), 1),
+        "rollout": ((TorchEngine, "submit"), 2),
+        "rewards": ((Collector, "grade"), 1),
+        "update": ((value_update, "value_loss"), 5),
+    }[phase]
+    with monkeypatch.context() as patched:
+        calls = stopped_at(patched, where, times)
+        ends = stopped_at(patched, (TorchEngine, "run_until_a_row_ends"), times=0)
+        outcome = train_seeded(config)
+    assert (outcome.status, outcome.steps, outcome.signal) == ("interrupted", 0, signal.SIGTERM)
+    assert len(calls) == times
+    if phase == "evaluation":
+        assert len(ends) == 1
+    assert f"begins again with --resume {config.output}" in capsys.readouterr().err
+    assert [path.name for path in checkpoints_of(config.output)] == ["step-000000"]
+    assert Run(config.output).trailer["status"] == "interrupted"
+    train_seeded(config, resume=True)
+    whole = make_config("whole", **own)
+    train_seeded(whole)
+    assert_same_run(config.output, whole.output)
+    withstood(f"SIGTERM before the first step ({phase})", lost="what was under way")
+
+
+@pytest.mark.parametrize("where", [(TorchEngine, "submit"), (value_update, "value_loss")])
+def test_a_signal_to_one_rank_before_the_first_step_ends_both_and_both_go_on(make_config, where):
+    own = {**settings_of("tppo"), "train": {"steps": 2, "micro_batch_tokens": 60}, "value": {"pretrain_rows": 16}}
+    config, whole = make_config("run", **own), make_config("whole", **own)
+
+    def work(rank):
+        calls = stopped_at(pytest.MonkeyPatch(), where, times=2 if rank else 0)
+        outcome = train(config, show_progress=False)
+        assert (outcome.status, outcome.steps, outcome.signal) == ("interrupted", 0, signal.SIGTERM)
+        assert len(calls) == 2
+
+    on_ranks(2, work)
+    on_ranks(2, lambda rank: train(config, resume=True, show_progress=False))
+    train(whole, show_progress=False)
+    assert_equal_runs(Run(whole.output), Run(config.output))
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_a_reward_that_fails_leaves_a_checkpoint_from_which_the_run_goes_on_as_i
     before = children()
     config = data_config("failing", **own)
     with (
-        pytest.raises(RunError, match=r"mine:fails_later.*ValueError: no more.*go on with --resume"),
+        pytest.raises(RunError, match=r"ValueError: no more.* with --resume \S+ --reward.function mine:fails_later$"),
         trainer_for(config) as trainer,
     ):
         step = trainer.train_step

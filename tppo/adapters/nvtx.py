@@ -1,9 +1,11 @@
-"""NVTX ranges of a program become phases: `range_push`, `range_pop` and `range` of torch.cuda.nvtx, and `push_range`,
-`pop_range` and `annotate` of the package nvtx. `tppo profile --adapter nvtx -- COMMAND`, or `install()`.
+"""NVTX ranges of a program become phases: `range_push`, `range_pop`, `range`, `range_start` and `range_end` of
+torch.cuda.nvtx, and `push_range`, `pop_range`, `start_range`, `end_range` and `annotate` of the package nvtx; those of
+an nvtx domain's own methods do not. `tppo profile --adapter nvtx -- COMMAND`, or `install()`.
 
 NVTX knows no steps: a range named `step`, alone or with a number, begins one. Ranges go on to NVTX where there is one.
 """
 
+import itertools
 import os
 import re
 import sys
@@ -19,14 +21,22 @@ from profiling.markers import VARIABLE, mark
 MODULES = ("torch.cuda.nvtx", "nvtx")
 _ranges = threading.local()
 _steps = {"now": 0}
+_handles = itertools.count(1)
+_started: dict[int, tuple[str, int, bool, float, Any]] = {}
+"""Our handle -> name, step, whether it begins one, its start, NVTX's handle."""
+
+
+def _begins_a_step(name: str) -> bool:
+    found = re.fullmatch(r"(?i)step[ _:#-]*(\d*)", name)
+    if found:
+        _steps["now"] = int(found[1]) if found[1] else _steps["now"] + 1
+    return bool(found)
 
 
 def push(name: str) -> None:
     stack = _ranges.__dict__.setdefault("stack", [])
-    found = re.fullmatch(r"(?i)step[ _:#-]*(\d*)", name)
-    if found:
-        _steps["now"] = int(found[1]) if found[1] else _steps["now"] + 1
-    stack.append((name, time.perf_counter(), bool(found)))
+    is_step = _begins_a_step(name)
+    stack.append((name, time.perf_counter(), is_step))
 
 
 def pop() -> None:
@@ -41,6 +51,25 @@ def pop() -> None:
         mark(directory, name, _steps["now"], start, time.perf_counter(), depth)
 
 
+def start(name: str, theirs: Any) -> int:
+    """A range that another thread may end, and that does not nest. theirs: its handle in NVTX. Returns ours."""
+    handle = next(_handles)
+    is_step = _begins_a_step(name)
+    _started[handle] = (name, _steps["now"], is_step, time.perf_counter(), theirs)
+    return handle
+
+
+def end(handle: Any) -> Any:
+    """Returns NVTX's own handle."""
+    if handle not in _started:  # it began before the functions were replaced
+        return handle
+    name, step, is_step, began, theirs = _started.pop(handle)
+    directory = os.environ.get(VARIABLE)
+    if directory and not is_step:
+        mark(directory, name, step, began, time.perf_counter())
+    return theirs
+
+
 def patch(module: ModuleType) -> int:
     """Replace the functions of torch.cuda.nvtx or of nvtx; how many."""
     found = 0
@@ -49,6 +78,12 @@ def patch(module: ModuleType) -> int:
             original = getattr(module, name, None)
             if callable(original) and not hasattr(original, "_tppo"):
                 setattr(module, name, _both(own, original))
+                found += 1
+    for first, last in (("range_start", "range_end"), ("start_range", "end_range")):
+        for name, around in ((first, _starting), (last, _ending)):
+            original = getattr(module, name, None)
+            if callable(original) and not hasattr(original, "_tppo"):
+                setattr(module, name, around(original))
                 found += 1
     annotate = getattr(module, "annotate", None)
     if module.__name__ == "nvtx" and callable(annotate) and not hasattr(annotate, "_tppo"):
@@ -69,13 +104,33 @@ def _message(positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
 def _both(own: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
     def both(*positional: Any, **named: Any) -> Any:
         own(*positional, **named)
-        try:
-            return original(*positional, **named)
-        except RuntimeError:  # a torch without NVTX
-            return -1
+        return _asked(original, *positional, **named)
 
     both._tppo = True  # type: ignore[attr-defined]
     return both
+
+
+def _starting(original: Callable[..., Any]) -> Callable[..., Any]:
+    def starting(*positional: Any, **named: Any) -> int:
+        return start(str(_message(positional, named)), _asked(original, *positional, **named))
+
+    starting._tppo = True  # type: ignore[attr-defined]
+    return starting
+
+
+def _ending(original: Callable[..., Any]) -> Callable[..., Any]:
+    def ending(range_id: Any) -> Any:
+        return _asked(original, end(range_id))
+
+    ending._tppo = True  # type: ignore[attr-defined]
+    return ending
+
+
+def _asked(original: Callable[..., Any], *positional: Any, **named: Any) -> Any:
+    try:
+        return original(*positional, **named)
+    except (RuntimeError, AttributeError):  # a torch without NVTX
+        return -1
 
 
 def _annotate(original: Any) -> Any:

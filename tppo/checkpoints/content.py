@@ -210,7 +210,7 @@ def restore(state: TrainingState, checkpoint: Path) -> Restored:
         )
         if has_adapters(state.policy):
             load_adapters(state.policy, load_file(checkpoint / ADAPTERS), _merged(checkpoint))
-        if state.value_model is not None:
+        if state.value_model is not None and progress.started:  # else it may have been stopped in its pre-training
             load_weights(state.value_model, load_file(checkpoint / VALUE_MODEL))
         if state.proximal is not None:
             state.proximal.load(load_file(checkpoint / PROXIMAL))

@@ -41,11 +41,11 @@ def hosts_of(homes: Sequence[Home], ray: Any, address: str) -> list[str]:
 
 
 def _host_of(rank: int, home: Home, first_boot: str, alive: list[str], own: str, address: str) -> str:
-    if home.boot == first_boot:
-        return own
-    for host in alive:
+    for host in [own, *alive]:  # containers of one machine are hosts of their own
         if host in home.addresses:
             return host
+    if home.boot == first_boot:
+        return own
     raise ConfigError(
         f"--ray {address}: rank {rank} is on {home.name}, which is no host of this cluster; run `ray start --address "
         "HOST:PORT` there"

@@ -60,6 +60,7 @@ def reserved_places(ray: Any, config: RunConfig, homes: Sequence[Home] | None = 
     on_gpus = config.model.device == "cuda" or (config.model.device == "auto" and there.get("GPU", 0) > 0)
     bundles = bundles_of(config, on_gpus=on_gpus, hosts=hosts)
     check_it_is_there(config, bundles, there)
+    check_hosts_hold(config, bundles, {f"node:{n['NodeManagerAddress']}": n["Resources"] for n in ray.nodes()})
     together = config.ray.layout == "colocated" and len(set(hosts)) == 1
     group = placement_group(bundles, strategy="STRICT_PACK" if together else "PACK")
     try:
@@ -163,6 +164,21 @@ def check_it_is_there(config: RunConfig, bundles: list[dict[str, float]], there:
                 f"ray.engines = {config.ray.engines}: with {each:g} {name}s each{trainer} they need {total[name]:g}, "
                 f"and the cluster has {there.get(name, 0):g}; lower it, or {setting}"
             )
+
+
+def check_hosts_hold(
+    config: RunConfig, bundles: list[dict[str, float]], hosts: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Raises ConfigError when engines that share the trainer's hosts ask for more than these have."""
+    for host in {name for bundle in bundles for name in bundle if name in hosts}:
+        for kind in ("GPU", "CPU"):
+            needed = sum(bundle.get(kind, 0) for bundle in bundles if host in bundle)
+            if needed > hosts[host].get(kind, 0):
+                raise ConfigError(
+                    f"ray.engines = {config.ray.engines}: colocated, they need {needed:g} {kind}s of the trainer's "
+                    f"host ({host.removeprefix('node:')}), which has {hosts[host].get(kind, 0):g}; start the ranks on "
+                    'the cluster too (--ray.ranks N, a GPU each), or set ray.layout = "separate"'
+                )
 
 
 def asked(bundles: list[dict[str, float]]) -> str:

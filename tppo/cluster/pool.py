@@ -257,18 +257,20 @@ class EnginePool:
     def _let_replacements_in(self, *, resend: bool = False) -> None:
         """Those that are built; where no engine is left, wait for one. resend: with the weights that the others have,
         else the caller sends all of them new ones. Raises EngineError when none is left and none comes."""
+        limit = self._settings.engine_timeout_s
         while self._joining and not (resend and not self._store.can_resend):
-            wait_s = None if not self._members else 0
+            wait_s = 0 if self._members else limit
             done, _ = self._ray.wait([member.ready for member in self._joining], timeout=wait_s)
-            if not done:
+            if not done and self._members:
                 return
+            if not done:  # its host may have gone: nobody would ever build it
+                raise EngineError(f"no rollout engine is left, and none has started within {limit:g} s")
             member = next(member for member in self._joining if member.ready == done[0])
             self._joining.remove(member)
             try:
                 self._welcome(member)
                 if resend:
                     self._store.resend(member)
-                    limit = self._settings.engine_timeout_s
                     self._ray.get(member.actor.use_weights.remote(self.policy_version), timeout=limit)
             except Exception as error:
                 self._bury(member, _reason(error), rows=0)

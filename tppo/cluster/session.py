@@ -1,6 +1,7 @@
 """Joins a Ray cluster, or starts one on this machine, and leaves it as it was."""
 
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from profiling.errors import ConfigError, first_line
 
 LOCAL, AUTO = "local", "auto"
 CONNECT_TIMEOUT_S = 10
+LAUNCHED_ON = "TPPO_RANK_OF_CLUSTER"
+"""In a rank's environment: address of the cluster that it was started on (launch.py), which is the one it joins."""
 
 
 @contextmanager
@@ -21,6 +24,7 @@ def joined_cluster(address: str) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    address = os.environ.get(LAUNCHED_ON, address)
     host, colon, port = address.removeprefix("ray://").partition(":")
     try:
         if colon:  # Ray itself tries for two minutes

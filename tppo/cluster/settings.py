@@ -1,9 +1,10 @@
 """The section [ray]. Imports nothing of Ray."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from profiling.schema import MOST_GPUS
 from profiling.settings import Settings
 
 
@@ -11,6 +12,9 @@ class RayConfig(Settings):
     address: str = ""
     """Run the rollout engines on this Ray cluster: auto, local, HOST:PORT or ray://HOST:PORT. `--ray ADDRESS` sets it;
     left out: one engine, in this process."""
+    ranks: Annotated[PositiveInt, Field(le=MOST_GPUS)] = 1
+    """Ranks that train, a GPU each, started on the cluster as torchrun would start them. 1: this process trains, or
+    the ranks that torchrun has started do."""
     engines: PositiveInt = 1
     """Rollout engines, each in a process of its own."""
     gpus_per_engine: PositiveInt | None = None

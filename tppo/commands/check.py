@@ -2,32 +2,51 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from profiling.console import table_console
 from profiling.errors import ConfigError
 from profiling.files import read_json_table
-from simulator.analytic import TRAINING_USABLE, AnalyticCosts
+from profiling.model_memory import (
+    ACTIVATIONS,
+    BF16,
+    CACHE,
+    FP32,
+    LOGITS,
+    STATES,
+    USABLE,
+    WEIGHTS,
+    Engine,
+    Pass,
+    Sizes,
+    needs_by_phase,
+    training_needs,
+)
+from simulator.analytic import AnalyticCosts
 from simulator.cost_settings import AnalyticCostSettings
 from simulator.hardware import Gpu, load_gpu
+from simulator.memory import sizes_of
+from simulator.models import load_model
 from simulator.models.shape import bundled_config, bundled_names
 from tppo.config import RunConfig
 
 TOLERANCE = 0.02
-"""By which the modules and `tppo plan` may differ in what both count: weights, gradients, moments and the KV cache."""
+"""By which the modules and `tppo plan` may differ in weights, gradients, moments and the KV cache."""
 GB = 1e9
+BOTH = "a lower train.micro_batch_tokens together with rollout.window"
+"""Where one is as large as the other, neither helps alone."""
+PHASES = ("rollout", "training")
 
 
 @dataclass(frozen=True)
 class Part:
-    """Of one GPU's memory, in bytes. plan: what `tppo plan` says; None where it counts nothing of the kind."""
+    """Of one GPU's memory, in bytes. plan: what `tppo plan` says; None for models that it does not know."""
 
     name: str
     built: float
     plan: float | None
-    compared: bool
-    """Both count the same. Else the plan estimates, and the modules decide."""
     phases: tuple[str, ...]
     """rollout, training"""
 
@@ -42,22 +61,26 @@ def run_check(config: RunConfig, *, gpu: str | None, gpus: int, where: str) -> N
     if trainers % config.parallel.replicas:
         raise ConfigError(f"--gpus {gpus}: does not divide into parallel.replicas = {config.parallel.replicas}")
     card = load_gpu(gpu)
-    parts = parts_of(config, card, gpu, gpus)
+    sizes, plan = built_sizes(config), plan_sizes(config)
+    check_an_engine_fits(config, card, gpu)
+    phases, usable = phases_of(sizes, config, card, gpus), USABLE * card.memory_bytes
+    parts = parts_of(sizes, plan, config, card, gpus)
     console = table_console()
     console.print(table_of(parts, f"{where}: each of {gpus} {card.name}, GB"))
     for part in parts:
-        if part.compared and part.plan is not None and abs(part.built - part.plan) > TOLERANCE * part.plan:
+        same = part.name.startswith((STATES, WEIGHTS, CACHE))
+        if same and part.plan is not None and abs(part.built - part.plan) > TOLERANCE * part.plan:
             raise ConfigError(
                 f"{where}: {part.name}: the modules have {part.built / GB:.2f} GB, tppo plan says "
                 f"{part.plan / GB:.2f}: more than {TOLERANCE:.0%} apart; report it"
             )
-    for phase in ("rollout", "training"):
-        needed, usable = sum(p.built for p in parts if phase in p.phases), TRAINING_USABLE * card.memory_bytes
+    for phase in PHASES:
+        needed = sum(phases[phase].values())
         if needed > usable:
+            remedies = remedies_of(sizes, config, card, gpus, phase)
             raise ConfigError(
                 f"{where}: {phase} needs {needed / GB:.1f} GB of each {card.name}, and {usable / GB:.1f} are usable; "
-                "take more GPUs, or lower rollout.max_rows_per_engine, train.micro_batch_tokens or "
-                "rollout.max_response_tokens"
+                + (f"what lowers it: {', '.join(remedies)}" if remedies else "take larger GPUs")
             )
         console.print(f"{phase}: {needed / GB:.1f} of {usable / GB:.1f} GB", highlight=False)
 
@@ -100,70 +123,117 @@ def config_json_of(path: str) -> Path:
     )
 
 
-def parts_of(config: RunConfig, card: Gpu, gpu: str, gpus: int) -> list[Part]:
+def built_sizes(config: RunConfig) -> Sizes:
     from tppo.models import memory
+
+    return memory.sizes_of(memory.build(read_json_table(config_json_of(config.model.path)), config), config)
+
+
+def plan_sizes(config: RunConfig) -> Sizes | None:
+    """By `tppo plan`'s formulas; None for what they do not know: adapters, averages, value models of other sizes."""
+    from tppo.algorithms.recipes import RECIPES
+
+    recipe, model = RECIPES[config.algorithm.name], load_model(config_json_of(config.model.path))
+    if config.value.path or config.model.lora_rank or recipe.proximal == "ewma":
+        return None
+    return sizes_of(model, value_model=recipe.has_value_model, reference_model=bool(config.algorithm.kl_coef))
+
+
+def phases_of(sizes: Sizes, config: RunConfig, card: Gpu, gpus: int) -> dict[str, dict[str, float]]:
+    """Bytes of each GPU: rollout, training -> part."""
+    from tppo.models.memory import tokens_of_a_pass
+
+    prompt, ray, rollout = prompt_tokens_of(config), config.ray, config.rollout
+    tokens, logit_tokens = tokens_of_a_pass(config, prompt)
+    own_pass = Pass(
+        shards=gpus_that_train(config, gpus) // config.parallel.replicas, tokens=tokens, logit_tokens=logit_tokens,
+        checkpointed=config.model.activation_checkpointing, cpu_offload=config.parallel.cpu_offload,
+    )  # fmt: skip
+    on_ray, rows = ray.address != "", rows_of_an_engine(config, gpus)
+    # Beside training's cache, evaluations have one of their own.
+    caches = 1 if rollout.release_memory or not config.evaluation.every or on_ray else 2
+    engine = Engine(
+        share_bytes=config.vllm.gpu_memory_utilization * card.memory_bytes if rollout.engine == "vllm" else None,
+        weight_bytes=FP32 if rollout.dtype == "float32" else BF16,
+        cache_tokens=caches * rows * (prompt + rollout.max_response_tokens), released=rollout.release_memory,
+        sent=on_ray, apart=on_ray and ray.layout == "separate",
+    )  # fmt: skip
+    return needs_by_phase(training_needs(sizes, own_pass), sizes, engine)
+
+
+def check_an_engine_fits(config: RunConfig, card: Gpu, gpu: str) -> None:
+    """Raises ConfigError when vLLM's share does not hold its part of the weights and one row's cache."""
+    if config.rollout.engine != "vllm":
+        return
+    size, share = config.gpus_per_engine, config.vllm.gpu_memory_utilization * card.memory_bytes
+    model = str(config_json_of(config.model.path))
+    settings = AnalyticCostSettings(kind="analytic", model=model, gpu=gpu, tensor_parallel=size)
+    plan = AnalyticCosts(settings, engine_gpus=size, trainer_gpus=1, engines=1)
+    needs = sum(plan.rollout_memory(prompt_tokens_of(config) + config.rollout.max_response_tokens).needs.values())
+    if share < needs:
+        raise ConfigError(
+            f"vllm.gpu_memory_utilization = {config.vllm.gpu_memory_utilization:g}: {share / GB:.1f} GB of a "
+            f"{card.name} do not hold an engine's part of the weights and the cache of one row, "
+            f"{needs / GB:.1f} GB; raise it, or vllm.tensor_parallel"
+        )
+
+
+def remedies_of(sizes: Sizes, config: RunConfig, card: Gpu, gpus: int, phase: str) -> list[str]:
+    """What makes the phase's memory smaller, found by trying."""
+    needed = sum(phases_of(sizes, config, card, gpus)[phase].values())
+    rollout, train, ray = config.rollout, config.train, config.ray
+    cluster = {"engines": 2 * ray.engines} if ray.layout == "colocated" else {}
+    smaller_pass = {"micro_batch_tokens": max(1, train.micro_batch_tokens // 2)}
+    smaller_window = {"window": max(1, rollout.window // 2)}
+    found: list[str] = []
+    tried: list[tuple[str, int, dict[str, dict[str, Any]]]] = [
+        ("rollout.release_memory = true", gpus, {"rollout": {"release_memory": True}}),
+        ("model.activation_checkpointing = true", gpus, {"model": {"activation_checkpointing": True}}),
+        ("a lower vllm.gpu_memory_utilization", gpus,
+         {"vllm": {"gpu_memory_utilization": config.vllm.gpu_memory_utilization / 2}}),
+        ("a lower rollout.max_rows_per_engine", gpus, {"rollout": {"max_rows_per_engine": 1}}),
+        ("a lower train.micro_batch_tokens", gpus, {"train": smaller_pass}),
+        ("a lower rollout.window", gpus, {"rollout": smaller_window}),
+        (BOTH, gpus, {"train": smaller_pass, "rollout": smaller_window}),
+        ("a lower rollout.max_response_tokens", gpus,
+         {"rollout": {"max_response_tokens": max(1, rollout.max_response_tokens // 2)}}),
+        ("more GPUs", 2 * gpus, {"ray": cluster} if ray.address else {}),
+        ("parallel.cpu_offload = true", gpus, {"parallel": {"cpu_offload": gpus_that_train(config, gpus) > 1}}),
+    ]  # fmt: skip
+    for name, many, sections in tried:
+        changes = {at: getattr(config, at).model_copy(update=values) for at, values in sections.items()}
+        if many > gpus and rollout.engine == "vllm" and not ray.address:
+            continue  # one engine, in a process that trains on one GPU
+        if sum(phases_of(sizes, config.model_copy(update=changes), card, many)[phase].values()) < needed:
+            found.append(name)
+    alone = {"a lower train.micro_batch_tokens", "a lower rollout.window"} & set(found)
+    return [name for name in found if not (name == BOTH and alone)]
+
+
+def parts_of(sizes: Sizes, plan: Sizes | None, config: RunConfig, card: Gpu, gpus: int) -> list[Part]:
+    from tppo.models.memory import tokens_of_a_pass
+
+    built = phases_of(sizes, config, card, gpus)
+    said = phases_of(plan, config, card, gpus) if plan else {phase: {} for phase in PHASES}
+    prompt = prompt_tokens_of(config)
+    tokens, logit_tokens = tokens_of_a_pass(config, prompt)
+    about = {
+        ACTIVATIONS: f" of {tokens} tokens", LOGITS: f" of {logit_tokens} tokens",
+        CACHE: f", {rows_of_an_engine(config, gpus)} rows of {prompt + config.rollout.max_response_tokens}",
+    }  # fmt: skip
+    found = []
+    for name in dict.fromkeys([*built["rollout"], *built["training"]]):
+        phases = tuple(phase for phase in PHASES if name in built[phase])
+        found.append(Part(name + about.get(name, ""), built[phases[0]][name], said[phases[0]].get(name), phases))
+    return found
+
+
+def rows_of_an_engine(config: RunConfig, gpus: int) -> int:
+    """That run at once."""
     from tppo.start import schedule_of, slots_of
 
-    source = config_json_of(config.model.path)
-    values = read_json_table(source)
-    built, prompt = memory.build(values, config), prompt_tokens_of(config)
-    shards = gpus_that_train(config, gpus) // config.parallel.replicas
-    on_ray, of_an_engine = config.ray.address != "", config.gpus_per_engine
-    engines = config.ray.engines if on_ray else 1 if config.rollout.engine == "vllm" else gpus
-    row_tokens, rows = prompt + config.rollout.max_response_tokens, slots_of(config, schedule_of(config), engines)
-    tokens, picked = memory.tokens_of_a_pass(config, prompt)
-    checkpointed = config.model.activation_checkpointing
-    plan = AnalyticCosts(
-        AnalyticCostSettings(
-            kind="analytic", model=str(source), gpu=gpu, tensor_parallel=of_an_engine,
-            value_model=built.value_model is not None, reference_model=bool(config.algorithm.kl_coef),
-            micro_batch_tokens=tokens, recompute="full" if checkpointed else "none",
-        ),
-        engine_gpus=of_an_engine, trainer_gpus=shards, engines=engines,
-    )  # fmt: skip
-    activations = memory.activation_bytes(built.policy, tokens, checkpointed=checkpointed)
-    training, rollout = plan.training_memory().needs, plan.rollout_memory(row_tokens).needs
-    # The plan knows no adapters, averages, offloading, float32 references, and no value model of other sizes.
-    states_alike = not (
-        config.value.path or config.model.lora_rank or config.parallel.cpu_offload or config.algorithm.kl_coef
-        or config.algorithm.name == "ppo-ewma"
-    )  # fmt: skip
-    apart = on_ray and config.ray.layout == "separate"
-    trains: tuple[str, ...] = ("training",) if apart else ("rollout", "training")
-    always: tuple[str, ...] = ("rollout",) if apart else ("rollout", "training")
-    resting = ("rollout",) if config.rollout.release_memory else always
-    if config.rollout.engine == "vllm":
-        share = config.vllm.gpu_memory_utilization * card.memory_bytes
-        if share < sum(rollout.values()):
-            raise ConfigError(
-                f"vllm.gpu_memory_utilization = {config.vllm.gpu_memory_utilization:g}: {share / GB:.1f} GB of a "
-                f"{card.name} do not hold an engine's part of the weights and the cache of one row, "
-                f"{sum(rollout.values()) / GB:.1f} GB; raise it, or vllm.tensor_parallel"
-            )
-        engine = [Part("vLLM: vllm.gpu_memory_utilization", share, None, False, resting)]
-    else:
-        cache = memory.cache_bytes(built.policy, config, rows, row_tokens)
-        weights = memory.engine_weight_bytes(built.policy, config)
-        both = 1 if config.rollout.release_memory or not config.evaluation.every or on_ray else 2
-        engine = [
-            Part("engine's weights", weights, rollout["weights"], config.rollout.dtype != "float32", always),
-            Part(f"KV cache, {rows} rows of {row_tokens}", both * cache,
-                 both * rows * rollout["cache of the longest row"], config.rollout.dtype != "float32",
-                 resting),
-        ]  # fmt: skip
-    if on_ray:
-        largest = max(p.numel() for p in built.policy.parameters()) * memory.FP32
-        engine.append(Part("a weight on its way to engines", largest, None, False, trains[:1]))
-    return [
-        Part("weights, gradients, moments", memory.state_bytes(built, config, shards),
-             training["weights, gradients and optimizer"], states_alike, trains),
-        *engine,
-        Part("gathered shards", memory.gathered_bytes(built.policy), training["two gathered layers"], False,
-             ("training",)),
-        Part(f"activations of {tokens} tokens", activations, training["activations"], False, ("training",)),
-        Part(f"logits of {picked} tokens", picked * plan.model.vocabulary * memory.LOGIT, training["logits"], False,
-             ("training",)),
-    ]  # fmt: skip
+    engines = 1 if config.rollout.engine == "vllm" else gpus
+    return slots_of(config, schedule_of(config), config.ray.engines if config.ray.address else engines)
 
 
 def prompt_tokens_of(config: RunConfig) -> int:
@@ -179,13 +249,7 @@ def table_of(parts: list[Part], title: str) -> Table:
     for name in ("", "modules", "tppo plan", "difference", "in"):
         table.add_column(name, justify="left" if name in ("", "in") else "right")
     for part in parts:
-        difference = "plan estimates"
-        if part.plan is None:
-            difference = "-"
-        elif part.compared:
-            difference = f"{part.built / part.plan - 1:+.2%}"
-        table.add_row(
-            part.name, f"{part.built / GB:.2f}", "-" if part.plan is None else f"{part.plan / GB:.2f}", difference,
-            " and ".join(part.phases),
-        )  # fmt: skip
+        said = "-" if part.plan is None else f"{part.plan / GB:.2f}"
+        difference = f"{part.built / part.plan - 1:+.2%}" if part.plan else "-"
+        table.add_row(part.name, f"{part.built / GB:.2f}", said, difference, " and ".join(part.phases))
     return table

@@ -3,8 +3,10 @@
 import argparse
 import json
 import re
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -20,6 +22,8 @@ LISTS = ("gpus", "steps_ratio", "schedules", "windows", "factors", "tensor_paral
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag a field of the question; its docstring is the help."""
+    parser.add_argument("--config", type=Path, metavar="CONFIG", help="of tppo train: what flags leave open is taken "
+                        "from it (model, lengths at most, batch, schedule, steps, memory)")  # fmt: skip
     for name, field in Question.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
         if field.annotation is bool:
@@ -38,6 +42,14 @@ def _shown(default: Any) -> str:
 
 def question_of(options: argparse.Namespace) -> Question:
     given: dict[str, Any] = {}
+    if options.config is not None:
+        from tppo.commands.plan_config import asked_by
+
+        given = asked_by(options.config)
+        if options.finished_rows is not None:
+            del given["steps"]
+        if options.lengths is not None:
+            del given["mean_tokens"]
     for name in Question.model_fields:
         value = getattr(options, name)
         if value is None:
@@ -88,8 +100,8 @@ def print_answer(question: Question, found: Answer) -> None:
         table.add_row(
             str(row["gpus"]), f"{row['schedule']}{only}{front}", str(row["tensor_parallel"]), _interval(row["hours"]),
             _interval(row["dollars"]), _interval(row["kwh"], 1e-3), f"{row['idle_share']:.0%}",
-            f"{row['memory_headroom_gb']:.0f} GB", f"{row['speedup_per_step']:.2f}",
-            f"{row['speedup_per_finished_row']:.2f}", _interval(row["speedup_at_equal_score"]),
+            f"{row['memory_headroom_gb']:.0f} GB", _times(row["speedup_per_step"]),
+            _times(row["speedup_per_finished_row"]), _interval(row["speedup_at_equal_score"]),
             f"{row['probability_cheapest']:.0%}",
         )  # fmt: skip
     console.print(table)
@@ -104,11 +116,28 @@ def print_answer(question: Question, found: Answer) -> None:
     for row in found.rows:
         if not row["fault"] and (row["on_the_front"] or row["probability_cheapest"] > 0.05):
             console.print(f"{row['gpus']} GPUs, {row['schedule']}: {row['why']}.", highlight=False, soft_wrap=True)
+    _print_memory(console, found)
     console.print(f"\nWhat decides: {found.decides}.", highlight=False, soft_wrap=True)
     if found.best_window:
         console.print(f"Best window: {found.best_window}.", highlight=False, soft_wrap=True)
     console.print(f"Tail: {found.tail}.", highlight=False, soft_wrap=True)
     console.print("Assumed: " + "; ".join(found.assumptions) + ".", highlight=False, soft_wrap=True)
+
+
+def _print_memory(console: Console, found: Answer) -> None:
+    """Once for options that need the same."""
+    said = set()
+    for row in found.rows:
+        for phase, needs in (row["memory_gb"] or {}).items():
+            parts = ", ".join(f"{size:.1f} {part}" for part, size in needs.items())
+            text = f"Memory of each of {row['gpus']} GPUs in {phase}: {sum(needs.values()):.1f} GB: {parts}."
+            if text not in said:
+                console.print(text, highlight=False, soft_wrap=True)
+            said.add(text)
+
+
+def _times(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.2f}"
 
 
 def _interval(values: dict[str, float] | None, scale: float = 1.0) -> str:

@@ -21,6 +21,13 @@ def run_training(
     rollout engines. Returns the exit code."""
     config = read_config(config_path, words, output=output, resume=resume, ray=ray)
 
+    from tppo.cluster.launch import launches_ranks, run_on_cluster
+
+    if launches_ranks(config):
+        flags = {"--output": output, "--resume": resume, "--ray": ray}
+        own = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
+        return run_on_cluster(config, ["train", *([str(config_path)] if config_path else []), *own, *words])
+
     from tppo.quiet import quieten_libraries
 
     quieten_libraries()
@@ -68,9 +75,9 @@ def read_config(
 
 def check_training(
     config_path: Path | None, words: Sequence[str], *, output: Path | None, resume: Path | None, ray: str | None,
-    gpu: str | None, gpus: int,
+    gpu: str | None, gpus: int | None,
 ) -> None:  # fmt: skip
-    """Whether it fits its GPUs; nothing is read but its config.json, and nothing written. Raises ConfigError."""
+    """Whether it fits its GPUs (None: as many as it asks a cluster for, else one); nothing is read but its config.json, and nothing written. Raises ConfigError."""
     config = read_config(config_path, words, output=output, resume=resume, ray=ray)
 
     from tppo.quiet import quieten_libraries
@@ -78,6 +85,9 @@ def check_training(
     quieten_libraries()
     from tppo.commands.check import run_check
 
+    if gpus is None:
+        apart = config.ray.engines * config.gpus_per_engine if config.ray.layout == "separate" else 0
+        gpus = config.ray.ranks + (apart if config.ray.address else 0)
     run_check(config, gpu=gpu, gpus=gpus, where=str(config_path or resume))
 
 

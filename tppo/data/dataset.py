@@ -1,7 +1,7 @@
 """Problems of a data set as a task: read once, in an order that is a function of seed and epoch alone."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,17 +11,19 @@ from profiling.errors import DataError
 from tppo.config import SourceConfig
 from tppo.data.layouts import layout_of
 from tppo.data.problem import Problem
-from tppo.data.prompts import Prompter, problem_of
+from tppo.data.prompts import Prompter, identities, problem_of
 from tppo.data.tables import open_tables
 
 PROMPTS_AT_ONCE = 1000
+ARGUMENTS = ("prompt", "response", "answer")
+"""Of a reward function, whatever the columns are called."""
 
 
 @dataclass(frozen=True)
 class Entry:
     problem: Problem
-    identity: str
-    """The row's problem as the data set has it, before any template: what tells two problems apart."""
+    identities: frozenset[str]
+    """It is the problem of another data set where they share one."""
     prompt_tokens: int
 
 
@@ -32,6 +34,8 @@ class Counts:
     rows: int = 0
     repeated: int = 0
     unanswered: int = 0
+    unreadable: int = 0
+    """Their answers are nothing that the reward can compare with."""
     too_long: int = 0
     held_out: int = 0
     """Also in the held-out set."""
@@ -41,6 +45,7 @@ class Counts:
         reasons = {
             "repeat an earlier problem": self.repeated,
             "lack a problem or an answer": self.unanswered,
+            "have an answer that math-verify cannot read": self.unreadable,
             f"have prompts of more than {max_prompt_tokens} tokens": self.too_long,
             "are held out": self.held_out,
         }
@@ -57,44 +62,61 @@ def check_text(text: str, where: str) -> None:
 
 
 def read_entries(
-    source: SourceConfig, prompter: Prompter, max_prompt_tokens: int, *, key: str
+    source: SourceConfig,
+    prompter: Prompter,
+    max_prompt_tokens: int,
+    *,
+    key: str,
+    all_columns: bool = False,
+    unreadable: Callable[[Iterable[str]], set[str]] = lambda answers: set(),
 ) -> tuple[list[Entry], Counts]:
     """The distinct problems of a data set that have an answer and a prompt short enough, in the data's order.
 
-    key: the section of the configuration that messages name. Raises DataError when none is left.
+    key: the section of the configuration that messages name. all_columns: keep the others with each problem.
+    unreadable: which answers cannot be compared with. Raises DataError when none is left.
     """
     counts = Counts()
-    seen: dict[str, Problem] = {}
+    seen: dict[str, tuple[Problem, frozenset[str]]] = {}
+    why = ""
     for table in open_tables(source.path, split=source.split, subset=source.subset, key=key):
         layout = layout_of(
             table, source.layout, prompt_column=source.prompt_column, answer_column=source.answer_column, key=key
         )
-        for row in table.rows(layout.columns):
+        for row in table.rows(table.columns if all_columns else layout.columns):
             counts.rows += 1
             text = problem_of(row[layout.problem], f"{table.where}: row {counts.rows}")
             answer = layout.answer_of(row)
             if text is None or answer is None:
                 counts.unanswered += 1
+                if answer is None and not why:
+                    why = f"; in row {counts.rows} {layout.why_not(row)}, and {layout.answer} is wanted"
                 continue
             identity = text if isinstance(text, str) else json.dumps(text, sort_keys=True)
             if identity in seen:
                 counts.repeated += 1
                 continue
             check_text(identity + answer, f"{table.where}: row {counts.rows}")
-            seen[identity] = Problem(prompter.prompt(text), answer, special_tokens=not prompter.chat)
+            others = {name: value for name, value in row.items() if name not in (layout.problem, *ARGUMENTS)}
+            columns = json.dumps(others, default=str) if all_columns else "{}"
+            problem = Problem(prompter.prompt(text), answer, not prompter.chat, columns)
+            seen[identity] = problem, identities(text, prompter.template)
     if not counts.rows:
         raise DataError(f"{key}.path = {source.path!r}, split {source.split!r}: holds no rows")
+    bad = unreadable(problem.answer for problem, _ in seen.values())
+    kept = [(problem, known_by) for problem, known_by in seen.values() if problem.answer not in bad]
+    counts.unreadable = len(seen) - len(kept)
     entries = [
-        Entry(problem, identity, tokens)
-        for (identity, problem), tokens in zip(seen.items(), _lengths(prompter, list(seen.values())), strict=True)
+        Entry(problem, known_by, tokens)
+        for (problem, known_by), tokens in zip(kept, _lengths(prompter, [each for each, _ in kept]), strict=True)
     ]
     short = [entry for entry in entries if entry.prompt_tokens <= max_prompt_tokens]
     counts.too_long = len(entries) - len(short)
     if not short:
         raise DataError(
-            f"{key}.path = {source.path!r}: of {counts.rows} rows {counts.unanswered} lack a problem or an answer and "
-            f"{counts.too_long} have prompts of more than data.max_prompt_tokens = {max_prompt_tokens}; none is left: "
-            f"check {key}.layout, or raise data.max_prompt_tokens"
+            f"{key}.path = {source.path!r}: of {counts.rows} rows {counts.unanswered} lack a problem or an answer, "
+            f"{counts.unreadable} have an answer that math-verify cannot read and {counts.too_long} have prompts of "
+            f"more than data.max_prompt_tokens = {max_prompt_tokens}; none is left{why}: check {key}.layout, "
+            f"{key}.prompt_column and {key}.answer_column, set reward.kind, or raise data.max_prompt_tokens"
         )
     return short, counts
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from profiling.errors import DataError
+from profiling.errors import DataError, shown
 from tppo.data.boxed import last_boxed
 from tppo.data.tables import Table
 
@@ -44,6 +44,17 @@ class Layout:
         for key in self.answer.split(".")[1:]:
             value = value.get(key) if isinstance(value, dict) else None
         return self.read_answer(value)
+
+    def why_not(self, row: dict[str, Any]) -> str:
+        """Of a row without an answer: what is there instead."""
+        path, value = self.answer_column, row[self.answer_column]
+        for key in self.answer.split(".")[1:]:
+            if not isinstance(value, dict) or key not in value:
+                break
+            path, value = f"{path}.{key}", value[key]
+        if path != self.answer and isinstance(value, dict):
+            return f"{path} has {', '.join(map(str, value)) or 'no keys'}"
+        return f"{path} is {shown(value)}"
 
 
 def plain_answer(value: Any) -> str | None:

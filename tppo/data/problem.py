@@ -15,6 +15,8 @@ class Problem:
     answer: str
     special_tokens: bool = True
     """Whether the tokenizer adds its own special tokens; a chat template has put them in already."""
+    columns: str = "{}"
+    """The row's further columns as a JSON object, where reward.kind is python."""
 
 
 class Task(Protocol):

@@ -41,6 +41,17 @@ class Prompter:
             ) from None
 
 
+def identities(problem: str | list[dict[str, str]], template: str) -> frozenset[str]:
+    """By which problems of two data sets are the same: the words, system messages left out, as they are and inside
+    the template, since some data sets have an instruction in theirs. Without spaces, in one case."""
+    words = (
+        [problem] if isinstance(problem, str) else [each["content"] for each in problem if each["role"] != "system"]
+    )
+    *before, last = words or [""]
+    texts = (last, template.replace(PLACE, last))
+    return frozenset("".join("".join([*before, text]).split()).casefold() for text in texts)
+
+
 def prompter_of(
     tokenizer: PreTrainedTokenizerBase, system: str, template: str, chat: Literal["auto", "always", "never"]
 ) -> Prompter:

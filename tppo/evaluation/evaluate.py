@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from tppo.config import RunConfig
 from tppo.data.problem import Problem, prompt_ids
 from tppo.evaluation.graded import Graded
+from tppo.evaluation.votes import votes
 from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.rewards.protocol import Reward, answers_of
 from tppo.rollout.protocol import Completion, Request, RolloutEngine, Sampling
@@ -57,12 +58,14 @@ def evaluate(
     everyones = sorted((each for part in ranks.everyones(answered) for each in part), key=lambda each: each.row)
     shape = (len(problems), samples)
     given = [each.given for each in everyones]
+    by_problem = [given[first : first + samples] for first in range(0, len(given), samples)]
+    correct = np.array([each.correct for each in everyones], dtype=bool).reshape(shape)
     return Graded(
         tokens=np.array([each.tokens for each in everyones]).reshape(shape),
         finished=np.array([each.reason == "stop" for each in everyones]).reshape(shape),
         cut=np.array([each.reason == "budget" for each in everyones]).reshape(shape),
-        correct=np.array([each.correct for each in everyones], dtype=bool).reshape(shape),
-        answers=[given[first : first + samples] for first in range(0, len(given), samples)],
+        correct=correct,
+        answers=votes(by_problem, correct, reward, ranks),
     )
 
 

@@ -11,7 +11,7 @@ from tppo.data.problem import Problem
 from tppo.data.tasks import evaluation_problems
 from tppo.evaluation.evaluate import evaluate, evaluation_sampling, evaluation_slots, longest_prompt_of
 from tppo.evaluation.graded import Graded
-from tppo.models.policy import load_policy
+from tppo.models.policy import load_policy, own_stops
 from tppo.parallel.ranks import device_of
 from tppo.rewards.make import reward_of
 from tppo.rollout.engines import check_rows_fit, make_engine, sampling_of
@@ -43,14 +43,14 @@ def evaluate_model(
     problems = evaluation_problems(config, tokenizer)
     longest_prompt = longest_prompt_of(problems, tokenizer)
     check_rows_fit(config, policy, tokenizer, longest_prompt)
-    sampling = evaluation_sampling(config, sampling_of(config, tokenizer), seed)
+    sampling = evaluation_sampling(config, sampling_of(config, tokenizer, own_stops=own_stops(policy)), seed)
     engine = make_engine(
         config, policy, tokenizer, model_path=config.model.path,
         slots=evaluation_slots(config, len(problems)),
         max_tokens=longest_prompt + config.rollout.max_response_tokens,
         generator=torch.Generator().manual_seed(seed), clock=time.perf_counter,
     )  # fmt: skip
-    with reward_of(config, tokenizer) as reward:
+    with reward_of(config, tokenizer, own_stops=own_stops(policy)) as reward:
         graded = evaluate(
             engine, sampling, tokenizer, problems, reward, max_response_tokens=config.rollout.max_response_tokens,
             samples=config.evaluation.samples, on_end=on_end,

@@ -55,7 +55,11 @@ def question_from(query: Mapping[str, str], uploads: Uploads) -> Question:
     try:
         return Question.model_validate(given)
     except ValidationError as error:
-        raise Unclear([fault_of(describe(own, Question), own["loc"]) for own in error.errors()]) from None
+        told: dict[str | None, Fault] = {}  # a list without the values that are none of its kind is also too short
+        for own in error.errors():
+            fault = fault_of(describe(own, Question), own["loc"])
+            told.setdefault(fault.field, fault)
+        raise Unclear(list(told.values())) from None
 
 
 def _value(name: str, text: str, uploads: Uploads) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from profiling.errors import ConfigError, RunError
 from simulator.plan import Question
+from simulator.plan.estimate import Estimate
 from simulator.plan.options import Option
 from tppo.explore import work
 from tppo.explore.workers import Workers
@@ -44,6 +45,17 @@ class Planner:
         with _Turn(self):
             known = await self._all(await self._options(question))
             return await self._workers.run(work.answered, question, [own.estimate for own in known])
+
+    async def first(self, question: Question) -> tuple[dict[str, Any], bool]:
+        """(an answer, whether it is the whole one): with first estimates of the options that are not known yet.
+        Raises as `answer` does."""
+        with _Turn(self):
+            options = await self._options(question)
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._first_of(option)) for option in options]
+            found = [task.result() for task in tasks]
+            whole = all(option.experiment is None or _key(option) in self._known for option in options)
+            return await self._workers.run(work.answered, question, found), whole
 
     async def pictures(self, question: Question, places: Sequence[int]) -> list[dict[str, Any]]:
         """Of the options at these places of the answer; empty for one that cannot be run."""
@@ -89,10 +101,18 @@ class Planner:
             tasks = [group.create_task(self._one(option)) for option in options]
         return [task.result() for task in tasks]
 
+    async def _first_of(self, option: Option) -> Estimate | str:
+        if option.experiment is None or _key(option) in self._known:
+            return (await self._one(option)).estimate
+        try:
+            return await self._workers.run(work.first, option)
+        except RunError as error:
+            return str(error)
+
     async def _one(self, option: Option) -> work.Known:
         if option.experiment is None:
             return work.Known(str(option.fault), {})
-        key = f"{option.label} {option.experiment.model_dump_json()}"
+        key = _key(option)
         if key not in self._known:
             try:
                 self._known[key] = await self._workers.run(work.simulated, option)
@@ -103,6 +123,11 @@ class Planner:
         while len(self._known) > MOST_KEPT:
             self._known.popitem(last=False)
         return found
+
+
+def _key(option: Option) -> str:
+    assert option.experiment is not None
+    return f"{option.label} {option.experiment.model_dump_json()}"
 
 
 class _Turn:

@@ -168,6 +168,12 @@ def _add_answers(app: FastAPI, uploads: Uploads) -> None:
         found = await _unless_given_up(request, app.state.planner.answer(question))
         return _json(found, uploads)
 
+    @app.get("/api/first")
+    async def first(request: Request) -> Response:
+        question, _ = asked(request)
+        found, whole = await _unless_given_up(request, app.state.planner.first(question))
+        return _json({"whole": whole, "answer": found}, uploads)
+
     @app.get("/api/pictures")
     async def pictures(request: Request) -> Response:
         question, others = asked(request)

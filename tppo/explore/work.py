@@ -9,6 +9,7 @@ from profiling.errors import ConfigError, ToolkitError
 from simulator.models import load_model
 from simulator.plan import Question, answer
 from simulator.plan.estimate import Estimate, estimate_of, played
+from simulator.plan.first import first_estimate
 from simulator.plan.options import Option, options_of
 from tppo.explore.pictures import pictures_of
 
@@ -32,6 +33,13 @@ def options(question: Question, most: int) -> list[Option]:
             "windows, factors or schedules, or use tppo plan"
         )
     return found
+
+
+def first(option: Option) -> Estimate | str:
+    try:
+        return first_estimate(option)
+    except ToolkitError as error:
+        return str(error)
 
 
 def simulated(option: Option) -> Known:

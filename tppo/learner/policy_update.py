@@ -28,6 +28,7 @@ from tppo.learner.ewma import ProximalPolicy
 from tppo.learner.finite import Found, check_loss, found_in, of_rows
 from tppo.learner.mismatch import importance_weights, mismatch_metrics
 from tppo.learner.step import step_optimizer
+from tppo.models.dropout import Draws, draw_masks
 from tppo.models.policy import Scored, token_log_probs
 from tppo.parallel.ranks import SINGLE, Ranks
 
@@ -108,7 +109,10 @@ def update_policy(
                 continue
             optimizer.zero_grad()
             sums.losses.append({})
-            _accumulate(model, batch, members, recipe, config, pad_token_id, proximal, ranks, sums)
+            dropout_seed = None
+            if config.model.lora_dropout:
+                dropout_seed = int(torch.randint(2**62, (), generator=generator))
+            _accumulate(model, batch, members, recipe, config, pad_token_id, proximal, ranks, sums, dropout_seed)
             with of_rows([batch.spans.rows[i] for i in members]):
                 sums.norms.append(step_optimizer(model, optimizer, config, "policy"))
             batch.spans.work.updates += 1
@@ -142,8 +146,10 @@ def _accumulate(
     proximal: ProximalPolicy | None,
     ranks: Ranks,
     sums: Sums,
+    dropout_seed: int | None,
 ) -> None:
-    """Gradients of one mini-batch, micro-batch by micro-batch: this rank's, which sharding sums with the others'."""
+    """Gradients of one mini-batch, micro-batch by micro-batch: this rank's, which sharding sums with the others'.
+    dropout_seed: the same on all ranks; None: nothing is dropped."""
     spans, algorithm = batch.spans, config.algorithm
     weights = torch.zeros(batch.mask.shape)
     weights[members] = token_weights(batch.mask[members], recipe.aggregation) * batch.row_weights[members, None]
@@ -161,6 +167,10 @@ def _accumulate(
             asked = _joined(part, pick(responses, group, demonstrated, pad_token_id).to(ranks.device))
             spans.work.outputs += (len(asked.targets) - picked) * counts
         prefix = [spans.rows[i].context_before - 1 for i in group] if detached else None
+        if dropout_seed is not None:
+            skipped = prefix or [0] * len(group)
+            tokens_behind = [length - own for length, own in zip(part.lengths, skipped, strict=True)]
+            draw_masks(model, Draws(dropout_seed, [spans.rows[i].row for i in group], tokens_behind))
         scored = token_log_probs(
             model, asked.input_ids, asked.row, asked.column, asked.targets, config.rollout.temperature,
             prefix_tokens=None if prefix is None else torch.tensor(prefix, device=ranks.device),

@@ -1,5 +1,6 @@
 """The value model's update, on its own rows, optimiser, mini-batches and micro-batches."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from tppo.learner.finite import check_loss, found_in, of_rows
 from tppo.learner.step import step_optimizer
 from tppo.models.value import ValueModel
 from tppo.parallel.ranks import SINGLE, Ranks
+from tppo.signals import nothing
 
 
 def update_value(
@@ -30,8 +32,10 @@ def update_value(
     steps_per_epoch: int,
     clip: float | None,
     ranks: Ranks = SINGLE,
+    between: Callable[[], None] = nothing,
 ) -> dict[str, Any]:
-    """Train on every token of the batch's spans. No rows: no step, and null metrics."""
+    """Train on every token of the batch's spans. No rows: no step, and null metrics. between: called before every
+    micro-batch, by all ranks together; what it raises ends the training in its midst."""
     spans, valid = batch.spans, batch.spans.valid
     budget = config.value.micro_batch_tokens or config.train.micro_batch_tokens
     losses, norms = [], []
@@ -43,6 +47,7 @@ def update_value(
             optimizer.zero_grad()
             total = 0.0
             for group, counts in in_micro_batches(spans, members, budget, ranks):
+                between()
                 part, here = pick(spans, group, valid, pad_token_id, count=counts).to(ranks.device), valid[group]
                 targets, weight, old = (
                     table[group][here].to(ranks.device) for table in (batch.targets, weights, batch.old_values)

@@ -19,6 +19,7 @@ def checkpoint_activations(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-        if isinstance(getattr(part, "attention_dropout", None), float):
-            setattr(part, "attention_dropout", 0.0)  # noqa: B010  (to mypy a module's attributes are modules)
+        for name, value in list(vars(part).items()):
+            if "drop" in name and isinstance(value, float):  # attention_dropout, OPT's dropout and layerdrop
+                setattr(part, name, 0.0)
     model.train()

@@ -16,23 +16,13 @@ from transformers import PreTrainedModel
 
 from profiling.errors import ConfigError, first_line
 from tppo.config import ModelConfig
+from tppo.models.dropout import RowDropout
 from tppo.parallel.tensors import like, whole
 
 ADAPTER = "default"
 """peft's name of the only adapter that a model has here."""
 BASE = ".base_layer"
 """What peft puts into the name of a layer's own weights."""
-
-
-class DropoutWithGradient(nn.Module):
-    """Drops only where gradients are wanted: the policy that samples and is scored is the whole one."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        return nn.functional.dropout(x, self.p, training=torch.is_grad_enabled())
 
 
 def add_adapters(model: PreTrainedModel, settings: ModelConfig, seed: int) -> None:
@@ -58,12 +48,13 @@ def add_adapters(model: PreTrainedModel, settings: ModelConfig, seed: int) -> No
     found = {name.rpartition(".")[2] for name, _ in adapted_layers(model)}
     if isinstance(targets, list) and (missing := [name for name in targets if name.rpartition(".")[2] not in found]):
         raise ConfigError(f"model.lora_targets = {targets!r}: no layer is named {missing[0]!r}; leave it out")
-    for name, layer in adapted_layers(model):
+    for number, (name, layer) in enumerate(adapted_layers(model)):
         if not isinstance(layer.base_layer, nn.Linear):
             raise ConfigError(f"model.lora_targets = {targets!r}: {name} is no linear layer; leave it out")
         if layer.base_layer is model.get_output_embeddings() or layer is model.get_output_embeddings():
             raise ConfigError(f"model.lora_targets = {targets!r}: {name} is the output layer; leave it out")
-        layer.lora_dropout[ADAPTER] = DropoutWithGradient(settings.lora_dropout)  # type: ignore[index, operator, assignment]
+        if settings.lora_dropout:
+            layer.lora_dropout[ADAPTER] = RowDropout(settings.lora_dropout, number)  # type: ignore[index, operator, assignment]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from profiling.errors import ConfigError
+from profiling.model_memory import Sizes
 from tppo.algorithms.recipes import RECIPES
 from tppo.config import RunConfig
 from tppo.models.lora import add_adapters, is_adapter
@@ -19,14 +20,6 @@ from tppo.models.value import ValueModel
 from tppo.models.value_source import backbone_settings
 from tppo.parallel.shard import layers_of
 
-BF16, FP32 = 2, 4
-TRAINED = 4 * FP32
-"""Bytes of a weight that trains: itself, its gradient and AdamW's two moments, all in float32."""
-LOGIT = 16
-"""Bytes of a logit at the peak, in float32: logits and log-probabilities, then two factors of the entropy forwards,
-two gradients backwards."""
-GRADIENT_UNDER_WAY = BF16 + FP32
-"""Bytes of a gathered weight's gradient before it is reduced to shards: computed in bfloat16, reduced in float32."""
 SHAPES = "shapes_only"
 """Name of the attention that computes nothing and keeps what flash attention keeps."""
 
@@ -65,37 +58,31 @@ def _value_model(config: RunConfig, policy: PreTrainedModel) -> ValueModel:
     return ValueModel(AutoModelForCausalLM.from_config(own, dtype=torch.float32, attn_implementation=SHAPES, **trust))
 
 
-def state_bytes(built: Built, config: RunConfig, shards: int) -> float:
-    """Weights, gradients and moments of everything that is kept, on one of so many GPUs."""
-    trained, frozen = 0, 0
-    for model in (built.policy, built.value_model):
+def sizes_of(built: Built, config: RunConfig) -> Sizes:
+    """Counted on the modules. Raises ConfigError for a model without rotary positions."""
+    trained, frozen, policy = 0, 0, built.policy
+    for model in (policy, built.value_model):
         for parameter in model.parameters() if model is not None else ():
             trained += parameter.numel() * parameter.requires_grad
             frozen += parameter.numel() * (not parameter.requires_grad)
-    policy = sum(p.numel() for p in built.policy.parameters())
+    numbers = [p.numel() for p in policy.parameters()]
     copies = int(bool(config.algorithm.kl_coef) and not config.model.lora_rank)  # the reference
     copies += 2 * (RECIPES[config.algorithm.name].proximal == "ewma")  # the average, and the model that has it
-    if config.parallel.cpu_offload:
-        return 0.0
-    return (trained * TRAINED + (frozen + copies * policy) * FP32) / shards
+    layers, about = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(policy)], describe_model(policy)
+    return Sizes(
+        trained=trained, frozen=frozen + copies * sum(numbers), layers=len(layers), largest_layer=max(layers),
+        outside=sum(numbers) - sum(layers), largest_weight=max(numbers),
+        outside_trains=any(p.requires_grad for p in policy.get_input_embeddings().parameters()),
+        hidden=about["hidden_size"], vocabulary=about["vocab_size"], kept_bytes=kept_bytes_per_token(policy),
+        engine=sum(p.numel() for name, p in policy.named_parameters() if not is_adapter(name)),  # adapters merged
+        cached=about["kv_bytes_per_token"] / about["bytes_per_parameter"],
+    )  # fmt: skip
 
 
-def gathered_bytes(policy: PreTrainedModel) -> float:
-    """Of shards brought together in bfloat16: the layer at hand and the next, and all outside of layers; with
-    gradients under way of the layer at hand and of what is outside."""
-    layers = layers_of(policy)
-    largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
-    outside = sum(p.numel() for p in policy.parameters()) - sum(p.numel() for ly in layers for p in ly.parameters())
-    trains_outside = any(p.requires_grad for p in policy.get_input_embeddings().parameters())
-    return largest * (2 * BF16 + GRADIENT_UNDER_WAY) + outside * (BF16 + GRADIENT_UNDER_WAY * trains_outside)
-
-
-def activation_bytes(policy: PreTrainedModel, tokens: int, *, checkpointed: bool) -> float:
-    """Kept for the way back of a row of `tokens` tokens in bfloat16: of every layer what autograd saves, or its input
-    alone and one layer's all while that is computed again. Attention as a flash kernel keeps it."""
-    kept = _kept_by_a_layer(policy, tokens)
-    layers, hidden = len(layers_of(policy)), policy.config.get_text_config().hidden_size
-    return layers * tokens * hidden * BF16 + kept if checkpointed else layers * kept
+def kept_bytes_per_token(policy: PreTrainedModel) -> float:
+    """That autograd saves of the first layer in bfloat16. Attention as a flash kernel keeps it."""
+    tokens = 16  # of which all grows linearly
+    return _kept_by_a_layer(policy, tokens) / tokens
 
 
 def _kept_by_a_layer(policy: PreTrainedModel, tokens: int) -> float:
@@ -141,19 +128,6 @@ def _flash_like(
     value: Float[Tensor, "rows kv_heads time dim"], attention_mask: Tensor | None, **others: Any,
 ) -> tuple[Float[Tensor, "rows time heads dim"], None]:  # fmt: skip
     return _Flash.apply(query, key, value).transpose(1, 2), None
-
-
-def engine_weight_bytes(policy: PreTrainedModel, config: RunConfig) -> float:
-    """Of the torch engine's own copy, adapters merged: whole on every GPU."""
-    plain = sum(p.numel() for name, p in policy.named_parameters() if not is_adapter(name))
-    return plain * float(FP32 if config.rollout.dtype == "float32" else BF16)
-
-
-def cache_bytes(policy: PreTrainedModel, config: RunConfig, rows: int, row_tokens: int) -> float:
-    """Of the torch engine's keys and values for so many slots."""
-    size = FP32 if config.rollout.dtype == "float32" else BF16
-    about = describe_model(policy)
-    return rows * row_tokens * about["kv_bytes_per_token"] / about["bytes_per_parameter"] * size
 
 
 def tokens_of_a_pass(config: RunConfig, prompt_tokens: int) -> tuple[int, int]:

@@ -50,7 +50,8 @@ def load_policy(
             return ConfigError(f'model.attention = {attention!r}: this model has none; set model.attention = "eager"')
         if "flash_attn" in reason or "FlashAttention" in reason:
             return ConfigError(f"model.attention = {attention!r}: {reason}; install it, or set sdpa")
-        return ConfigError(f"model.path = {path!r}: no model can be loaded from it: {reason}")
+        absent = "" if Path(path).expanduser().exists() else "no such folder, and as a name on the hub "
+        return ConfigError(f"model.path = {path!r}: {absent}no model can be loaded from it: {reason}")
 
     with reading_model(fault):
         settings = settings_of(path, **trust)
@@ -145,6 +146,16 @@ def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """A token to pad with; Llama's tokenizers have none. Padding is never attended to, so any token will do."""
     pad = tokenizer.pad_token_id
     return int(tokenizer.eos_token_id if pad is None else pad)
+
+
+def own_stops(model: PreTrainedModel) -> tuple[int, ...]:
+    """Tokens that end a response by the model's generation_config.json, <|eot_id|> of a chat model say; none where it
+    has no such file, and only config.json's are known."""
+    settings = model.generation_config
+    if settings is None or getattr(settings, "_from_model_config", False):
+        return ()
+    found = settings.eos_token_id
+    return () if found is None else tuple(found) if isinstance(found, list) else (found,)
 
 
 def input_layer(model: PreTrainedModel) -> nn.Embedding:

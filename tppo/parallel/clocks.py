@@ -84,7 +84,7 @@ def note_of(kind: str, number: int, offset: Offset, reference: str) -> dict[str,
     return {
         "type": "note",
         "text": f"{kind} {number} is on another host: {offset.seconds:+.6f} s bring its clock to {reference}'s, to "
-        f"within {1e6 * offset.uncertainty_s:.0f} us",
+        f"within {1e6 * offset.uncertainty_s:.0f} us; its GPUs are not sampled, and joules of the run are null",
         kind: number,
         "offset_s": offset.seconds,
         "uncertainty_s": offset.uncertainty_s,

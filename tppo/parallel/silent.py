@@ -17,7 +17,7 @@ class SilentWriter(RunWriter):
     def sync(self) -> None:
         pass
 
-    def trace(self, record: Mapping[str, Any]) -> None:
+    def trace(self, *records: Mapping[str, Any]) -> None:
         pass
 
     def metrics(self, row: Mapping[str, Any]) -> None:

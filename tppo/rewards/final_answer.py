@@ -23,5 +23,9 @@ class FinalAnswer:
         found = [ANSWER.search(response) for response in responses]
         return [match.group(1) if match else None for match in found]
 
+    def alike(self, answers: Sequence[Sequence[str]]) -> list[list[str]]:
+        """None are: they are digits."""
+        return [list(each) for each in answers]
+
     def close(self) -> None:
         pass

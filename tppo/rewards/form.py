@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from tppo.data.problem import Problem
 from tppo.rewards.pool import WorkerPool
-from tppo.rewards.protocol import Grade, Reward, answers_of
+from tppo.rewards.protocol import Grade, Reward, alike_of, answers_of
 
 
 class FormReward:
@@ -34,6 +34,9 @@ class FormReward:
 
     def answers(self, responses: Sequence[str]) -> list[str | None]:
         return answers_of(self.inner, responses)
+
+    def alike(self, answers: Sequence[Sequence[str]]) -> list[list[str]]:
+        return alike_of(self.inner, answers)
 
     def close(self) -> None:
         self.pool.close()

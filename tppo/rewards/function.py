@@ -19,7 +19,13 @@ class FunctionReward:
 
     def grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
         jobs = [
-            {"kind": "function", "prompt": problem.prompt, "response": response, "answer": problem.answer}
+            {
+                "kind": "function",
+                "prompt": problem.prompt,
+                "response": response,
+                "answer": problem.answer,
+                "columns": problem.columns,
+            }
             for problem, response in zip(problems, responses, strict=True)
         ]
         grades = []

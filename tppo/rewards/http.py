@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from typing import Any
 
@@ -22,6 +23,8 @@ LONGEST_REPLY_BYTES = 64 * 2**20
 
 
 class HttpReward:
+    """concurrency: requests under way at once. header: a name and a value that nothing here prints."""
+
     def __init__(
         self,
         url: str,
@@ -29,28 +32,38 @@ class HttpReward:
         timeout_s: float = 30.0,
         retries: int = 3,
         batch_rows: int = 64,
+        concurrency: int = 8,
+        header: tuple[str, str] | None = None,
         right_above: float = 0.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.url, self.timeout_s, self.retries = url, timeout_s, retries
-        self.batch_rows, self.right_above, self._sleep = batch_rows, right_above, sleep
+        self.batch_rows, self.concurrency, self.header = batch_rows, concurrency, header
+        self.right_above, self._sleep = right_above, sleep
 
     def grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
         items = [
             {"prompt": problem.prompt, "response": response, "answer": problem.answer}
             for problem, response in zip(problems, responses, strict=True)
         ]
-        rewards: list[float] = []
-        for first in range(0, len(items), self.batch_rows):
-            batch = items[first : first + self.batch_rows]
-            rewards += self._rewards_in(self._post(batch), len(batch))
-        return [Grade(reward, reward > self.right_above) for reward in rewards]
+        batches = [items[first : first + self.batch_rows] for first in range(0, len(items), self.batch_rows)]
+        with ThreadPoolExecutor(self.concurrency) as threads:
+            rewards = list(threads.map(self._rewards_of, batches))  # in order; the first fault ends it
+        return [Grade(reward, reward > self.right_above) for batch in rewards for reward in batch]
+
+    def _rewards_of(self, batch: Sequence[dict[str, str]]) -> list[float]:
+        reply = self._post(batch)
+        if self.header:  # a service that echoes
+            reply = reply.replace(self.header[1].encode(), b"***")
+        return self._rewards_in(reply, len(batch))
 
     def _post(self, batch: Sequence[dict[str, str]]) -> bytes:
         """The reply, after as many tries as it takes or may take. Raises RewardError after the last."""
         request = urllib.request.Request(
             self.url, data=json.dumps(batch).encode(), headers={"Content-Type": "application/json"}
         )
+        if self.header:
+            request.add_unredirected_header(*self.header)
         fault = ""
         for attempt in range(self.retries + 1):
             if attempt:

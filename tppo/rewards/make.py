@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from transformers import PreTrainedTokenizerBase
 
 from profiling.errors import ConfigError
-from tppo.config import RunConfig
+from tppo.config import RewardConfig, RunConfig
 from tppo.data.problem import Problem
 from tppo.rewards.final_answer import FinalAnswer
 from tppo.rewards.form import FormReward
@@ -16,7 +16,7 @@ from tppo.rewards.function import FunctionReward
 from tppo.rewards.http import HttpReward
 from tppo.rewards.math import MathReward
 from tppo.rewards.pool import WorkerPool
-from tppo.rewards.protocol import Grade, Reward, RewardError, answers_of
+from tppo.rewards.protocol import Grade, Reward, RewardError, alike_of, answers_of
 
 TIMEOUT_S = {"final_answer": 5.0, "math": 5.0, "python": 60.0, "http": 30.0}
 
@@ -33,6 +33,9 @@ class WithoutEnd:
     def answers(self, responses: Sequence[str]) -> list[str | None]:
         return answers_of(self.inner, [self._without_end(response) for response in responses])
 
+    def alike(self, answers: Sequence[Sequence[str]]) -> list[list[str]]:
+        return alike_of(self.inner, answers)
+
     def _without_end(self, response: str) -> str:
         for end in self.ends:
             if response.endswith(end):
@@ -43,16 +46,36 @@ class WithoutEnd:
         self.inner.close()
 
 
+def kind_of(config: RunConfig) -> str:
+    """reward.kind, the task's where it is auto."""
+    if config.reward.kind != "auto":
+        return config.reward.kind
+    return "final_answer" if config.data.task == "arithmetic" else "math"
+
+
+def header_of(settings: RewardConfig) -> tuple[str, str] | None:
+    """Name and value of the header that reward.header_env asks for. Raises ConfigError, which does not show it."""
+    if not settings.header_env:
+        return None
+    value = os.environ.get(settings.header_env, "")
+    if not (value.isascii() and value.isprintable() and value):
+        raise ConfigError(
+            f"reward.header_env = {settings.header_env!r}: the environment has no such variable, or it is empty or "
+            "not one line of printable ASCII; export it before the run starts"
+        )
+    return settings.header, value
+
+
 @contextmanager
-def reward_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Reward]:
-    """The reward, its processes started; they are ended with the block, however it ends.
+def reward_of(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, own_stops: Sequence[int] = ()
+) -> Iterator[Reward]:
+    """The reward, its processes started; they are ended with the block, however it ends. own_stops: tokens that end a
+    response besides the tokenizer's and those of the configuration.
 
     Raises ConfigError when they cannot be: a function that does not import, say.
     """
-    settings = config.reward
-    kind = settings.kind
-    if kind == "auto":
-        kind = "final_answer" if config.data.task == "arithmetic" else "math"
+    settings, kind = config.reward, kind_of(config)
     pool = WorkerPool(
         {
             "math": kind == "math",
@@ -71,14 +94,15 @@ def reward_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator
     elif kind == "http":
         reward = HttpReward(
             settings.url, timeout_s=settings.timeout_s or TIMEOUT_S[kind], retries=settings.retries,
-            batch_rows=settings.batch_rows, right_above=settings.right_above,
+            batch_rows=settings.batch_rows, right_above=settings.right_above, concurrency=settings.concurrency,
+            header=header_of(settings),
         )  # fmt: skip
     else:
         reward = FinalAnswer(settings.right, settings.wrong)
     if settings.format_pattern:
         reward = FormReward(reward, pool, settings.format_reward)
     if kind != "final_answer":
-        stops = [str(tokenizer.decode([token])) for token in config.rollout.stop_token_ids]
+        stops = [str(tokenizer.decode([token])) for token in (*own_stops, *config.rollout.stop_token_ids)]
         reward = WithoutEnd(reward, [str(tokenizer.eos_token), *stops])
     try:
         if kind in ("math", "python") or settings.format_pattern:

@@ -46,9 +46,27 @@ class MathReward:
         return grades
 
     def answers(self, responses: Sequence[str]) -> list[str | None]:
-        """What is boxed, spaces left out; whole numbers as AIME's readers write them, 033 as 33."""
+        """What is graded, spaces left out; whole numbers as AIME's readers write them, 033 as 33. None also where
+        reading takes too long. Raises RewardError."""
         boxes = [last_boxed(response) for response in responses]
-        return [None if box is None else _plain("".join(box.split())) for box in boxes]
+        jobs = [
+            {"kind": "answer", "text": _text(box, response)}
+            for box, response in zip(boxes, responses, strict=True)
+            if box is None
+        ]
+        results = iter(self.pool.run(jobs) if jobs else [])
+        given = [next(results).get("answer") if box is None else box for box in boxes]
+        return [None if answer is None else _plain("".join(answer.split())) for answer in given]
+
+    def alike(self, answers: Sequence[Sequence[str]]) -> list[list[str]]:
+        """Compared by math-verify, a problem's answers under one time limit; where that ends, they differ as their
+        texts do. Raises RewardError."""
+        places = [place for place, own in enumerate(answers) if len(own) > 1 and not all(map(INTEGER.fullmatch, own))]
+        jobs = [{"kind": "alike", "answers": list(answers[place])} for place in places]
+        firsts = [list(each) for each in answers]
+        for place, result in zip(places, self.pool.run(jobs) if jobs else [], strict=True):
+            firsts[place] = [answers[place][first] for first in result.get("first", range(len(answers[place])))]
+        return firsts
 
     def close(self) -> None:
         self.pool.close()

@@ -53,13 +53,22 @@ class AnswerReader(Protocol):
     """A reward that can also say what a response answers, whatever is right: a majority vote counts these."""
 
     def answers(self, responses: Sequence[str]) -> list[str | None]:
-        """In order. Responses that answer the same have the same text here; None: no answer can be read."""
+        """In order: the answer that `grade` would compare; None: none can be read."""
+        ...
+
+    def alike(self, answers: Sequence[Sequence[str]]) -> list[list[str]]:
+        """For each problem's distinct answers, in their order: the first of those that each is equal to."""
         ...
 
 
 def answers_of(reward: Reward, responses: Sequence[str]) -> list[str | None]:
     """All None for a reward that reads no answers."""
     return reward.answers(responses) if isinstance(reward, AnswerReader) else [None] * len(responses)
+
+
+def alike_of(reward: Reward, answers: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Each like itself alone for a reward that reads no answers."""
+    return reward.alike(answers) if isinstance(reward, AnswerReader) else [list(each) for each in answers]
 
 
 def grade_metrics(grades: Sequence[Grade]) -> dict[str, float | None]:

@@ -4,9 +4,15 @@
     reply  {"ready": true}, or {"error": "..."}
     job    {"kind": "math", "gold": "1/2", "text": "\\boxed{0.5}"}
     reply  {"correct": true, "unparsed": false}
+    job    {"kind": "gold", "text": "1/2"}
+    reply  {"readable": true}
+    job    {"kind": "answer", "text": "... the answer is 0.5"}
+    reply  {"answer": "0.5"}, or null where there is none
+    job    {"kind": "alike", "answers": ["1/2", "3", "0.5"]}
+    reply  {"first": [0, 1, 0]}: places of the first that each equals
     job    {"kind": "format", "text": "..."}
     reply  {"match": true}
-    job    {"kind": "function", "prompt": "...", "response": "...", "answer": "..."}
+    job    {"kind": "function", "prompt": "...", "response": "...", "answer": "...", "columns": "{\"level\": 5}"}
     reply  {"reward": 1.0}; to any job also {"error": "..."}
 
 It ends when its input does. While a job runs its parent may be killed: a thread watches for that, and where the job
@@ -15,6 +21,7 @@ never lets a thread run (a regular expression that backtracks), a limit on CPU t
 
 import contextlib
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -81,7 +88,8 @@ def _prepare(setup: Job) -> dict[str, Callable[[Job], Job]]:
     sys.path[:] = list(dict.fromkeys([*sys.path, *setup["sys_path"]]))
     if setup["function"]:
         function = _function_of(setup["function"])
-        checks["function"] = lambda job: _call(function, job)
+        takes = _keywords_of(function)
+        checks["function"] = lambda job: _call(function, takes, job)
     else:
         _limit_memory()
     if setup["pattern"]:
@@ -92,20 +100,47 @@ def _prepare(setup: Job) -> dict[str, Callable[[Job], Job]]:
 
         logging.disable()  # it says for every answer that its own time limit is off
         math_verify.verify(math_verify.parse("$1$", parsing_timeout=None), [2], timeout_seconds=None)
-        checks["math"] = _check_math
+        checks |= {"math": _check_math, "gold": _read_gold, "answer": _read_answer, "alike": _compare}
     return checks
 
 
 def _function_of(name: str) -> Callable[..., Any]:
-    module, _, attribute = name.replace(":", ".").rpartition(".")
-    function = getattr(importlib.import_module(module), attribute)
+    """package.module:Class.method, or with dots alone: what is left of the last module is looked up inside of it."""
+    module, colon, path = name.partition(":")
+    function: Any = None
+    if colon:
+        function = importlib.import_module(module)
+    while function is None:
+        module, _, attribute = module.rpartition(".")
+        path = f"{attribute}.{path}".rstrip(".")
+        try:
+            function = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            absent = error.name or ""
+            if "." not in absent or not f"{module}.".startswith(f"{absent}."):  # or is what a module imports
+                raise
+    for attribute in path.split("."):
+        function = getattr(function, attribute)
     if not callable(function):
         raise TypeError(f"{name} is not a function")
     return function
 
 
-def _call(function: Callable[..., Any], job: Job) -> Job:
-    result = function(job["prompt"], job["response"], job["answer"])
+def _keywords_of(function: Callable[..., Any]) -> Callable[[str], bool]:
+    """Whether a column of this name is an argument, besides prompt, response and answer, which go by position."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # of something built in
+        return lambda name: False
+    by_position = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    taken, any_name = by_position[:3], any(each.kind == each.VAR_KEYWORD for each in parameters)
+    by_name = [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    return lambda name: name not in taken and (any_name or name in by_name)
+
+
+def _call(function: Callable[..., Any], takes: Callable[[str], bool], job: Job) -> Job:
+    columns = {name: value for name, value in json.loads(job["columns"]).items() if takes(name)}
+    result = function(job["prompt"], job["response"], job["answer"], **columns)
     if isinstance(result, str) or not hasattr(result, "__float__"):
         return {"error": f"returned {result!r:.60}, not a number"}
     number = float(result)
@@ -123,6 +158,42 @@ def _check_math(job: Job) -> Job:
     if not gold or not given:
         return {"correct": False, "unparsed": True}
     return {"correct": bool(verify(gold, given, timeout_seconds=None)), "unparsed": False}
+
+
+def _read_gold(job: Job) -> Job:
+    """Whether other ways to write it could be told to equal it; words have none."""
+    from math_verify import parse
+
+    text = job["text"]
+    found = parse(f"\\boxed{{{text}}}", parsing_timeout=None)
+    return {"readable": any(not isinstance(each, str) for each in found) or "".join(text.split()).isalpha()}
+
+
+def _read_answer(job: Job) -> Job:
+    """What `text` answers, a number without the marks around it: **7** is 7."""
+    from math_verify import parse
+
+    found = parse(job["text"], parsing_timeout=None)
+    if not found:
+        return {"answer": None}
+    return {"answer": str(found[0] if getattr(found[0], "is_Integer", False) else found[-1])}
+
+
+def _compare(job: Job) -> Job:
+    """Which of a problem's answers are equal, each compared with the first of every kind that came before it."""
+    from math_verify import parse, verify
+
+    parsed = [parse(f"\\boxed{{{answer}}}", parsing_timeout=None) for answer in job["answers"]]
+    first: list[int] = []
+    for place, own in enumerate(parsed):
+        kinds = [earlier for earlier in range(place) if first[earlier] == earlier]
+        equal = (
+            earlier
+            for earlier in kinds
+            if verify(parsed[earlier], own, allow_set_relation_comp=True, timeout_seconds=None)
+        )
+        first.append(next(equal, place))
+    return {"first": first}
 
 
 def _end_with(parent: int) -> None:

@@ -10,6 +10,7 @@ from tppo.rollout.protocol import Clock, Completion, EngineError, Request, Rollo
 from tppo.rollout.rows import Row
 from tppo.schedule import CarriedRow, Demand, Reason, RowEnd, Schedule, StepPlan, StepState
 from tppo.schedule.log import plan_record, row_end_record
+from tppo.signals import nothing
 
 Trace = Callable[[Mapping[str, Any]], None]
 
@@ -31,10 +32,12 @@ def run_rollout(
     sampling: Sampling,
     trace: Trace,
     clock: Clock,
+    between: Callable[[], None] = nothing,
 ) -> tuple[StepState, list[Completion]]:
     """Generate the plan's tokens into `rows`, until the schedule ends the step; what still runs then is aborted and
     comes back with what it has. Rows have begun their window. Returns the schedule's state at the end, and what
-    brought it there: every row's end, in order. Raises EngineError."""
+    brought it there: every row's end, in order. between: called between ends; what it raises ends the rollout. Raises
+    EngineError."""
     with engine_faults(plan.step):
         engine.submit(requests_of(plan, rows), sampling)
     state = StepState.of(plan)
@@ -49,6 +52,7 @@ def run_rollout(
         for completion in completions:
             state = take_completion(schedule, state, completion, rows, max_response_tokens, trace, clock())
         ended += completions
+        between()
     return state, ended
 
 

@@ -1,6 +1,7 @@
 """Makes the rollout engine that a configuration asks for, after checking that its rows can run on this model."""
 
 import copy
+from collections.abc import Sequence
 
 import psutil
 import torch
@@ -124,11 +125,13 @@ def evaluation_engine(
     )  # fmt: skip
 
 
-def sampling_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks = SINGLE) -> Sampling:
+def sampling_of(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks = SINGLE, *, own_stops: Sequence[int] = ()
+) -> Sampling:
     """How training samples. With several ranks or on a cluster by row, unless set otherwise: where a row runs changes
-    nothing."""
+    nothing. own_stops: the model's."""
     rollout = config.rollout
-    stops = (tokenizer.eos_token_id, *rollout.stop_token_ids)
+    stops = tuple(dict.fromkeys((tokenizer.eos_token_id, *own_stops, *rollout.stop_token_ids)))
     several = ranks.world > 1 or config.ray.address != ""
     by_row = rollout.draws == "row" or (rollout.draws == "auto" and several)
     seed = config.train.seed if by_row else None

@@ -76,9 +76,9 @@ function line(row, place, isBest, shown, most, choose) {
     }});
   const cell = (text, range = "") => element("td", {}, text, range ? element("small", {}, range) : null);
   const spread = (values, scale) => { const {middle, range} = interval(values, scale); return cell(middle, range.replace(" to ", "–")); };
-  const first = [element("td", {}, box), cell(row.gpus), element("td", {class: "left"}, row.schedule, " ",
-    row.on_the_front ? tag("front") : null, row.simulated_only ? tag("simulated only") : null)];
-  return element("tr", {class: isBest ? "best" : null, "data-place": place}, ...first, 
+  const first = [element("td", {}, box), cell(row.gpus), element("td", {class: "left"}, row.schedule, element("small", {},
+    row.on_the_front ? tag("front") : null, row.simulated_only ? tag("simulated only") : null))];
+  return element("tr", {class: isBest ? "best" : null, "data-place": place}, ...first,
     spread(row.hours), spread(row.dollars), spread(row.kwh, 1e-3), cell(percent(row.idle_share)), cell(short(row.speedup_per_step)),
     cell(short(row.speedup_per_finished_row)), spread(row.speedup_at_equal_score), cell(percent(row.probability_cheapest)),
     cell(row.tensor_parallel), cell(`${short(row.memory_headroom_gb)} GB`));

@@ -1,5 +1,6 @@
 // The form: which fields stand where, and what they say as a query. Names, help and defaults come from the server.
 
+const PAUSE_MS = 300; // of pasting and typing numbers, before they are sent
 export const FIRST = {
   model: "Qwen2.5-7B", gpu: "H100-SXM", gpus: "64", finished_rows: "3000000", windows: "8192",
 };
@@ -36,12 +37,18 @@ export function element(tag, attributes = {}, ...children) {
   return made;
 }
 
+const NOTHING = {law: "", file: "Choose a CSV of lengths.", paste: "Paste lengths, one number of tokens each."};
+
 export class Form {
   // changed(): called after every change of an answer's question.
   constructor(root, choices, changed) {
     this.root = root;
     this.choices = choices;
     this.changed = changed;
+    this.sent = {};
+    // By source of lengths: what the server has of it, and what is missing before there is a question to ask.
+    this.uploads = {law: null, file: null, paste: null};
+    this.missing = {...NOTHING};
     this.fields = Object.fromEntries(choices.fields.map((field) => [field.name, field]));
     root.append(
       this.folded("Hardware", true, [this.modelField(), this.field("gpu", this.select("gpu", choices.gpus), " "), this.field("gpus")]),
@@ -120,11 +127,18 @@ export class Form {
 
   lengths() {
     const source = (value, text) => element("label", {class: "check"},
-      element("input", {type: "radio", name: "source", value, checked: value === "law", onchange: () => this.showSource()}), text);
+      element("input", {type: "radio", name: "source", value, checked: value === "law",
+        onchange: () => { this.showSource(); this.changed(); }}), text);
     const file = element("input", {type: "file", id: "lengths-file", accept: ".csv,text/csv",
       "aria-label": "CSV of response lengths", onchange: () => this.upload("lengths", file)});
+    let pause = 0;
     const paste = element("textarea", {id: "paste", "aria-label": "Response lengths, one number each", spellcheck: "false",
-      placeholder: "3120 8044 512 24576 ...", onchange: () => this.upload("lengths", paste)});
+      placeholder: "3120 8044 512 24576 ...", oninput: () => {
+        this.keep("paste", null, paste.value.trim() ? "Reading the lengths." : NOTHING.paste);
+        this.changed();
+        clearTimeout(pause);
+        pause = setTimeout(() => this.upload("lengths", paste), PAUSE_MS);
+      }});
     this.kept = element("span", {class: "help", id: "kept"});
     return [
       element("div", {role: "radiogroup", "aria-label": "Response lengths"}, source("law", "a lognormal law"),
@@ -148,28 +162,48 @@ export class Form {
 
   get source() { return this.root.querySelector('[name="source"]:checked').value; }
 
-  showSource(ask = true) {
+  // Why there is no question to ask yet.
+  get lacks() { return this.missing[this.source]; }
+
+  showSource() {
     for (const name of ["law", "file", "paste"]) document.getElementById(`of-${name}`).hidden = this.source !== name;
-    if (ask && (this.source === "law" || this.input("lengths").value)) this.changed();
+    const own = this.uploads[this.source];
+    this.input("lengths").value = own?.id ?? "";
+    this.kept.textContent = own ? `Uploaded: ${own.name}` : "";
+    document.getElementById("error-lengths").textContent = "";
+  }
+
+  // What the server has of a source, or why it has nothing.
+  keep(source, own, missing = "") {
+    this.uploads[source] = own;
+    this.missing[source] = missing;
+    if (source === "file" && own) {
+      const columns = own.columns.length ? own.columns : ["tokens"];
+      this.input("lengths_column").replaceChildren(...columns.map((value) => element("option", {value}, value)));
+      this.input("lengths_column").value = columns.includes("tokens") ? "tokens" : columns[0];
+    }
+    this.showSource();
   }
 
   async upload(kind, input) {
-    const pasted = input.id === "paste";
+    const pasted = input.id === "paste", source = pasted ? "paste" : "file";
     if (pasted ? !input.value.trim() : !input.files.length) return;
     const [name, body] = pasted ? ["pasted.csv", input.value] : [input.files[0].name, input.files[0]];
-    this.tell([]);
+    const place = document.getElementById(`error-${kind}`), sent = this.sent[kind] = {};
+    place.textContent = "";
+    input.removeAttribute("aria-invalid");
+    if (kind === "lengths") this.keep(source, null, "Reading the lengths.");
+    this.changed();
     const answer = await fetch(`/api/${kind}?${new URLSearchParams({name, paste: pasted})}`, {method: "POST", body})
       .catch(() => null);
+    const told = answer ? await answer.json() : {faults: [{message: "The server does not answer; is tppo explore still running?"}]};
+    if (sent !== this.sent[kind]) return; // another one has been sent since
     if (!answer?.ok) {
-      const told = answer ? (await answer.json()).faults[0].message : "The server does not answer; is tppo explore still running?";
-      document.getElementById(`error-${kind}`).textContent = told;
+      if (kind === "lengths") this.keep(source, null, "These lengths cannot be used.");
+      place.textContent = told.faults[0].message;
       input.setAttribute("aria-invalid", "true");
-      return;
-    }
-    const own = await answer.json();
-    input.removeAttribute("aria-invalid");
-    if (kind === "model") this.offer("model", own.id, `${own.name}, ${(own.parameters / 1e9).toPrecision(3)} billion parameters`);
-    else this.keep(own);
+    } else if (kind === "lengths") this.keep(source, told);
+    else this.offer("model", told.id, `${told.name}, ${(told.parameters / 1e9).toPrecision(3)} billion parameters`);
     this.changed();
   }
 
@@ -179,19 +213,11 @@ export class Form {
     select.value = value;
   }
 
-  keep(own) {
-    this.input("lengths").value = own.id;
-    this.kept.textContent = `Uploaded: ${own.name}`;
-    const columns = own.columns.length ? own.columns : ["tokens"];
-    this.input("lengths_column").replaceChildren(...columns.map((value) => element("option", {value}, value)));
-    this.input("lengths_column").value = columns.includes("tokens") ? "tokens" : columns[0];
-  }
-
   // What is said of the question: only what differs from a default, as in a command line.
   query() {
     const query = new URLSearchParams();
     const say = (name, value) => { if (value !== "" && value !== null) query.set(name, value); };
-    const law = this.source === "law" || !this.input("lengths").value;
+    const law = this.source === "law";
     for (const name of ["model", "gpu", "gpus"]) say(name, this.input(name).value.trim());
     say(document.getElementById("horizon").value, document.getElementById("amount").value.trim());
     const checked = [...this.root.querySelectorAll("[data-schedule]:checked")].map((box) => box.value);
@@ -199,7 +225,7 @@ export class Form {
     if (schedules !== this.fields.schedules.default) query.set("schedules", schedules);
     if (!law) {
       say("lengths", this.input("lengths").value);
-      if (this.input("lengths_column").value !== "tokens") say("lengths_column", this.input("lengths_column").value);
+      if (this.source === "file" && this.input("lengths_column").value !== "tokens") say("lengths_column", this.input("lengths_column").value);
     }
     for (const field of this.choices.fields) {
       const input = this.input(field.name);
@@ -227,10 +253,9 @@ export class Form {
       if (given !== FIRST) input.closest("details")?.setAttribute("open", "");
     }
     if (given.lengths) {
-      this.keep({id: given.lengths, name: "lengths (an earlier upload)", columns: [given.lengths_column ?? "tokens"]});
       this.root.querySelector('[name="source"][value="file"]').checked = true;
+      this.keep("file", {id: given.lengths, name: "lengths (an earlier upload)", columns: [given.lengths_column ?? "tokens"]});
     }
-    this.showSource(false);
   }
 
   // Faults beside their fields; returns those that belong to none.

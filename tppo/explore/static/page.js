@@ -11,35 +11,61 @@ let form, choices, found = null, shown = [], asking = new AbortController(), pau
 // What is on its way answers a question that is no longer asked; what is shown does, too.
 function giveUp() {
   asking.abort();
-  delete document.body.dataset.numbers;
-  delete document.body.dataset.pictures;
+  for (const what of ["first", "numbers", "pictures"]) delete document.body.dataset[what];
+}
+
+// "": the answer to the question; "first": a first estimate; "stale": of another question.
+function look(state) {
+  for (const name of ["first", "stale"]) at("answer").classList.toggle(name, name === state);
+  at("actions").inert = state !== "";
 }
 
 async function ask() {
   giveUp();
   asking = new AbortController();
+  if (form.lacks) {
+    rest();
+    look("stale");
+    at("status").textContent = form.lacks;
+    return;
+  }
   const own = asking, query = form.query(), began = performance.now();
   shown = chosenFromAddress();
   remember(query);
-  busy(true, began);
+  busy(began);
   try {
-    found = await get(`/api/answer?${query}`, own.signal);
+    // Where the first estimate is refused, so is the answer, which tells why.
+    const first = await get(`/api/first?${query}`, own.signal).catch(() => null);
     if (own !== asking) return;
-    shown = shown.filter((place) => place < found.rows.length && !found.rows[place].fault);
-    if (!shown.length) shown = firstChoice(found.rows);
-    form.tell([]);
-    at("faults").replaceChildren();
-    showAnswer(found, shown, choices.most_shown, choose);
-    at("actions").hidden = false;
-    at("answer").classList.remove("stale");
-    busy(false, began);
+    if (first && !first.whole) {
+      show(first.answer);
+      document.body.dataset.first = query;
+      look("first");
+      busy(began);
+    }
+    const answer = first?.whole ? first.answer : await get(`/api/answer?${query}`, own.signal);
+    if (own !== asking) return;
+    show(answer);
+    rest();
+    look("");
+    at("status").textContent = `Simulated in ${((performance.now() - began) / 1000).toFixed(1)} s.`;
     document.body.dataset.numbers = query;
     await draw(own.signal);
   } catch (error) {
     if (own.signal.aborted) return;
+    rest();
     complain(error);
-    busy(false, began);
   }
+}
+
+function show(answer) {
+  found = answer;
+  shown = shown.filter((place) => place < found.rows.length && !found.rows[place].fault);
+  if (!shown.length) shown = firstChoice(found.rows);
+  form.tell([]);
+  at("faults").replaceChildren();
+  showAnswer(found, shown, choices.most_shown, choose);
+  at("actions").hidden = false;
 }
 
 async function draw(signal) {
@@ -56,6 +82,7 @@ function choose(places) {
   query.set("shown", shown.join(","));
   remember(query);
   showAnswer(found, shown, choices.most_shown, choose);
+  if (document.body.dataset.numbers === undefined) return; // the answer on its way brings the pictures
   draw(asking.signal).catch((error) => { if (!asking.signal.aborted) complain(error); });
 }
 
@@ -92,25 +119,26 @@ function complain(error) {
   if (!error.faults) throw error;
   const left = form.tell(error.faults);
   at("faults").replaceChildren(...left.map((fault) => element("p", {class: "fault"}, fault.message)));
-  at("answer").classList.add("stale");
+  look("stale");
   at("status").textContent = left.length ? "" : "One of the fields cannot be used as it is.";
 }
 
-function busy(yes, began) {
-  clearInterval(clock);
-  at("answer").setAttribute("aria-busy", yes);
-  if (!yes) {
-    if (!at("answer").classList.contains("stale")) at("status").textContent = `Simulated in ${((performance.now() - began) / 1000).toFixed(1)} s.`;
-    return;
-  }
-  at("answer").classList.remove("stale");
+function busy(began) {
+  rest();
+  at("answer").setAttribute("aria-busy", true);
   const say = () => {
-    const waited = (performance.now() - began) / 1000;
-    at("answer").classList.toggle("stale", waited > 0.4);
-    at("status").textContent = waited < 2 ? "Simulating" : `Simulating, ${waited.toFixed(0)} s`;
+    const waited = (performance.now() - began) / 1000, seconds = waited < 2 ? "" : `, ${waited.toFixed(0)} s`;
+    const first = document.body.dataset.first !== undefined;
+    if (!first && waited > 0.4) look("stale");
+    at("status").textContent = first ? `First estimate, from a part of the cluster; refining${seconds}` : `Simulating${seconds}`;
   };
   say();
-  clock = setInterval(say, 500);
+  clock = setInterval(say, 100);
+}
+
+function rest() {
+  clearInterval(clock);
+  at("answer").setAttribute("aria-busy", false);
 }
 
 async function save(button, address, name) {

@@ -145,7 +145,7 @@ function roofline(options, width) {
   if (missing) return card("Roofline", null, "", `Not drawn: ${missing.roofline.missing}.`, null);
   const {hardware} = options[0].roofline;
   const points = options.flatMap((option, place) => option.roofline.points.map((point) => ({...point, place, option})));
-  const height = Math.min(340, Math.max(240, width * 0.5)), left = 52, bottom = 34, top = 26;
+  const height = Math.min(340, Math.max(240, width * 0.5)), left = 52, bottom = 42, top = 26;
   const ridge = hardware.peak_flops / hardware.memory_bytes_per_s;
   const xs = [Math.min(ridge, ...points.map((point) => point.intensity)) / 4, Math.max(ridge, ...points.map((point) => point.intensity)) * 4];
   const ys = [Math.min(hardware.memory_bytes_per_s * xs[0], ...points.map((point) => point.flops_per_s)) / 2, hardware.peak_flops * 2.5];
@@ -162,13 +162,15 @@ function roofline(options, width) {
       text(left - 6, y(10 ** power) + 4, String(Number(tera.toPrecision(3))), {class: "quiet", "text-anchor": "end"}));
   }
   picture.append(text(0, 12, "TFLOP/s of one GPU", {class: "quiet"}),
-    text(width - 8, height - 2, "FLOP per byte of memory traffic", {class: "quiet", "text-anchor": "end"}));
+    text(width - 8, height - 6, "FLOP per byte of memory traffic", {class: "quiet", "text-anchor": "end"}));
   const roof = (peak, bandwidth, dash) => picture.append(svg("path", {class: "line", "stroke-width": 1.6, "stroke-dasharray": dash,
     d: `M${x(xs[0])} ${y(Math.min(peak, xs[0] * bandwidth))}L${x(peak / bandwidth)} ${y(peak)}L${x(xs[1])} ${y(peak)}`}));
   roof(hardware.peak_flops, hardware.memory_bytes_per_s, "none");
   if (hardware.empirical_flops) roof(hardware.empirical_flops, hardware.empirical_memory_bytes_per_s, "5 4");
   picture.append(text(width - 10, y(hardware.peak_flops) - 6, `${short(hardware.peak_flops / 1e12)} TFLOP/s`, {"text-anchor": "end"}),
     text(x(ridge / 5) - 8, y(hardware.peak_flops / 5) - 4, `${short(hardware.memory_bytes_per_s / 1e12)} TB/s`, {"text-anchor": "end"}));
+  picture.append(svg("line", {x1: x(ridge), x2: x(ridge), y1: y(hardware.peak_flops), y2: height - bottom, class: "line", "stroke-dasharray": "1 3"}),
+    text(x(ridge) + 6, height - bottom - 6, `ridge: ${short(ridge)} FLOP per byte`, {class: "quiet"}));
   for (const point of points) {
     const where = {fill: COLOURS[point.place % COLOURS.length], "fill-opacity": 0.75, stroke: "var(--card)"};
     const mark = point.work === "decode" ? svg("circle", {cx: x(point.intensity), cy: y(point.flops_per_s), r: 7, ...where})
@@ -181,6 +183,6 @@ function roofline(options, width) {
   }
   const entries = options.map((option, place) => [COLOURS[place % COLOURS.length], named(option)]);
   return card("Roofline of the rollout", picture, points.map(told).join(". "),
-    `Simulated. ${hardware.name}: solid, the data sheet; dashed, what the ${hardware.empirical_from} leave of it. Round: decode, square: prefill. A simulated point follows from the cost model; it is not evidence about the GPU.`,
+    `Simulated. ${hardware.name}: solid: the data sheet; dashed: ${hardware.empirical_from}. Round: decode, square: prefill. A simulated point follows from the cost model; it is not evidence about the GPU.`,
     legendOf(entries));
 }
