@@ -77,8 +77,8 @@ def check_training(
     config_path: Path | None, words: Sequence[str], *, output: Path | None, resume: Path | None, ray: str | None,
     gpu: str | None, gpus: int | None,
 ) -> None:  # fmt: skip
-    """Whether it fits its GPUs (None: as many as it asks a cluster for, else one). Nothing is read but its config.json,
-    and nothing written. Raises ConfigError."""
+    """Whether it fits its GPUs (None: as many as it asks a cluster for, else one). Only its config.json is read,
+    and nothing is written. Raises ConfigError."""
     config = read_config(config_path, words, output=output, resume=resume, ray=ray)
 
     from tppo.quiet import quieten_libraries
