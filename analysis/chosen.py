@@ -50,7 +50,7 @@ def beyond(names: Sequence[str], most: int, what: str) -> list[str]:
 def simulated_only(runs: Iterable[Run]) -> list[str]:
     """For the foot of a figure: a line about the runs whose schedule no trainer of ours runs."""
     names = [run.name for run in runs if run.header.get("simulated_only")]
-    return [f"Simulated only, the trainer has no such schedule: {listed(names)}."] if names else []
+    return [f"Simulated only, the trainer does not run such a schedule: {listed(names)}."] if names else []
 
 
 def lacks_engine_records(run: Run) -> str | None:
