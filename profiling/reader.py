@@ -74,7 +74,8 @@ class Run:
     @cached_property
     def header(self) -> dict[str, Any]:
         """The trace's first record. It was written before the sampler had looked: devices and capabilities are what
-        the sampler said later. A profiled program, of which nothing else is known, has the GPUs that were sampled."""
+        the sampler said later. A profiled program, of which nothing else is known, has the GPUs that were sampled.
+        Raises DataError."""
         header = dict(self.outline[0])
         seen = self.sampler.get("devices")
         found = [device for device in seen if isinstance(device, dict)] if isinstance(seen, list) else []

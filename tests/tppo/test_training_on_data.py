@@ -169,10 +169,10 @@ def test_a_reward_that_fails_in_an_evaluation_saves_its_step_and_ends_its_proces
     with ends, trainer_for(config) as trainer:
         evaluate = trainer.evaluate
 
-        def broken(step):
+        def broken(step, **options):
             if step == 2:
                 raise RewardError("broken")
-            return evaluate(step)
+            return evaluate(step, **options)
 
         monkeypatch.setattr(trainer, "evaluate", broken)
         trainer.run(False)
