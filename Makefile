@@ -23,7 +23,8 @@ demo-quick: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
-# What takes long: engines on Ray clusters of this machine, torch.compile, tutorials and how-to pages followed.
+# What takes long: Ray clusters of this machine, torch.compile, the demo, every figure's layout, tutorials and how-to
+# pages followed.
 test-slow: $(VENV)/.installed
 	$(BIN)/pytest -m slow --numprocesses 2 --dist loadfile
 

@@ -81,6 +81,7 @@ def overlap(first, second):
     return wide > TOUCH and high > TOUCH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "of", "look"), cases())
 def test_no_text_is_cut_off_or_lies_on_another_and_no_legend_on_the_axes(drawn, name, of, look):
     figure = drawn(name, of, look)

@@ -16,6 +16,7 @@ from tppo.adapters import verl
 from tppo.cli import main
 
 
+@pytest.mark.slow
 def test_transformers_trainer_marks_steps_evaluations_and_saves(tmp_path):
     run = profiled(
         tmp_path,

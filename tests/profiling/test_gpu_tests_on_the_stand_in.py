@@ -13,6 +13,7 @@ from tests.profiling.test_nvml_source import environment, library  # noqa: F401 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_every_nvml_test_for_a_gpu_passes_on_a_simulated_sensor(library, tmp_path):  # noqa: F811
     """Kernels alone need CUDA. The load changes every third of a second, between 40 and 90 % busy."""
     work = tmp_path / "work"

@@ -35,6 +35,7 @@ def tiny_regime(monkeypatch):
     return small
 
 
+@pytest.mark.slow
 def test_the_whole_loop_trains_predicts_and_reports(tiny_regime, tmp_path, capsys):
     runs = demo.run_demo(tmp_path / "demo", regime="short", seeds=range(2))
     assert len(runs) == 6

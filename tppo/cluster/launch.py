@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from profiling.errors import ConfigError, RunError
 from tppo.cluster.places import RESERVE_TIMEOUT_S
 from tppo.cluster.session import LAUNCHED_ON, joined_cluster
@@ -28,7 +30,7 @@ POLL_S = 0.2
 LAST_LINES = 20
 """Of a rank's standard error, that are kept to be shown if it fails alone."""
 OTHERS_END_S = 60.0
-"""After the first rank has ended."""
+"""After the first rank has ended, or any has failed: the others save, if they can."""
 OF_RAYS_WORKERS = ("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_RAYLET_NODE_ID", "CUDA_VISIBLE_DEVICES")
 """What Ray tells a worker of its own; a rank is none, and chooses among all GPUs of its host."""
 
@@ -99,9 +101,12 @@ class RankProcess:
 
     def start(self, words: Sequence[str], environment: dict[str, str], directory: str) -> str | None:
         """None, or why it cannot be started."""
+        import ray
+
         if not Path(directory).is_dir():
             return f"{socket.gethostname()} has no {directory}: run it in a directory that all hosts share"
         own = {name: value for name, value in os.environ.items() if name not in OF_RAYS_WORKERS}
+        own = _interface(ray.util.get_node_ip_address()) | own
         self._process = subprocess.Popen(  # nosec B603 (words of our own command)
             [sys.executable, "-m", "tppo", *words], env=own | environment, cwd=directory, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -129,6 +134,14 @@ class RankProcess:
     def signal(self, number: int) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
+
+
+def _interface(address: str) -> dict[str, str]:
+    """Where other hosts reach this one: gloo would take what the host's name stands for, which often is loopback."""
+    for name, found in psutil.net_if_addrs().items():
+        if any(each.address == address for each in found):
+            return {"GLOO_SOCKET_IFNAME": name}
+    return {}
 
 
 def _on_gpus(config: RunConfig, ray: Any) -> bool:
@@ -186,7 +199,7 @@ def _followed(ray: Any, ranks: list[Any], signals: "deque[int]") -> int:
                     print(line, end="", file=(sys.stdout, sys.stderr)[stream - 1], flush=True)
                 if stream == 2:
                     last[rank].append(line)
-        if codes[0] is not None:
+        if codes[0] is not None or any(codes):
             ends_at = ends_at or time.monotonic() + OTHERS_END_S
             if time.monotonic() > ends_at:
                 signals.append(signal.SIGKILL)
