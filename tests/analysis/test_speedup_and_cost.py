@@ -72,7 +72,8 @@ def test_every_row_of_the_table_is_drawn_with_or_without_a_window(simulated, var
     drawn = {value for line in axes.lines for value in line.get_ydata()}
     assert set(table.per_response) | set(table.per_step) <= drawn
     assert {text.get_text() for text in axes.texts} == {"oversample", "tail_batching"}
-    assert "Simulated only, the trainer does not run such a schedule: tail." in figure.legends[0].get_title().get_text()
+    title = figure.legends[0].get_title().get_text()
+    assert "Simulated only, the trainer does not run such a schedule: tail." in title
 
 
 def test_a_published_number_is_drawn_and_named_as_such(runs, tmp_path):
