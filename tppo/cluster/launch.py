@@ -107,7 +107,8 @@ class RankProcess:
             return f"{socket.gethostname()} has no {directory}: run it in a directory that all hosts share"
         own = {name: value for name, value in os.environ.items() if name not in OF_RAYS_WORKERS}
         own = _interface(ray.util.get_node_ip_address()) | own
-        self._process = subprocess.Popen(  # nosec B603 (words of our own command)
+        # Words of our own command: no shell reads them.
+        self._process = subprocess.Popen(  # nosec B603
             [sys.executable, "-m", "tppo", *words], env=own | environment, cwd=directory, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
