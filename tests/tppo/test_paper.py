@@ -8,6 +8,7 @@ from profiling.reader import Run
 from simulator import load_experiment
 from tests.analysis.made_runs import EXPERIMENT, RISING, make_run
 from tppo.cli import main
+from tppo.commands import paper
 from tppo.paper import SETTINGS, experiments_of, load_paper
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,14 @@ def test_the_set_is_drawn_from_simulations_and_says_how_to_get_what_must_be_meas
     before = (output / "runs" / "truncated" / "trace.jsonl").stat().st_mtime_ns
     assert call(*words) == 0
     assert (output / "runs" / "truncated" / "trace.jsonl").stat().st_mtime_ns == before  # kept
+
+
+def test_runs_of_which_nothing_can_be_drawn_are_an_error(settings, tmp_path, capsys, monkeypatch):
+    unreadable = paper.Drawn("roofline", paper.SIMULATED, [], reason="its trace is cut off")
+    monkeypatch.setattr(paper, "_draw", lambda *asked: unreadable)
+    words = ("--output", tmp_path / "out", "--demo", tmp_path / "none", "--settings", settings, "--jobs", 1)
+    assert call(*words) == 2
+    assert f"{tmp_path / 'out'}: no figure can be drawn; remove {tmp_path / 'out' / 'runs'}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def run_paper(
     output: Path, *, demo: Path, settings_file: Path = SETTINGS, jobs: int | None = None, train: bool = False
 ) -> Path:
     """Simulate what is not there yet, draw, write CAPTIONS.md and return its path. train: the demo runs first.
-    Raises ConfigError or RunError."""
+    Raises ConfigError or RunError, and DataError where nothing can be drawn."""
     if jobs is not None and jobs < 1:
         raise ConfigError(f"--jobs {jobs}: must be at least 1")
     settings = load_paper(settings_file)
@@ -60,6 +60,8 @@ def run_paper(
             console.print(
                 f"left out: {one.figure} ({one.source}): {one.reason}", markup=False, highlight=False, soft_wrap=True
             )
+    if all(one.reason is not None for one in drawn):
+        raise DataError(f"{output}: no figure can be drawn; remove {simulated}, so that it is simulated anew")
     return output / "CAPTIONS.md"
 
 
