@@ -56,7 +56,7 @@ def run_on_cluster(config: RunConfig, words: Sequence[str]) -> int:
         nodes = nodes_of_ranks(ray, config.ray.ranks, on_gpus=_on_gpus(config, ray))
         ranks = _started(ray, nodes, words)
         print(
-            f"tppo: {len(ranks)} ranks on {len(set(nodes))} hosts; `tppo watch {config.output}` shows how far they are",
+            f"tppo: {len(ranks)} ranks on {len(set(nodes))} hosts; `tppo watch {config.output}` says how far they are",
             file=sys.stderr,
         )
         return _followed(ray, ranks, signals)
