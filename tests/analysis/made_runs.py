@@ -87,7 +87,7 @@ def with_gpu(run, *, rollout_watts=300.0, other_watts=100.0, seconds_per_step=2.
     (run.path / "summary.json").write_text(json.dumps(run.summary | {"joules_per_trained_token": per_token}))
     header, *records = (run.path / "trace.jsonl").read_text().splitlines(keepends=True)
     devices = [{"uuid": "GPU-1", "name": "made up", "index": 0}]
-    header = json.dumps(json.loads(header) | {"devices": devices}) + "\n"
+    header = json.dumps(json.loads(header) | {"devices": devices}, separators=(",", ":")) + "\n"
     (run.path / "trace.jsonl").write_text(header + "".join(records))
     return Run(run.path)
 

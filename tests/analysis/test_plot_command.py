@@ -32,7 +32,7 @@ def test_all_draws_what_it_can_and_says_why_the_rest_is_missing(simulated, tmp_p
 
 
 def test_nothing_to_draw_is_an_error_with_every_reason(tmp_path):
-    with pytest.raises(DataError, match=r"no figure can be drawn of these runs; accuracy_time: .*; staleness: .*"):
+    with pytest.raises(DataError, match=r"no figure can be drawn of these runs; accuracy_time: .*; accuracy_steps: "):
         plot_all([run_of_rows(tmp_path / "x", [])], ["png"], tmp_path / "out")
 
 

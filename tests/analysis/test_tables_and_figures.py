@@ -148,7 +148,7 @@ def test_the_accuracy_lines_have_the_runs_points(runs):
     thin = [line for line in axes.lines if line.get_linewidth() == 0.8]
     assert len(thin) == 6
     assert thin[0].get_xdata().tolist() == [4, 8, 12, 16, 20, 24]
-    assert "same score in 40% of the time" in " ".join(text.get_text() for text in axes.texts)
+    assert "same score in 40 % of the time" in " ".join(text.get_text() for text in axes.texts)
 
 
 def test_unknown_figures_and_formats_name_the_nearest(runs, tmp_path):
