@@ -70,6 +70,7 @@ def test_a_preset_fits_the_gpus_that_it_names_and_the_plan_counts_the_same(path,
     assert len(re.findall(r"[+-]0\.0\d%", shown)) == 6  # every part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "gpu", "gpus"), CHECKS, ids=lambda value: getattr(value, "stem", value))
 def test_the_plan_of_a_preset_says_the_memory_that_its_modules_have(path, gpu, gpus, tmp_path, capsys):
     config = config_at(path)

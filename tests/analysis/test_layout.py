@@ -11,6 +11,7 @@ from analysis.figures import FIGURES
 from tests.analysis.images import assert_looks_like
 from tests.analysis.made_runs import measured_runs, simulated_run
 
+pytestmark = pytest.mark.slow
 LACKING = {
     *((name, "schedules") for name in ("accuracy_time", "accuracy_steps", "accuracy_tokens", "energy")),
     *((name, "one step") for name in ("accuracy_time", "accuracy_steps", "accuracy_tokens", "energy", "speedup")),
@@ -81,7 +82,6 @@ def overlap(first, second):
     return wide > TOUCH and high > TOUCH
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "of", "look"), cases())
 def test_no_text_is_cut_off_or_lies_on_another_and_no_legend_on_the_axes(drawn, name, of, look):
     figure = drawn(name, of, look)

@@ -63,6 +63,7 @@ def test_a_counter_that_stands_still_has_no_joules(library, tmp_path):  # noqa: 
     assert run.summary["energy_joules"] is None
 
 
+@pytest.mark.slow
 def test_a_process_that_runs_is_seen_on_the_gpus_that_it_was_started_with(library, tmp_path):  # noqa: F811
     theirs = {**os.environ, "CUDA_VISIBLE_DEVICES": "1"}
     with sampled_for_a_second(tmp_path / "one", theirs) as pid:

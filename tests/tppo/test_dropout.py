@@ -93,7 +93,12 @@ def test_the_same_seed_gives_the_same_run_whatever_the_process_drew_before(make_
     assert norms[0] != pytest.approx(norms[1], rel=0.01)
 
 
-@pytest.mark.parametrize(("algorithm", "world"), [("tppo", 2), ("tppo", 4), ("tppo, detached", 2), ("vapo", 2)])
+LONG = [("tppo", 4), ("tppo, detached", 2), ("vapo", 2)]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "world"), [("tppo", 2), *(pytest.param(*own, marks=pytest.mark.slow) for own in LONG)]
+)
 def test_ranks_drop_as_one_process_does(make_config, algorithm, world):
     """vapo's has checkpointed activations here."""
     config, others = (dropping(make_config, name, algorithm) for name in ("one", "many"))
@@ -111,6 +116,7 @@ def test_a_killed_run_goes_on_as_if_undisturbed(make_config):
     assert_same_run(config.output, whole.output)
 
 
+@pytest.mark.slow
 def test_ranks_that_go_on_drop_as_if_undisturbed(make_config):
     whole, half = dropping(make_config, "whole", steps=4), dropping(make_config, "half", steps=2)
     on_ranks(2, lambda rank: train(whole, show_progress=False))

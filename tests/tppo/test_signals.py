@@ -88,6 +88,7 @@ def test_a_signal_before_the_first_step_does_not_wait_for_it_and_the_run_goes_on
     withstood(f"SIGTERM before the first step ({phase})", lost="what was under way")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [(TorchEngine, "submit"), (value_update, "value_loss")])
 def test_a_signal_to_one_rank_before_the_first_step_ends_both_and_both_go_on(make_config, where):
     own = {**settings_of("tppo"), "train": {"steps": 2, "micro_batch_tokens": 60}, "value": {"pretrain_rows": 16}}
