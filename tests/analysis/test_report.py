@@ -48,6 +48,7 @@ def made_advice(run, **changes):
     return Advice(**values | changes)
 
 
+@pytest.mark.slow
 def test_a_report_with_every_figure_stands_alone(runs, tmp_path, all_figures):
     text = report(runs, tmp_path, command="tppo report ppo-s0 --output report.html")
     page = Page(text)

@@ -354,6 +354,7 @@ def test_what_a_restarted_sampler_saw_last_is_written(tmp_path):
     assert sum(len(part) for part in parts) >= 2  # how many depends on the load
 
 
+@pytest.mark.slow
 def test_a_sampler_with_far_ticks_does_not_look_dead(tmp_path):
     notes = []
     sampler = SamplerProcess(

@@ -204,6 +204,7 @@ def test_finished_responses_as_a_horizon():
     assert ratio == pytest.approx(cut["speedup_per_finished_row"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_drift_rewards_and_failures_cost_time():
     own = {"gpus": (8,), "windows": (1500,)}
     plain = answer(Question(**SMALL | own)).rows[0]["hours"]["p50"]

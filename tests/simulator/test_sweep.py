@@ -105,6 +105,7 @@ def test_a_broken_cell_file_is_played_again(experiment, tmp_path):
     assert swept(experiment, tmp_path / "s", ["schedule.window=5"], jobs=1).status.tolist() == ["ok"]
 
 
+@pytest.mark.slow
 def test_a_local_ray_head_gives_the_same_table(experiment, tmp_path):
     pytest.importorskip("ray", reason="needs the extra ray")
     words = ["schedule.window=5,40", "cluster.engines=1,2"]

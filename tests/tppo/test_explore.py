@@ -129,6 +129,7 @@ def test_an_experiment_brings_its_uploads(page, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_report_is_one_page_of_the_chosen_options(page, folder):
     given = asked(page, "report", shown="0,1")
     assert given.status_code == 200, given.text

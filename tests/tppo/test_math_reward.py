@@ -74,6 +74,7 @@ def test_equal_answers_vote_together_however_they_are_written(pool):
     assert vote(pool, "7", [*[r"\boxed{7}"] * 3, *wrong]) == (3 / 7, ["7"] * 3 + [r"\sqrt{18}"] * 4, [0.0])
 
 
+@pytest.mark.slow
 def test_answers_whose_comparison_takes_too_long_differ_as_their_texts_do_and_the_right_ones_are_still_one(pool):
     assert MathReward(pool).alike([["1/2", "10^{10^{10^{10}}}", "0.5"], ["1/3", r"\frac{1}{3}"], ["7", "8"], []]) == [
         ["1/2", "10^{10^{10^{10}}}", "0.5"], ["1/3", "1/3"], ["7", "8"], [],

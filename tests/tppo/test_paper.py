@@ -121,6 +121,7 @@ def test_what_configs_shows_is_what_the_package_ships():
     assert len(experiments_of(load_paper())) == 2 + 3 + 2 * 2 + 2 * 2
 
 
+@pytest.mark.slow
 def test_the_configuration_that_a_simulated_run_writes_reads_back_as_the_experiment(settings, tmp_path):
     experiment = experiments_of(load_paper(settings))["truncated"]
     assert call("--output", tmp_path / "out", "--settings", settings, "--demo", tmp_path, "--jobs", 1) == 0

@@ -162,6 +162,7 @@ def test_weights_that_only_the_first_rank_finds_wanting_are_one_line_on_all(make
     assert not config.output.exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks_in_another_directory(make_config, capsys):
     def settings(steps):
         return {**settings_of("tppo"), "train": {"steps": steps, "micro_batch_tokens": 60}}

@@ -170,6 +170,7 @@ def test_words_that_would_write_or_train_by_mistake_are_refused(make_config, tmp
     assert not (tmp_path / "ev").exists()
 
 
+@pytest.mark.slow
 def test_ranks_end_when_their_launcher_is_killed(make_config, tmp_path, withstood):
     config = make_config("run", train={"steps": 100_000})
     (tmp_path / "c.toml").write_text(to_toml(config.model_dump(mode="json")))
