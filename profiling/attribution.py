@@ -37,7 +37,7 @@ def device_estimates(run: Run) -> pd.DataFrame:
         if device != HOST and own.energy_joules.notna().any():
             found.append(("joules", energy_by_phase(pieces, t, own.energy_joules.to_numpy(float))))
         for metric in COUNTERS:
-            if len((counted := _of_metric(run, str(device), metric)).end):
+            if len((counted := windows_of(run, str(device), metric)).end):
                 found.append((metric, busy_by_phase(pieces, counted)))
         for quantity, estimates in found:
             rows += [
@@ -88,7 +88,8 @@ def _named_pieces(run: Run, end: float) -> pd.DataFrame:
     return pd.DataFrame(columns | {"t_start": edges[:-1], "t_end": edges[1:]})
 
 
-def _of_metric(run: Run, device: str, metric: str) -> Windows:
+def windows_of(run: Run, device: str, metric: str) -> Windows:
+    """What the driver or a counter of the device has averaged itself; none where it does not."""
     own = run.windows[(run.windows.device == device) & (run.windows.metric == metric)]
     return Windows(own.t_begin.to_numpy(), own.t_end.to_numpy(), own.value.to_numpy())
 
@@ -100,7 +101,7 @@ def _windows(run: Run, device: str, t: np.ndarray, busy: np.ndarray) -> Windows:
         known = np.isfinite(busy)
         known[:1] = False  # it has no reading before it
         return Windows(t[:-1][known[1:]], t[known], busy[known])
-    own = _of_metric(run, device, "utilisation")
+    own = windows_of(run, device, "utilisation")
     if len(own.end):
         return own
     return windows_of_polls(t, busy, SENSOR_WINDOW_S)

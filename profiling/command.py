@@ -17,7 +17,7 @@ import psutil
 from rich.table import Table
 
 from profiling.alarms import alarms
-from profiling.attribution import COUNTERS, device_estimates, interval_text
+from profiling.attribution import COUNTERS, device_estimates, interval_text, windows_of
 from profiling.console import plain_table, table_console
 from profiling.energy import is_counting
 from profiling.errors import ConfigError
@@ -185,10 +185,10 @@ def by_phase(run: Run) -> list[Table]:
 
 def _busy(run: Run, device: str, polls: pd.Series) -> str:
     """Mean of the driver's own windows, which leave no time out; of the polls where it keeps none."""
-    own = run.windows[(run.windows.device == device) & (run.windows.metric == "utilisation")]
-    if own.empty:
+    own = windows_of(run, device, "utilisation")
+    if not len(own.busy):
         return _mean(polls, ".0%")
-    return format(np.average(own.value, weights=own.t_end - own.t_begin), ".0%")
+    return format(np.average(own.busy, weights=own.end - own.begin), ".0%")
 
 
 def _mean(values: "object", form: str) -> str:

@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from profiling.ledger import innermost_phases
+from profiling.schema import PHASES
+
 SHARE = 0.05
 """Of the wall time, from which it is worth a word: ranks never change phases at the same instant."""
 
@@ -15,17 +18,15 @@ def overlap_note(records: Sequence[Mapping[str, Any]], wall_s: float) -> str | N
     phases = pd.DataFrame([record for record in records if record["type"] == "phase"])
     if phases.empty or phases.process.nunique() < 2:
         return None
-    edges = np.unique(np.concatenate([phases.t_start, phases.t_end]))
-    phases["code"] = pd.factorize(phases.name)[0]
-    phases["first"], phases["last"] = np.searchsorted(edges, phases.t_start), np.searchsorted(edges, phases.t_end)
-    somebody = np.full(len(edges) - 1, -1)  # between two edges: the phase of the first process that is in any
+    names = sorted(set(phases.name) - set(PHASES))
+    each = [innermost_phases(own, wall_s, other_names=names) for _, own in phases.groupby("process")]
+    edges = np.unique(np.concatenate([pieces.t_start for pieces in each] + [[wall_s]]))
+    somebody = np.full(len(edges) - 1, "", dtype=object)  # between two edges: the phase of the first that is in any
     apart = np.zeros(len(edges) - 1, dtype=bool)
-    for _, own in phases.sort_values("depth", kind="stable").groupby("process"):
-        inner = np.full(len(edges) - 1, -1)
-        for code, first, last in zip(own.code, own["first"], own["last"], strict=True):
-            inner[first:last] = code
-        apart |= (inner >= 0) & (somebody >= 0) & (inner != somebody)
-        somebody = np.where(somebody >= 0, somebody, inner)
+    for pieces in each:
+        inner = pieces.name.to_numpy(object)[np.searchsorted(pieces.t_start, edges[:-1], "right") - 1]
+        apart |= (inner != "") & (somebody != "") & (inner != somebody)
+        somebody = np.where(somebody != "", somebody, inner)
     seconds = float(np.diff(edges)[apart].sum())
     if seconds < SHARE * wall_s:
         return None

@@ -120,7 +120,8 @@ def test_gpus_that_the_program_leaves_alone_are_named_where_it_uses_others(tmp_p
 
 def test_phases_of_processes_that_differ_for_long_are_noted():
     def phase(process, name, start, end, depth=1):
-        return {"type": "phase", "process": process, "name": name, "t_start": start, "t_end": end, "depth": depth}
+        times = {"t_start": start, "t_end": end, "depth": depth}
+        return {"type": "phase", "process": process, "name": name, "step": 1, **times}
 
     apart = [phase("a", "rollout", 0.0, 5.0), phase("b", "update_policy", 2.0, 4.0), {"type": "note", "text": "x"}]
     assert "are in different phases at once for 2.0 s of 10.0 s" in overlap_note(apart, 10.0)

@@ -22,7 +22,7 @@ from typing import IO, Any
 import psutil
 
 from profiling.errors import ConfigError, RunError
-from tppo.cluster.places import RESERVE_TIMEOUT_S
+from tppo.cluster.places import RESERVE_TIMEOUT_S, computes_on_gpus
 from tppo.cluster.session import LAUNCHED_ON, joined_cluster
 from tppo.config import RunConfig
 
@@ -53,7 +53,7 @@ def run_on_cluster(config: RunConfig, words: Sequence[str]) -> int:
     with joined_cluster(config.ray.address) as ray, _signals() as signals:
         if ray.util.client.ray.is_connected():
             raise ConfigError(f"--ray {config.ray.address}: start ray.ranks from a host of the cluster, at HOST:PORT")
-        nodes = nodes_of_ranks(ray, config.ray.ranks, on_gpus=_on_gpus(config, ray))
+        nodes = nodes_of_ranks(ray, config.ray.ranks, on_gpus=computes_on_gpus(config, ray.cluster_resources()))
         ranks = _started(ray, nodes, words)
         print(
             f"tppo: {len(ranks)} ranks on {len(set(nodes))} hosts; `tppo watch {config.output}` says how far they are",
@@ -147,11 +147,6 @@ def _interface(address: str) -> dict[str, str]:
         if any(each.address == address for each in found):
             return {"GLOO_SOCKET_IFNAME": name}
     return {}
-
-
-def _on_gpus(config: RunConfig, ray: Any) -> bool:
-    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-    return config.model.device == "cuda" or (config.model.device == "auto" and has_gpus)
 
 
 def _started(ray: Any, nodes: list[str], words: Sequence[str]) -> list[Any]:

@@ -57,7 +57,7 @@ def reserved_places(ray: Any, config: RunConfig, homes: Sequence[Home] | None = 
 
     there = ray.cluster_resources()
     hosts = hosts_of(homes or [home_of_this_process()], ray, config.ray.address)
-    on_gpus = config.model.device == "cuda" or (config.model.device == "auto" and there.get("GPU", 0) > 0)
+    on_gpus = computes_on_gpus(config, there)
     bundles = bundles_of(config, on_gpus=on_gpus, hosts=hosts)
     check_it_is_there(config, bundles, there)
     check_hosts_hold(config, bundles, {f"node:{n['NodeManagerAddress']}": n["Resources"] for n in ray.nodes()})
@@ -77,6 +77,11 @@ def reserved_places(ray: Any, config: RunConfig, homes: Sequence[Home] | None = 
         yield places
     finally:
         remove_placement_group(group)
+
+
+def computes_on_gpus(config: RunConfig, there: Mapping[str, float]) -> bool:
+    """there: resources of the whole cluster."""
+    return config.model.device == "cuda" or (config.model.device == "auto" and there.get("GPU", 0) > 0)
 
 
 class _Probe:
