@@ -21,7 +21,7 @@ from playwright.sync_api import Page, sync_playwright
 from benchmarks.pages import ROOT, markdown
 
 RESULTS = ROOT / "docs" / "results" / "explore"
-GPUS = (4, 16, 64)
+GPUS = (8, 16, 64)
 QUESTION = "?model=Qwen2.5-7B&gpu=H100-SXM&gpus={gpus}&finished_rows=3000000&windows=8192"
 CHANGES = {"price": "price_per_hour", "window": "windows", "mean length": "mean_tokens"}
 SIMULATED = {"price": 0, "window": 1, "mean length": 2}
