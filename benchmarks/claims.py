@@ -119,8 +119,12 @@ def report() -> str:
 
 
 def explore() -> str:
-    row = table("explore").set_index("change of").loc["window"]
-    return f"{row['pictures, s']} s to new numbers and pictures (goal: 1)"
+    own = table("explore").query("`change of` == 'mean length'").set_index("GPUs")
+    few, many = own.loc[8], own.loc[64]
+    return (
+        f"on 8 GPUs a first estimate in {few['first numbers, s']} s and all of it in {few['pictures, s']} s; on 64 in "
+        f"{many['first numbers, s']} and {many['pictures, s']} s (goal: 1)"
+    )
 
 
 def scaling() -> str:
@@ -134,7 +138,7 @@ FINDINGS: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("published", "other people's published results, simulated", published),
     ("profiler", "how busy GPUs were in a phase of a second (1 s sensor window)", busy_shares),
     ("report", "the report of a run of 1,000 steps and 512,000 rows", report),
-    ("explore", "the planner's page, another window", explore),
+    ("explore", "the planner's page, another mean length", explore),
     ("advantages", "advantages and returns", advantages),
     ("rollout", "the torch engine, equal batch on a CPU", rollouts),
     ("scaling", "a second rank on two shared CPU cores", scaling),
