@@ -43,7 +43,11 @@ def test_the_whole_loop_trains_predicts_and_reports(tiny_regime, tmp_path, capsy
     assert set(predictions.calibrated_on) == {"ppo", "tppo"}
     assert set(predictions.kind) == {"forecast", "replay"}
     assert set(predictions.target) == {f"{arm}-s{seed}" for arm in ("ppo", "tppo", "tppo-full") for seed in range(2)}
-    assert predictions[predictions.quantity == "training_seconds"].error.abs().max() < 1.5
+    # Runs of a second on a machine that others use: how good a prediction is, the recorded demo shows. Here no unit
+    # or count is wrong by a factor.
+    errors = predictions[predictions.quantity.isin(("training_seconds", "waiting_or_unfilled_share"))].error
+    assert len(errors) == 2 * 2 * 2 * 6  # quantities, kinds, drift corrected or not, targets
+    assert errors.between(-0.8, 4.0).all(), predictions.loc[errors.index]
     text = (tmp_path / "demo" / "report.html").read_text()
     assert "T-PPO, predicted from PPO alone" in text
     assert text.count("<figure>") >= 6
