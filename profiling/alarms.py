@@ -84,11 +84,15 @@ def _device_alarms(devices: pd.DataFrame) -> list[str]:
 
 
 def _sampler_alarms(run: Run) -> list[str]:
+    found = []
+    if run.trailer is not None and run.unsampled_hosts:
+        found = [f"no samples of {', '.join(run.unsampled_hosts)}: joules of the run are null"]
     own = (run.trailer or {}).get("sampler")
     if not isinstance(own, dict):
-        return []
+        return found
     ticks, missed = own.get("ticks"), own.get("missed_ticks")
-    if not isinstance(ticks, int) or not isinstance(missed, int) or ticks <= 0:
-        return []
-    share = missed / (ticks + missed)
-    return [f"the sampler missed {share:.0%} of its ticks: the host is overloaded"] if share >= MISSED_SHARE else []
+    if isinstance(ticks, int) and isinstance(missed, int) and ticks > 0:
+        share = missed / (ticks + missed)
+        if share >= MISSED_SHARE:
+            found.append(f"the sampler missed {share:.0%} of its ticks: the host is overloaded")
+    return found

@@ -4,12 +4,12 @@ import numpy as np
 import pandas as pd
 
 from profiling.estimators import busy_by_phase, energy_by_phase
+from profiling.hosts import is_host
 from profiling.ledger import innermost_phases
 from profiling.reader import Run
 from profiling.schema import PHASES
 from profiling.windows import Pieces, Windows, windows_of_polls
 
-HOST = "host"
 SENSOR_WINDOW_S = 1.0
 """Of a GPU's utilisation where its driver keeps no samples of its own: the longer of the two that NVML documents."""
 SHORTEST_S = 0.05
@@ -34,7 +34,7 @@ def device_estimates(run: Run) -> pd.DataFrame:
     for device, own in samples.groupby("device", sort=False):
         t, busy = own.t.to_numpy(float), own.utilisation.to_numpy(float)
         found = [("busy", busy_by_phase(pieces, _windows(run, str(device), t, busy)))]
-        if device != HOST and own.energy_joules.notna().any():
+        if not is_host(str(device)) and own.energy_joules.notna().any():
             found.append(("joules", energy_by_phase(pieces, t, own.energy_joules.to_numpy(float))))
         for metric in COUNTERS:
             if len((counted := windows_of(run, str(device), metric)).end):
@@ -97,7 +97,7 @@ def windows_of(run: Run, device: str, metric: str) -> Windows:
 def _windows(run: Run, device: str, t: np.ndarray, busy: np.ndarray) -> Windows:
     """What each reading is the mean of: the time since the one before on the host, the driver's own samples where it
     keeps them, else the sensor's window."""
-    if device == HOST:
+    if is_host(device):
         known = np.isfinite(busy)
         known[:1] = False  # it has no reading before it
         return Windows(t[:-1][known[1:]], t[known], busy[known])

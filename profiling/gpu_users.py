@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from profiling.files import read_json
+from profiling.hosts import DEVICE
 from profiling.markers import VARIABLE
 
 LOOK_EVERY_S = 2.0
@@ -58,7 +59,7 @@ class GpuUsers:
             for device, seen in processes.items()
             if any(self._known.get(process["pid"]) for process in seen)
         }
-        unused = sorted(set(gpu_of.values()) - used - {"host"})
+        unused = sorted(set(gpu_of.values()) - used - {DEVICE})
         if not used or not unused:
             return None
         return (

@@ -9,7 +9,7 @@ import contextvars
 import platform
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +29,8 @@ class Profiler:
 
     Give a directory (a run directory is created) or the `writer` of an existing one. start_s: the run clock's value
     now, for a run that is resumed. sampler_interval_s: seconds between device samples; None: no sampler.
-    links: also sample PCIe and NVLink traffic.
+    links: also sample PCIe and NVLink traffic. host: this host's name, where another one has the run directory's first
+    sampler (profiling.hosts).
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Profiler:
         start_s: float = 0.0,
         sampler_interval_s: float | None = 1.0,
         links: bool = False,
+        host: str | None = None,
     ) -> None:
         self._zero = time.perf_counter() - start_s
         if writer is None:
@@ -48,12 +50,13 @@ class Profiler:
             own = {"zero_s": self._zero, "boot": boot_id()}  # a program's markers have that clock
             writer = RunWriter(directory, header={**plain_header(), **own}, config_toml="")
         self.writer = writer
-        self._interval_s, self._links = sampler_interval_s, links
+        self._interval_s, self._links, self._host = sampler_interval_s, links, host
         self._sampler: SamplerProcess | None = None
         self._records: list[Mapping[str, Any]] = []
         self._flushed = self._zero
         self._lock = threading.RLock()
         self._open = True
+        self._before_end: list[Callable[[], None]] = []
 
     @property
     def zero_s(self) -> float:
@@ -80,10 +83,14 @@ class Profiler:
             self._flushed = time.perf_counter()
             self.writer.trace(*records)
 
+    def before_end(self, stop: Callable[[], None]) -> None:
+        """Also call this when the run ends, before its trailer is written."""
+        self._before_end.append(stop)
+
     def __enter__(self) -> "Profiler":
         if self._interval_s is not None:
             self._sampler = SamplerProcess(
-                self.writer.path, interval_s=self._interval_s, zero_s=self._zero, links=self._links,
+                self.writer.path, interval_s=self._interval_s, zero_s=self._zero, links=self._links, host=self._host,
                 note=lambda text: self.trace({"type": "note", "text": text}),
             )  # fmt: skip
             note = self._sampler.start()
@@ -102,6 +109,8 @@ class Profiler:
         """Stop the sampler and end the trace. status: finished, interrupted or failed. Returns the wall seconds."""
         self._open = False
         wall_s = self.now()
+        for stop in self._before_end:
+            stop()
         sampler = self._sampler.stop() if self._sampler else None
         self.flush()
         self.writer.close(t=wall_s, status=status, sampler=sampler)

@@ -8,10 +8,12 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from profiling import schema
 from profiling.errors import ConfigError, DataError
 from profiling.files import parse_json, read_json, whole_lines
+from profiling.hosts import folders_of_hosts, is_host
 from profiling.ledger import TOLERANCE, Cluster
 from profiling.settings import read_toml
 from profiling.tables import read_table
@@ -77,9 +79,8 @@ class Run:
         the sampler said later. A profiled program, of which nothing else is known, has the GPUs that were sampled.
         Raises DataError."""
         header = dict(self.outline[0])
-        seen = self.sampler.get("devices")
-        found = [device for device in seen if isinstance(device, dict)] if isinstance(seen, list) else []
-        gpus = [device for device in found if device.get("uuid") != "host"]
+        found = [device for device in _listed(self.sampler.get("devices")) if isinstance(device, dict)]
+        gpus = [device for device in found if not is_host(str(device.get("uuid")))]
         header["devices"] = header["devices"] or gpus
         states = self.sampler.get("capabilities")
         header["capabilities"] = header["capabilities"] or (states if isinstance(states, dict) else {})
@@ -92,15 +93,25 @@ class Run:
 
     @cached_property
     def sampler(self) -> dict[str, Any]:
-        """What the sampler said of itself last: devices, what they can tell, ticks. Empty without one."""
-        if self.trailer is not None:
-            said = self.trailer.get("sampler")
-        else:
-            try:
-                said = read_json(self.path / "sampler.json")
-            except (OSError, ValueError):
-                said = None
-        return said if isinstance(said, dict) else {}
+        """What the sampler said of itself last: devices, what they can tell (both of all hosts), ticks. Empty without
+        one."""
+        said = self.trailer.get("sampler") if self.trailer is not None else _said_in(self.path)
+        own = said if isinstance(said, dict) else {}
+        own = dict(own)
+        for other in map(_said_in, folders_of_hosts(self.path)):
+            if isinstance(devices := other.get("devices"), list):
+                own["devices"] = [*_listed(own.get("devices")), *devices]
+            if isinstance(states := other.get("capabilities"), dict):
+                ours = own.get("capabilities")
+                own["capabilities"] = {**states, **(ours if isinstance(ours, dict) else {})}
+        return own
+
+    @cached_property
+    def unsampled_hosts(self) -> list[str]:
+        """Of ranks and engines: those that left no device samples, by name."""
+        notes = (record.get("host") for record in self.outline if record["type"] == "note")
+        sampled = {folder.name for folder in folders_of_hosts(self.path) if any((folder / "devices").glob("part-*"))}
+        return sorted({host for host in notes if isinstance(host, str)} - sampled)
 
     @property
     def cluster(self) -> Cluster:
@@ -172,12 +183,12 @@ class Run:
 
     @cached_property
     def devices(self) -> pd.DataFrame:
-        return self._table("devices")
+        return self._samples("devices")
 
     @cached_property
     def windows(self) -> pd.DataFrame:
         """Empty where no driver keeps samples of its own."""
-        return self._table("windows")
+        return self._samples("windows")
 
     @cached_property
     def ledger(self) -> pd.DataFrame | None:
@@ -220,10 +231,35 @@ class Run:
         return pa.concat_tables([expected.empty_table(), *tables]).to_pandas()
 
     def _table(self, name: str) -> pd.DataFrame:
-        expected = schema.TABLES[name]
-        parts = sorted((self.path / name).glob(f"{schema.PART_NAMES[name]}-*.parquet"))
-        tables = [read_table(part, expected) for part in parts]
-        return pa.concat_tables([expected.empty_table(), *tables]).to_pandas()
+        return _table_in(self.path, name).to_pandas()
+
+    def _samples(self, name: str) -> pd.DataFrame:
+        """Of all hosts. A GPU that containers of one machine share counts once, in the first one's."""
+        tables = [_table_in(self.path, name)]
+        for folder in folders_of_hosts(self.path):
+            known = pa.concat_tables(tables)["device"].unique()
+            own = _table_in(folder, name)
+            tables.append(own.filter(pc.invert(pc.is_in(own["device"], known))))
+        return pa.concat_tables(tables).to_pandas()
+
+
+def _table_in(folder: Path, name: str) -> pa.Table:
+    expected = schema.TABLES[name]
+    parts = sorted((folder / name).glob(f"{schema.PART_NAMES[name]}-*.parquet"))
+    return pa.concat_tables([expected.empty_table(), *(read_table(part, expected) for part in parts)])
+
+
+def _said_in(folder: Path) -> dict[str, Any]:
+    """What the sampler of a host wrote into its folder last."""
+    try:
+        said = read_json(folder / "sampler.json")
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _check_sums(path: Path, ledger: pd.DataFrame, wall_s: float | None, gpu_s: float | None) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from profiling import schema
+from profiling.hosts import DEVICE
 from profiling.shell import end_with_the_parent, exit_code_of
 from profiling.sources import NoDriver, Sample, Source, Window
 from profiling.sources.amd import AmdSource
@@ -37,8 +38,8 @@ ENDS_WITHIN_S = 5.0
 """Of SIGTERM, however a driver call goes on."""
 
 
-def open_sources(links: bool) -> tuple[list[Source], str | None]:
-    """NVML where a driver answers, else amdsmi, and the host always; a note for the trace."""
+def open_sources(links: bool, host: str = DEVICE) -> tuple[list[Source], str | None]:
+    """NVML where a driver answers, else amdsmi, and the host always, by its name in tables; a note for the trace."""
     reasons = []
     openers: list[Callable[[], Source]] = [lambda: NvmlSource(links=links), AmdSource]
     for opened in openers:
@@ -47,18 +48,20 @@ def open_sources(links: bool) -> tuple[list[Source], str | None]:
         except NoDriver as error:
             reasons.append(str(error))
         else:
-            return [gpus, HostSource(beside_gpus=True)], gpus.note
-    return [HostSource()], f"no GPU: host samples only (NVML: {'; '.join(reasons)})"
+            return [gpus, HostSource(beside_gpus=True, device=host)], gpus.note
+    return [HostSource(device=host)], f"no GPU: host samples only (NVML: {'; '.join(reasons)})"
 
 
 class Sampler:
     """Reads every source each `interval_s`, on deadlines that do not drift."""
 
-    def __init__(self, directory: Path, interval_s: float, zero_s: float, *, links: bool = False) -> None:
+    def __init__(
+        self, directory: Path, interval_s: float, zero_s: float, *, links: bool = False, host: str = DEVICE
+    ) -> None:
         self.directory = directory
         self.interval_s = interval_s
         self.zero_s = zero_s
-        self.sources, self.note = open_sources(links)
+        self.sources, self.note = open_sources(links, host)
         self.rows: list[tuple[float, Sample]] = []
         self.windows: list[Window] = []
         earlier = (p for name in ("devices", "windows") for p in (directory / name).glob("part-*.parquet"))
@@ -184,17 +187,18 @@ def sigterm() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="sample GPUs and the host until standard input closes")
-    parser.add_argument("--output", type=Path, required=True, help="run directory")
+    parser.add_argument("--output", type=Path, required=True, help="run directory, or another host's folder in it")
     parser.add_argument("--interval", type=float, default=1.0, help="seconds between samples")
     parser.add_argument("--zero", type=float, required=True, help="the monotonic clock at the start of the run")
     parser.add_argument("--links", action="store_true", help="also PCIe and NVLink traffic")
+    parser.add_argument("--host", default=DEVICE, help="the host's name in tables")
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's; the pipe tells us
     until = [sys.stdin, sigterm()]
     end_with_the_parent()
 
     def sample() -> int:
-        Sampler(options.output, options.interval, options.zero, links=options.links).run(until)
+        Sampler(options.output, options.interval, options.zero, links=options.links, host=options.host).run(until)
         return 0
 
     raise SystemExit(exit_code_of("sampler", sample))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from profiling.errors import ToolkitError
+from profiling.hosts import device_of_host, folder_of_host
 
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 10.0
@@ -24,7 +25,8 @@ FORGIVEN_AFTER_S = 3600.0
 
 
 class SamplerProcess:
-    """`note`: told of what happens, for the trace."""
+    """directory: of the run. host: this host's name where it is not the run's first (profiling.hosts). note: told of
+    what happens, for the trace."""
 
     def __init__(
         self,
@@ -33,17 +35,18 @@ class SamplerProcess:
         interval_s: float,
         zero_s: float,
         links: bool = False,
+        host: str | None = None,
         note: Callable[[str], None] = lambda text: None,
         hangs_after_s: float = HANGS_AFTER_S,
         back_off_s: tuple[float, ...] = BACK_OFF_S,
         forgiven_after_s: float = FORGIVEN_AFTER_S,
     ) -> None:
-        self.directory = directory
+        self.directory = directory if host is None else folder_of_host(directory, host)
         self.restarts = 0
         self._command = [
             sys.executable, "-P", "-m", "profiling.sampler",  # -P: not the modules of the current directory
-            "--output", str(directory), "--interval", str(interval_s), "--zero", repr(zero_s),
-            *(["--links"] if links else []),
+            "--output", str(self.directory), "--interval", str(interval_s), "--zero", repr(zero_s),
+            *(["--links"] if links else []), *([] if host is None else ["--host", device_of_host(host)]),
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
         self._note = note
@@ -64,9 +67,9 @@ class SamplerProcess:
         return note
 
     def _launch(self) -> str | None:
-        (self.directory / "sampler.json").unlink(missing_ok=True)
         self._last_report = 0, time.monotonic()
         try:
+            (self.directory / "sampler.json").unlink(missing_ok=True)
             # Our own interpreter and module, as words.
             self._process = subprocess.Popen(  # nosec B603
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL

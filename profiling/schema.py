@@ -122,7 +122,7 @@ ENGINE = _columns(
 
 DEVICES = _columns(  # null: not known, or not read at this instant (what changes slowly is read once a second)
     ("t", _FLOAT),
-    ("device", _TEXT),  # GPU UUID, or "host"
+    ("device", _TEXT),  # GPU UUID, "host", or "host NAME" of another host
     ("utilisation", _FLOAT),  # fraction of the sensor's last window with a kernel running; host: of all cores
     ("memory_bytes", _FLOAT),
     ("power_watts", _FLOAT),  # the driver's average over a second; on old GPUs at the instant
@@ -146,7 +146,7 @@ DEVICES = _columns(  # null: not known, or not read at this instant (what change
 WINDOWS = _columns(
     ("t_begin", _FLOAT),
     ("t_end", _FLOAT),
-    ("device", _TEXT),  # GPU UUID, or "host"
+    ("device", _TEXT),  # GPU UUID, "host", or "host NAME" of another host
     ("metric", _TEXT),  # of WINDOW_METRICS
     ("value", _FLOAT),  # its mean between t_begin and t_end
 )

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from profiling import schema
 from profiling.errors import ConfigError, DataError, RunError
+from profiling.hosts import folders_of_hosts
 
 APPEND_ONLY = ("trace.jsonl", "metrics.jsonl")
 """Files of a run directory that only grow: the ones that a checkpoint knows the length of, and resuming cuts back."""
@@ -70,8 +71,9 @@ class RunWriter:
                 os.truncate(writer.path / name, offset)
             for part in later:
                 part.unlink()
-            for name, time in (("devices", "t"), ("windows", "t_end")):
-                _cut_samples(writer.path / name, time, last_t_s)
+            for folder in (writer.path, *folders_of_hosts(writer.path)):
+                for name, time in (("devices", "t"), ("windows", "t_end")):
+                    _cut_samples(folder / name, time, last_t_s)
         except OSError as error:
             raise RunError(f"{writer.path}: cannot be resumed in place: {error.strerror}") from None
         writer._trace = writer._open("trace.jsonl")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from profiling.errors import ConfigError
 from profiling.files import read_json_table
+from profiling.hosts import FOLDER, folders_of_hosts
 from profiling.ledger import Cluster
 from profiling.reader import Run
 from profiling.schema import TABLES
@@ -41,8 +42,9 @@ def checkpoint_of(config: RunConfig, source: Path | None, ranks: Ranks) -> Found
     check_it_fits(found.path, found.manifest, algorithm=config.algorithm.name, model=model)
     if same_directory(source, config.output):
         check_the_cluster_is_the_same(before, cluster_of(config, ranks.world))
-        parts = (path for name in TABLES for path in (source / name).glob("*"))
-        check_plain([*source.glob("*"), *parts], "a run that goes on has")  # it cuts back, deletes and writes there
+        places = [source, source / FOLDER, *folders_of_hosts(source)]
+        parts = (path for place in places for name in ("", *TABLES) for path in (place / name).glob("*"))
+        check_plain(parts, "a run that goes on has")  # it cuts back, deletes and writes there
     for reason in found.passed_over.values():
         print(f"tppo: {reason}; going on from {found.path.name}", file=sys.stderr)
     return found

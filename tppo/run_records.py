@@ -84,16 +84,14 @@ def write_step(writer: RunWriter, step: int, got: Collected, *, trained_tokens: 
 def finish_run(writer: RunWriter, schedule: Schedule, config: RunConfig, wall_s: float, ranks: int) -> None:
     """Ledger and summary, computed from what the directory holds, as for any other run.
 
-    Energy is null where other hosts take part, whose GPUs nobody samples: the trace notes them, with their clocks
-    (tppo.parallel.clocks)."""
+    Energy is null where the GPUs of some host that took part were not sampled."""
     run, cluster = Run(writer.path), cluster_of(config, ranks)
     ledger = build_ledger(cluster=cluster, phases=run.phases, engine=run.engine, rollouts=run.rollouts, wall_s=wall_s)
-    elsewhere = any(record["type"] == "note" and "uncertainty_s" in record for record in run.outline)
     summary = summarise(
         cluster=cluster, phases=run.phases, engine=run.engine, rollouts=run.rollouts, ledger=ledger, wall_s=wall_s,
         startup_steps=schedule.startup_steps(config.rollout.max_response_tokens),
         trains_whole_responses=recipe_of(config).policy_tokens == "finished_rows",
-        devices=None if elsewhere else run.devices,
+        devices=None if run.unsampled_hosts else run.devices,
     )  # fmt: skip
     writer.ledger({name: ledger[name] for name in ledger.columns})
     writer.summary(summary)

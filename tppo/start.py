@@ -12,6 +12,7 @@ import torch
 
 from profiling import Profiler
 from profiling.errors import ConfigError
+from profiling.hosts import HostNames, this_host
 from profiling.settings import to_toml
 from profiling.writer import RunWriter
 from tppo.checkpoints.content import POLICY, restore
@@ -118,19 +119,24 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks, place
         about[DATA_JSON] = {"fingerprint": problems.fingerprint}
     with reward_of(config, tokenizer, own_stops=stops) as reward:
         writer = open_run(config, found if goes_on_here else None, ranks, header=header, about=about, last_t_s=time_s)
-        offsets = offsets_to_main(ranks)
+        hosts = ranks.gather(this_host())
+        own, names = hosts[ranks.rank], HostNames(hosts)
+        samples = config.profile.sampler and hosts.index(own) == ranks.rank  # one rank of each host
+        offsets = offsets_to_main(ranks, hosts)
         zero_s = ranks.from_main(time.perf_counter() - time_s)
         profiler = Profiler(
             writer=writer,
             start_s=time.perf_counter() + offsets[ranks.rank].seconds - zero_s,
-            sampler_interval_s=config.profile.interval_s if config.profile.sampler and ranks.main else None,
+            sampler_interval_s=config.profile.interval_s if samples else None,
             links=config.profile.links,
+            host=None if ranks.main else names.of(own),
         )
         with profiler, ExitStack() as stack:
-            for record in notes_of(offsets):
+            for record in notes_of(hosts, offsets, names):
                 profiler.trace(record)
             if isinstance(engine, EnginePool | LedEngines):
-                engine.attach(profiler.zero_s, profiler.trace)
+                engine.attach(profiler.zero_s, profiler.trace, hosts)
+                profiler.before_end(engine.detach)
             sampling = sampling_of(config, tokenizer, ranks, own_stops=stops)
             tracker = stack.enter_context(tracked(config, found, ranks, profiler))
             trainer = Trainer(

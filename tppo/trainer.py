@@ -153,6 +153,7 @@ class Trainer:
                 self.checkpoint()
             status = "interrupted" if stop.asked else "finished"
             wall_s = self.profiler.finish(status)
+            self.ranks.gather(status)  # samples of other hosts are written
             if self.ranks.main:
                 finish_run(self.writer, self.schedule, config, wall_s, self.ranks.world)
             self.tracker.finish(status)

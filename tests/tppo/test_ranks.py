@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from profiling.errors import ConfigError, RunError
+from profiling.hosts import Host, HostNames
 from profiling.reader import Run
 from profiling.settings import to_toml
 from tests.tppo.ranks import on_ranks, when
@@ -27,6 +28,7 @@ from tppo.parallel.shard import bring_weights
 from tppo.rollout.torch_engine import TorchEngine
 from tppo.start import train
 
+HOSTS = [Host("this boot", "near"), Host("another boot", "far")]
 ROWS = ["step", "row", "group", "policy_version", "prompt_tokens", "context_before", "tokens", "trained_tokens",
         "finished", "discarded", "reward"]  # fmt: skip
 APART = ("time", "timing", "clock", "throughput", "padding")
@@ -355,7 +357,7 @@ def test_a_rank_on_another_host_learns_the_first_ones_clock(tmp_path):
     def work(rank):
         with joined_ranks(device="cpu") as ranks:
             behind = 1234.5 if rank == 1 else 0.0
-            found = offsets_to_main(ranks, clock=lambda: time.perf_counter() - behind, host=f"host {rank}")
+            found = offsets_to_main(ranks, HOSTS, clock=lambda: time.perf_counter() - behind)
         (tmp_path / str(rank)).write_text(json.dumps([(o.seconds, o.uncertainty_s) for o in found]))
 
     on_ranks(2, work)
@@ -364,9 +366,10 @@ def test_a_rank_on_another_host_learns_the_first_ones_clock(tmp_path):
     assert first == 0
     assert 0 < uncertainty < 0.05
     assert offset == pytest.approx(1234.5, abs=uncertainty)
-    (note,) = notes_of([Offset(0.0, 0.0), Offset(offset, uncertainty)])
-    assert f"rank 1 is on another host: {offset:+.6f} s" in note["text"]
-    assert notes_of([Offset(0.0, 0.0), Offset(0.0, 0.0)]) == []
+    (note,) = notes_of(HOSTS, [Offset(0.0, 0.0), Offset(offset, uncertainty)], HostNames(HOSTS))
+    assert f"rank 1 is on another host, far: {offset:+.6f} s" in note["text"]
+    assert note["host"] == "far"
+    assert notes_of(HOSTS[:1] * 2, [Offset(0.0, 0.0), Offset(0.0, 0.0)], HostNames(HOSTS)) == []
 
 
 def test_a_port_in_use_is_one_line():

@@ -1,5 +1,5 @@
 """One command for a run on several hosts. The hosts are network namespaces of this machine with a cable between them:
-each has its address, its Ray and nothing of the other's loopback. They share a kernel and the disk."""
+each has its address, its name, its Ray and nothing of the other's loopback. They share a kernel and the disk."""
 
 import os
 import shutil
@@ -21,11 +21,12 @@ OF_RAY = {"RAY_AUTH_MODE": "disabled", "RAY_DISABLE_IMPORT_WARNING": "1"}
 
 
 def on_host(host, *words, **options):
-    command = ["ip", "netns", "exec", host, *map(str, words)]
+    named = ["unshare", "--uts", "sh", "-c", f'hostname {host} && exec "$@"', "sh"]
+    command = ["ip", "netns", "exec", host, *named, *map(str, words)]
     return subprocess.run(command, env=os.environ | OF_RAY, capture_output=True, text=True, **options)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """Of a Ray cluster of both hosts, a CPU each."""
     pytest.importorskip("ray", reason="needs the extra ray")
@@ -65,3 +66,18 @@ def test_a_rank_and_an_engine_on_each_of_two_hosts_train_as_one_process(address,
     assert done.returncode == 0, done.stderr
     assert_equal_runs(Run(here.output), Run(there.output))
     assert set(Run(there.output).engine.engine) == {0, 1}
+
+
+def test_a_host_that_has_engines_alone_is_sampled_too(address, make_config):
+    """One process trains, on the first host; each host has the CPU of one engine."""
+    config = run_of(make_config, "run", train={"steps": 2}, profile={"sampler": True, "interval_s": 0.2},
+                    ray={"address": address, "ranks": 1, "engines": 2, "layout": "separate"})  # fmt: skip
+    done = on_host(next(iter(HOSTS)), *command_of(config), timeout=300)
+    assert done.returncode == 0, done.stderr
+    run = Run(config.output)
+    (note,) = [record for record in run.trace if record["type"] == "note" and "host" in record]
+    assert note["engine"] in {0, 1}
+    assert note["host"] == "tppo-host-2"
+    assert set(run.devices.device) == {"host", "host tppo-host-2"}
+    assert run.unsampled_hosts == []
+    assert run.devices.t.between(-0.1, run.summary["wall_seconds"] + 1.0).all()

@@ -1,10 +1,11 @@
 """A cluster's engines as torchrun's ranks see them: the first rank has the pool, the others follow it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 
+from profiling.hosts import Host
 from tppo.cluster.pool import EnginePool
 from tppo.models.lora import plain_weights
 from tppo.parallel.ranks import Ranks
@@ -33,9 +34,13 @@ class LedEngines:
         assert self._pool is not None, "only the first rank has the engines"
         return self._pool
 
-    def attach(self, zero_s: float, trace: Trace) -> None:
+    def attach(self, zero_s: float, trace: Trace, hosts: Sequence[Host]) -> None:
         if self._pool is not None:
-            self._pool.attach(zero_s, trace)
+            self._pool.attach(zero_s, trace, hosts)
+
+    def detach(self) -> None:
+        if self._pool is not None:
+            self._pool.detach()
 
     def submit(self, requests: list[Request], sampling: Sampling) -> None:
         everyones = [request for part in self._ranks.gather(requests) for request in part]

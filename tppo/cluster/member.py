@@ -4,10 +4,12 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tppo.cluster.worker import Advance
-from tppo.parallel.clocks import SAME_CLOCK, Offset, exchange, note_of
+from profiling.hosts import Host
+from tppo.cluster.worker import About, Advance
+from tppo.parallel.clocks import SAME_CLOCK, Offset, exchange
 from tppo.rollout.protocol import Request, Sampling
 
+NOT_BUILT = About(Host("", ""), "", 0, [])
 CONTROL = "control"
 """The worker's second thread."""
 
@@ -21,6 +23,7 @@ class Member:
     actor: Any
     ready: Any
     """Of its building, which may still go on."""
+    about: About = NOT_BUILT
     offset: Offset = SAME_CLOCK
     rows: dict[int, Request] = field(default_factory=dict)
     unsent: list[Request] = field(default_factory=list)
@@ -79,8 +82,3 @@ def measured_offset(ray: Any, actor: Any, same_boot: bool, timeout_s: float) -> 
         return SAME_CLOCK
     to_theirs = exchange(lambda: ray.get(actor.now.remote(), timeout=timeout_s))
     return replace(to_theirs, seconds=-to_theirs.seconds)
-
-
-def clock_note(member: Member) -> dict[str, Any] | None:
-    """Trace record of an engine whose clock is another host's."""
-    return note_of("engine", member.engine, member.offset, "the trainer")

@@ -9,18 +9,21 @@ tokens come out the same.
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from profiling.errors import ToolkitError, first_line
+from profiling.hosts import Host, HostNames
 from profiling.markers import boot_id
-from tppo.cluster.member import Member, clock_note, measured_offset
+from tppo.cluster.member import Member, measured_offset
 from tppo.cluster.places import Places
+from tppo.cluster.samplers import HostSamplers
 from tppo.cluster.sync import ThroughTheObjectStore, WeightSync
-from tppo.cluster.worker import About, Advance, EngineSpec, EngineWorker
+from tppo.cluster.worker import Advance, EngineSpec, EngineWorker
+from tppo.parallel.clocks import note_of
 from tppo.rollout.drive import Trace
 from tppo.rollout.packing import unpacked
 from tppo.rollout.protocol import Completion, EngineError, Request, Sampling
@@ -54,6 +57,8 @@ class EnginePool:
         self._zero_s = 0.0
         self._notes: list[Mapping[str, Any]] = []
         self._trace: Trace = self._notes.append
+        self._names: HostNames | None = None
+        self._samplers: HostSamplers | None = None
         self._sampling = Sampling()
         self._shared: deque[Request] = deque()
         """Rows that wait for the first engine with a free slot (shared_queue)."""
@@ -65,13 +70,24 @@ class EnginePool:
         for member in self._members:
             self._welcome(member)
 
-    def attach(self, zero_s: float, trace: Trace) -> None:
-        """From now on times are the run's, and what fails is noted in its trace. zero_s: our monotonic clock at the
-        start of the run."""
-        self._zero_s, self._trace = zero_s, trace
-        for note in [*self._notes, *map(clock_note, self._members)]:
-            if note is not None:
-                trace(note)
+    def attach(self, zero_s: float, trace: Trace, hosts: Sequence[Host]) -> None:
+        """From now on times are the run's, what fails is noted in its trace, and hosts of engines are sampled. zero_s:
+        our monotonic clock at the start of the run. hosts: of the trainer's ranks, which are sampled already."""
+        self._zero_s, self._trace, self._names = zero_s, trace, HostNames(hosts)
+        for note in self._notes:
+            trace(note)
+        for member in self._members:
+            self._note_host(member)
+        if self._spec.config.profile.sampler:
+            self._samplers = HostSamplers(
+                self._ray, self._members, self._spec.config, known=hosts, names=self._names, zero_s=zero_s, trace=trace
+            )
+
+    def detach(self) -> None:
+        """The run ends: what hosts of engines have sampled is written."""
+        if self._samplers is not None:
+            self._samplers.stop()
+            self._samplers = None
 
     # -- The protocol.
 
@@ -288,8 +304,8 @@ class EnginePool:
         limit = self._settings.engine_timeout_s
         try:
             self._ray.get(member.ready, timeout=limit)
-            about: About = self._ray.get(member.actor.about.remote(), timeout=limit)
-            same = about.boot == boot_id()
+            member.about = self._ray.get(member.actor.about.remote(), timeout=limit)
+            same = member.about.host.boot == boot_id()
             member.offset = measured_offset(self._ray, member.actor, same, limit)
         except Exception as error:
             cause = getattr(error, "cause", None)
@@ -298,8 +314,13 @@ class EnginePool:
             raise EngineError(f"engine {member.engine} cannot start on the cluster: {_reason(error)}") from None
         if member not in self._members:
             self._members = sorted([*self._members, member], key=lambda m: m.engine)
-            if (note := clock_note(member)) is not None:
-                self._trace(note)
+            self._note_host(member)
+
+    def _note_host(self, member: Member) -> None:
+        """Where it is not the trainer's; before `attach`, which says where that is, nothing."""
+        if self._names is not None and member.about.host != self._names.first:
+            host = self._names.of(member.about.host)
+            self._trace(note_of("engine", member.engine, host, member.offset, "the trainer"))
 
     def _ask_all(self, method: str, *arguments: Any) -> None:
         answers = [getattr(member.actor, method).remote(*arguments) for member in self._members]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from profiling.markers import boot_id
+from profiling.hosts import Host, this_host
 from tppo.cluster.group import Meeting, WeightGroup
 from tppo.cluster.packing import Layout, drop_weights, unpack
 from tppo.config import RunConfig
@@ -38,10 +38,10 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class About:
-    """Of a worker's process. boot: tells whose monotonic clock it shares."""
+    """Of a worker's process. node: Ray's identifier of the host. gpus: as the host numbers them."""
 
-    boot: str
-    host: str
+    host: Host
+    node: str
     pid: int
     gpus: list[int]
 
@@ -71,7 +71,7 @@ class EngineWorker:
         import ray
 
         gpus = [int(number) for number in ray.get_gpu_ids()]
-        return About(boot_id(), ray.util.get_node_ip_address(), os.getpid(), gpus)
+        return About(this_host(), ray.get_runtime_context().get_node_id(), os.getpid(), gpus)
 
     def now(self) -> float:
         return time.perf_counter()

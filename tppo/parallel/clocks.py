@@ -1,14 +1,14 @@
 """The run's clock on every rank. Processes of one boot share a monotonic clock; those of other hosts ask for it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from profiling.markers import boot_id
+from profiling.hosts import Host, HostNames
 from tppo.parallel.ranks import Ranks
 
 ROUNDS = 30
@@ -21,18 +21,17 @@ class Offset:
 
     seconds: float
     uncertainty_s: float
-    """Half of the fastest round trip: the answer was read somewhere in it. 0 on one host."""
+    """Half of the fastest round trip: the answer was read somewhere in it. 0 on one machine."""
 
 
 SAME_CLOCK = Offset(0.0, 0.0)
 
 
-def offsets_to_main(ranks: Ranks, *, clock: Clock = time.perf_counter, host: str | None = None) -> list[Offset]:
-    """Of every rank, on every rank. Each in turn asks the first rank for its time."""
-    hosts = ranks.gather(host or boot_id())
+def offsets_to_main(ranks: Ranks, hosts: Sequence[Host], *, clock: Clock = time.perf_counter) -> list[Offset]:
+    """Of every rank, on every rank. Each in turn asks the first rank for its time. hosts: by rank."""
     own = SAME_CLOCK
     for rank in range(1, ranks.world):
-        if hosts[rank] == hosts[0]:
+        if hosts[rank].boot == hosts[0].boot:
             continue
         if ranks.main:
             _answer(rank, clock)
@@ -71,21 +70,23 @@ def exchange(theirs: Clock, ours: Clock = time.perf_counter) -> Offset:
     return Offset(seconds, fastest / 2)
 
 
-def notes_of(offsets: list[Offset]) -> list[dict[str, Any]]:
-    """Trace records of the ranks on other hosts."""
-    notes = [note_of("rank", rank, offset, "rank 0") for rank, offset in enumerate(offsets)]
-    return [note for note in notes if note is not None]
+def notes_of(hosts: Sequence[Host], offsets: Sequence[Offset], names: HostNames) -> list[dict[str, Any]]:
+    """Trace records of the ranks on other hosts than the first one's."""
+    return [
+        note_of("rank", rank, names.of(host), offset, "rank 0")
+        for rank, (host, offset) in enumerate(zip(hosts, offsets, strict=True))
+        if host != names.first
+    ]
 
 
-def note_of(kind: str, number: int, offset: Offset, reference: str) -> dict[str, Any] | None:
-    """Trace record of a rank or an engine, whose clock `offset` brings to the reference's; None on its host."""
-    if not offset.uncertainty_s:
-        return None
+def note_of(kind: str, number: int, host: str, offset: Offset, reference: str) -> dict[str, Any]:
+    """Trace record of a rank or an engine on another host, whose clock `offset` brings to the reference's."""
     return {
         "type": "note",
-        "text": f"{kind} {number} is on another host: {offset.seconds:+.6f} s bring its clock to {reference}'s, to "
-        f"within {1e6 * offset.uncertainty_s:.0f} us; its GPUs are not sampled, and joules of the run are null",
+        "text": f"{kind} {number} is on another host, {host}: {offset.seconds:+.6f} s bring its clock to "
+        f"{reference}'s, to within {1e6 * offset.uncertainty_s:.0f} us",
         kind: number,
+        "host": host,
         "offset_s": offset.seconds,
         "uncertainty_s": offset.uncertainty_s,
     }
