@@ -125,6 +125,7 @@ def test_a_run_without_engine_records_is_left_out_with_a_word(simulated, tmp_pat
         figures.roofline([empty])
 
 
+@pytest.mark.slow
 def test_the_roofline_looks_as_it_did(runs, simulated, tmp_path):
     assert_looks_like(figures.roofline([simulated["synchronous"], simulated["truncated"]]), "roofline-simulated")
     assert_looks_like(figures.roofline(runs), "roofline")

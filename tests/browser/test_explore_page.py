@@ -17,7 +17,7 @@ SMALL = (
     "?model=Qwen2.5-0.5B&gpu=H100-SXM&gpus=8&steps=5000&windows=1000&prompts_per_step=32&samples_per_prompt=4"
     "&max_response_tokens=3000&mean_tokens=900&draws=300"
 )
-WAIT_MS = 30_000
+WAIT_MS = 90_000
 """Of a machine that does other things too."""
 
 

@@ -1,5 +1,7 @@
 """Small files that would take the machine's memory, or hours. `make fuzz` tries all of them, and with a gigabyte."""
 
+import pytest
+
 from tests.fuzz.blow_ups import BLOW_UPS, apart
 
 MEGABYTES = 24
@@ -10,6 +12,7 @@ NOT_LEFT_OUT = ("trace.jsonl: one long line", "lengths CSV: one long line", "sum
                 "experiment TOML: nested")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_file_takes_the_memory_or_the_time_of_the_machine():
     names = [name for name in BLOW_UPS if name in NOT_LEFT_OUT or not name.endswith(LEFT_OUT)]
     found = apart(MEGABYTES, names)

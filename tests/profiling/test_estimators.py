@@ -238,6 +238,7 @@ def wait_until(true, seconds=20):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_sampler_that_is_killed_is_replaced_and_nothing_is_lost(tmp_path, withstood):
     notes = []
     sampler = SamplerProcess(
@@ -324,6 +325,7 @@ def test_a_sampler_that_hangs_before_its_first_sample_is_noticed(library, tmp_pa
     assert sampler.stop() is None
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_sampler_and_space_lets_it_go_on(tmp_path, withstood):
     notes, unlimited = [], resource.getrlimit(resource.RLIMIT_FSIZE)
     sampler = SamplerProcess(tmp_path, interval_s=0.02, zero_s=time.perf_counter(), note=notes.append,

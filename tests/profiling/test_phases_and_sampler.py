@@ -87,16 +87,17 @@ def test_a_failed_run_says_so(tmp_path):
 def test_the_sampler_samples_the_host_from_first_to_last(tmp_path):
     with Profiler(tmp_path / "run", sampler_interval_s=0.1) as profiler:
         start = profiler.now()
-        time.sleep(0.8)
+        time.sleep(1.5)
         end = profiler.now()
     run = Run(tmp_path / "run")
     host = run.devices[run.devices.device == "host"]
     assert host.t.min() <= start + 0.05
     assert host.t.max() >= end - 0.1  # a reading within 50 ms of the one before is left out
-    assert 3 <= len(host) <= 14  # ticks that come late on a busy machine are missed, not made up
+    said = run.trailer["sampler"]
+    assert 2 <= len(host) <= said["ticks"]  # two ticks within 50 ms share a reading
+    assert said["ticks"] + said["missed_ticks"] >= 4  # those that come late on a busy machine are missed, not made up
     assert host.memory_bytes.min() > 0
     assert host.power_watts.isna().all()  # null, never 0
-    assert run.trailer["sampler"]["ticks"] >= len(host)  # two ticks within 50 ms share a reading
 
 
 def test_cpu_time_of_no_interval_is_null_and_never_0(monkeypatch):

@@ -185,6 +185,7 @@ def test_a_directory_that_cannot_be_written_is_warned_of_and_the_advice_is_there
     assert not (run.path / "advice.json").exists()
 
 
+@pytest.mark.slow
 def test_another_process_computes_the_same_advice_of_a_large_run(synchronous, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "LARGE_BYTES", 0)
     monkeypatch.setattr("os.cpu_count", lambda: 2)

@@ -10,7 +10,7 @@ from simulator.plan.options import options_of
 SCHEDULES = ("synchronous", "truncated", "oversample", "asynchronous", "in_flight")
 
 
-@pytest.mark.parametrize("gpus", [8, 16])
+@pytest.mark.parametrize("gpus", [8, pytest.param(16, marks=pytest.mark.slow)])
 def test_a_first_estimate_is_near_the_whole_one(gpus):
     question = Question(
         model="Qwen2.5-0.5B", gpu="H100-SXM", gpus=(gpus,), steps=10, schedules=SCHEDULES, windows=(4000,),

@@ -60,7 +60,9 @@ def survive(make_config, setting, kills, seed):
     assert not leftovers(config.output)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "setting", ["tppo", *(pytest.param(name, marks=pytest.mark.slow) for name in list(SETTINGS)[1:])]
+)
 def test_three_kills_at_random_moments_change_nothing(make_config, setting, withstood):
     survive(make_config, setting, kills=3, seed=0)
     withstood(

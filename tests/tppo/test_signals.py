@@ -4,14 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 
 from profiling.reader import Run
 from tests.tppo.killing import assert_same_run, train_seeded
-from tests.tppo.ranks import on_ranks
+from tests.tppo.ranks import on_ranks, when
 from tests.tppo.test_ranks import assert_equal_runs, settings_of
 from tppo.checkpoints.manifest import verified
 from tppo.checkpoints.store import checkpoints_of, newest_usable
@@ -28,7 +27,7 @@ def test_a_signal_saves_first_and_the_run_goes_on_as_if_undisturbed(make_config,
     """Also while the next step's rollout runs ahead."""
     own = {"algorithm": {"name": "tppo" if schedule == "recipe" else "ppo"}, "rollout": {"schedule": schedule}}
     config = make_config("run", train={"steps": 10_000}, **own)
-    threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
+    when(config.output / "metrics.jsonl", lambda: os.kill(os.getpid(), number))  # a step is done
     before = signal.getsignal(signal.SIGTERM)
     outcome = train_seeded(config)
     assert (outcome.status, outcome.signal) == ("interrupted", number)

@@ -43,6 +43,7 @@ def test_torchs_profile_has_the_runs_clock_and_lies_in_its_phases(make_config):
     assert not any(isinstance(e.get("pid"), int) and e["pid"] >= TORCH_PIDS and "aten" in e["name"] for e in other)
 
 
+@pytest.mark.slow
 def test_one_step_and_steps_that_the_run_does_not_reach_are_written_all_the_same(make_config):
     late = make_config("late", profile={"sampler": False, "torch_steps": "3:9"}, evaluation={"every": 0})
     train(late, show_progress=False)
