@@ -83,12 +83,8 @@ def innermost_phases(
     if known.empty:
         return pd.DataFrame([("", OUTSIDE, 0.0, wall_s)], columns=["name", "step", "t_start", "t_end"])
     edges = np.unique(np.concatenate([[0.0, wall_s], known.t_start.clip(0, wall_s), known.t_end.clip(0, wall_s)]))
-    owner = np.full(len(edges) - 1, -1)
     order = known.assign(rank=known.name.map(rank)).sort_values(["rank", "depth"], ascending=[False, True])
-    first = np.searchsorted(edges, order.t_start.clip(0, wall_s))
-    last = np.searchsorted(edges, order.t_end.clip(0, wall_s))
-    for place, (start, end) in enumerate(zip(first, last, strict=True)):
-        owner[start:end] = place
+    owner = last_over(order, edges)
     names = np.append(order.name.to_numpy(object), "")
     steps = np.append(order.step.to_numpy(), OUTSIDE)
     # A piece of no phase belongs to the step under way: the last one that began.
@@ -103,6 +99,15 @@ def innermost_phases(
             "t_end": edges[1:],
         }
     )
+
+
+def last_over(phases: pd.DataFrame, edges: np.ndarray) -> np.ndarray:
+    """Between each two edges, at which all phases begin and end: the place of the last phase there, -1 for none."""
+    owner = np.full(len(edges) - 1, -1)
+    first, last = np.searchsorted(edges, phases.t_start), np.searchsorted(edges, phases.t_end)
+    for place, (start, end) in enumerate(zip(first, last, strict=True)):
+        owner[start:end] = place
+    return owner
 
 
 def _outside_rollout(cluster: Cluster, pieces: pd.DataFrame) -> pd.DataFrame:
