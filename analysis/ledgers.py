@@ -12,8 +12,6 @@ from profiling.schema import CAUSES
 from profiling.summary import NEEDS_RECORDS
 
 UNRESOLVED = "unresolved"
-ROUNDING = 1e-9
-"""Share of the time that is no time."""
 
 
 def causes_per_step(run: Run, after: int = 0) -> pd.Series:
@@ -26,7 +24,6 @@ def causes_per_step(run: Run, after: int = 0) -> pd.Series:
         raise DataError(f"{run.path}: its ledger has no training step after step {after}")
     seconds = own.groupby("cause").seconds.sum() / own.step.nunique()
     found = pd.Series({cause: float(seconds.get(cause, 0.0)) for cause in CAUSES if cause not in NOT_TRAINING})
-    found = found.where(found > ROUNDING * found.sum(), 0.0)
     if found[UNRESOLVED] > 0:
         found[[UNRESOLVED, *NEEDS_RECORDS]] = np.nan
         found.attrs["unresolved_s"] = float(seconds[UNRESOLVED])

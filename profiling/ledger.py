@@ -66,6 +66,11 @@ def ledger_totals(ledger: pd.DataFrame) -> dict[str, float]:
     return {cause: float(seconds.get(cause, 0.0)) for cause in CAUSES}
 
 
+def without_rounding(difference: float, of: float) -> float:
+    """0 where it is within half of TOLERANCE of what was subtracted from; so a run's sums stay within TOLERANCE."""
+    return difference if abs(difference) > TOLERANCE / 2 * of else 0.0
+
+
 def innermost_phases(
     phases: pd.DataFrame, wall_s: float, *, rollout_first: bool = False, other_names: Sequence[str] = ()
 ) -> pd.DataFrame:
@@ -206,12 +211,13 @@ def _waits(cluster: Cluster, engine: pd.DataFrame, pieces: pd.DataFrame) -> pd.D
             if step not in recorded:
                 rows.append((step, e, "unresolved", seconds))
                 continue
-            left = seconds - busy.get((step, e), 0.0)
+            left = without_rounding(seconds - busy.get((step, e), 0.0), seconds)
             all_done = min(end_of_step[step], phase_end[step])
             phase_start = phase_end[step] - seconds
-            tail = max(0.0, all_done - last.get((step, e), phase_start))
+            tail = without_rounding(max(0.0, all_done - last.get((step, e), phase_start)), seconds)
             tail = min(tail, max(left, 0.0))
-            rows += [(step, e, "wait_tail", tail), (step, e, "wait_other", left - tail)]
+            gaps = without_rounding(left - tail, seconds)
+            rows += [(step, e, "wait_tail", left - gaps), (step, e, "wait_other", gaps)]
     return _frame(rows)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from profiling.energy import energy_totals
-from profiling.ledger import Cluster, innermost_phases, ledger_totals
+from profiling.ledger import Cluster, innermost_phases, ledger_totals, without_rounding
 from profiling.schema import PHASES
 
 NOT_TRAINING = ("down", "evaluation", "checkpoint")
@@ -111,7 +111,7 @@ def summarise(
         "rows_finished": len(finished) if recorded else None,
         "rows_carried": rows_in - len(finished) if recorded else None,
         "preemptions": int(rows.preempted.sum()) if recorded else None,
-        "engine_idle_fraction": 1 - float(span_s.sum()) / engine_s if engine_s and recorded else None,
+        "engine_idle_fraction": without_rounding(1 - span_s.sum() / engine_s, 1) if engine_s and recorded else None,
         "mean_running_rows": float((spans.batch * span_s).sum()) / engine_s if engine_s and recorded else None,
         "staleness_mean": float(np.average(ages, weights=age_weights)) if age_weights.sum() else None,
         "staleness_max": int(ages[age_weights > 0].max()) if age_weights.sum() else None,
