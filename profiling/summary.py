@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 
 from profiling.energy import energy_totals
-from profiling.ledger import Cluster, innermost_phases, ledger_totals, without_rounding
+from profiling.ledger import Cluster, build_ledger, innermost_phases, ledger_totals, without_rounding
+from profiling.reader import Run
 from profiling.schema import PHASES
+from profiling.writer import RunWriter
 
 NOT_TRAINING = ("down", "evaluation", "checkpoint")
 """Phases left out of rates per step, row and token."""
@@ -125,6 +127,24 @@ def summarise(
         },
         "gpu_seconds": cluster.gpus * wall_s,
     }
+
+
+def write_totals(writer: RunWriter, wall_s: float, *, trains_whole_responses: bool = False) -> None:
+    """Ledger and summary of a measured run, computed from what its directory holds.
+
+    Energy is null where other hosts took part, whose GPUs nobody samples: the trace notes them, with their clocks
+    (tppo.parallel.clocks)."""
+    run = Run(writer.path)
+    cluster, phases, engine, rollouts = run.cluster, run.phases, run.engine, run.rollouts
+    ledger = build_ledger(cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, wall_s=wall_s)
+    elsewhere = any(record["type"] == "note" and "uncertainty_s" in record for record in run.outline)
+    summary = summarise(
+        cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, ledger=ledger, wall_s=wall_s,
+        startup_steps=run.header.get("startup_steps", 0), trains_whole_responses=trains_whole_responses,
+        devices=None if elsewhere else run.devices,
+    )  # fmt: skip
+    writer.ledger(dict(ledger))
+    writer.summary(summary)
 
 
 def _seconds(pieces: pd.DataFrame) -> float:
