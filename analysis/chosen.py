@@ -8,6 +8,7 @@ import pandas as pd
 
 from profiling.errors import DataError
 from profiling.reader import Run
+from profiling.summary import NOT_TRAINING
 
 Answer = TypeVar("Answer")
 Reasons = list[tuple[str, str]]
@@ -76,8 +77,8 @@ def _part(stem: str) -> int:
 
 
 def step_bounds(run: Run) -> pd.DataFrame:
-    """step -> start, end: seconds of each training step's phases, evaluation and checkpoint left out."""
-    phases = run.phases[(run.phases.step >= 1) & ~run.phases.name.isin(("evaluation", "checkpoint", "down"))]
+    """step -> start, end: seconds of each training step's phases, without evaluation, checkpoint and failures."""
+    phases = run.phases[(run.phases.step >= 1) & ~run.phases.name.isin(NOT_TRAINING)]
     ended = phases[phases.name == "rollout"].step.unique()
     return phases[phases.step.isin(ended)].groupby("step").agg(start=("t_start", "min"), end=("t_end", "max"))
 

@@ -14,7 +14,7 @@ from profiling.schema import PHASES
 from profiling.writer import RunWriter
 
 NOT_TRAINING = ("down", "evaluation", "checkpoint")
-"""Phases left out of rates per step, row and token."""
+"""Phases left out of rates per step, row and token, and of where a step begins and ends."""
 
 NEEDS_RECORDS = (
     "preempt_recompute",
