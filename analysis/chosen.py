@@ -1,39 +1,49 @@
 """Which runs and which of their steps a figure draws, and the words about those that it does not."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 
 from profiling.errors import DataError
 from profiling.reader import Run
+from profiling.summary import NOT_TRAINING
 
-Lacks = Callable[[Run], str | None]
-"""What a run lacks for a figure, or None."""
-
-
-def usable(runs: Sequence[Run], lacks: Lacks, what: str) -> list[Run]:
-    """The runs that lack nothing. Raises DataError with the first one's reason when there are none."""
-    if not runs:
-        raise DataError(f"{what}: no runs")
-    found = [run for run in runs if lacks(run) is None]
-    if not found:
-        raise DataError(f"{runs[0].path}: {lacks(runs[0])}: nothing to draw as {what}")
-    return found
+Answer = TypeVar("Answer")
+Reasons = list[tuple[str, str]]
+"""Names of runs, each with why it is not drawn."""
 
 
-def left_out(runs: Sequence[Run], lacks: Lacks, most: int = 3) -> list[str]:
-    """For the foot of a figure: a line per reason, naming up to `most` runs that are not drawn because of it."""
-    reasons = ((run.name, reason) for run in runs if (reason := lacks(run)) is not None)
-    return [f"Not drawn: {part}." for part in by_reason(reasons, most)]
+def asked(runs: Sequence[Run], ask: Callable[[Run], Answer]) -> tuple[list[tuple[Run, Answer]], Reasons]:
+    """Each run with its answer, and those that raise DataError instead: it says what the run lacks. Raises the first
+    one's when all do."""
+    answers, reasons, first = [], [], None
+    for run in runs:
+        try:
+            answers.append((run, ask(run)))
+        except DataError as error:
+            first = first or error
+            reasons.append((run.name, str(error).removeprefix(f"{run.path}: ").removeprefix(f"{run.path}/")))
+    if not answers:
+        raise first or DataError("no runs to draw; name at least one run directory")
+    return answers, reasons
 
 
-def by_reason(reasons: Iterable[tuple[str, str]], most: int) -> list[str]:
-    """(name, reason) pairs -> `NAMES (reason)`: those with one reason together, at most so many by name."""
+def usable(runs: Sequence[Run], need: Callable[[Run], object]) -> tuple[list[Run], Reasons]:
+    """The runs of which `need` raises no DataError, and the others. Raises the first one's when it always does."""
+    answers, reasons = asked(runs, need)
+    return [run for run, _ in answers], reasons
+
+
+def left_out(reasons: Reasons) -> list[str]:
+    """For the foot of a figure: nothing, or a line. Runs with one reason stand together, at most four of them by
+    name."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons:
         names.setdefault(reason, []).append(name)
-    return [f"{listed(own, most)} ({reason})" for reason, own in names.items()]
+    parts = [f"{listed(own, 4)} ({reason})" for reason, own in names.items()]
+    return [f"Left out: {'; '.join(parts)}."] if parts else []
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
@@ -42,9 +52,9 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def beyond(names: Sequence[str], most: int, what: str) -> list[str]:
-    """For the foot of a figure: a line about those that there is no room for."""
-    return [f"Not drawn: {listed(names[most:])} ({most} {what} at most)."] if len(names) > most else []
+def beyond(names: Sequence[str], most: int, what: str) -> Reasons:
+    """Of those that there is no room for."""
+    return [(name, f"{most} {what} at most") for name in names[most:]]
 
 
 def simulated_only(runs: Iterable[Run]) -> list[str]:
@@ -53,13 +63,12 @@ def simulated_only(runs: Iterable[Run]) -> list[str]:
     return [f"Simulated only, the trainer does not run such a schedule: {listed(names)}."] if names else []
 
 
-def lacks_engine_records(run: Run) -> str | None:
-    """Of training steps; step 0 trains the value model."""
+def need_engine_records(run: Run) -> None:
+    """Of training steps; step 0 trains the value model. Raises DataError."""
     if step_bounds(run).empty:
-        return "has no finished training step"
-    return None if any(_part(path.stem) >= 1 for path in (run.path / "engine").glob("step-*.parquet")) else (
-        "has no engine records"
-    )  # fmt: skip
+        raise DataError(f"{run.path}: has no finished training step")
+    if not any(_part(path.stem) >= 1 for path in (run.path / "engine").glob("step-*.parquet")):
+        raise DataError(f"{run.path}: has no engine records")
 
 
 def _part(stem: str) -> int:
@@ -68,8 +77,8 @@ def _part(stem: str) -> int:
 
 
 def step_bounds(run: Run) -> pd.DataFrame:
-    """step -> start, end: seconds of each training step's phases, evaluation and checkpoint left out."""
-    phases = run.phases[(run.phases.step >= 1) & ~run.phases.name.isin(("evaluation", "checkpoint", "down"))]
+    """step -> start, end: seconds of each training step's phases, without evaluation, checkpoint and failures."""
+    phases = run.phases[(run.phases.step >= 1) & ~run.phases.name.isin(NOT_TRAINING)]
     ended = phases[phases.name == "rollout"].step.unique()
     return phases[phases.step.isin(ended)].groupby("step").agg(start=("t_start", "min"), end=("t_end", "max"))
 

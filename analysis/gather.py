@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.chosen import by_reason
+from analysis.chosen import asked, left_out
 from profiling.errors import DataError
 from profiling.reader import Run
 
@@ -16,30 +16,22 @@ LEFT_OUT = "left_out"
 def gather(runs: Sequence[Run], table_of: Callable[[Run], pd.DataFrame]) -> pd.DataFrame:
     """The tables of all runs, one after the other. A run whose table_of raises DataError, or gives no row, is left out
     and named in attrs. Raises DataError, the first run's, when none is left."""
-    tables, left_out = [], []
-    for run in runs:
-        try:
-            table = table_of(run)
-            if table.empty:
-                raise DataError(f"{run.path}: has no finished training step yet")
-            tables.append(table)
-        except DataError as error:
-            left_out.append((run, str(error)))
-    if not tables:
-        raise DataError(left_out[0][1] if left_out else "no runs to draw; name at least one run directory")
-    gathered = pd.concat(tables, ignore_index=True)
-    gathered.attrs[LEFT_OUT] = [(run.name, _without_path(run, reason)) for run, reason in left_out]
+
+    def rows_of(run: Run) -> pd.DataFrame:
+        table = table_of(run)
+        if table.empty:
+            raise DataError(f"{run.path}: has no finished training step yet")
+        return table
+
+    tables, reasons = asked(runs, rows_of)
+    gathered = pd.concat([table for _, table in tables], ignore_index=True)
+    gathered.attrs[LEFT_OUT] = reasons
     return gathered
 
 
-def _without_path(run: Run, reason: str) -> str:
-    return reason.removeprefix(f"{run.path}: ").removeprefix(f"{run.path}/")
-
-
-def left_out_note(table: pd.DataFrame, most: int = 4) -> str:
-    """`Left out: NAME (reason); ...`, or nothing. Runs with one reason stand together, at most so many by name."""
-    parts = by_reason(table.attrs.get(LEFT_OUT, []), most)
-    return f"Left out: {'; '.join(parts)}." if parts else ""
+def left_out_note(table: pd.DataFrame) -> str:
+    """`Left out: NAMES (reason); ...`, or nothing."""
+    return "".join(left_out(table.attrs.get(LEFT_OUT, [])))
 
 
 def decimated(table: pd.DataFrame, x: str, spread: Sequence[str], most: int) -> pd.DataFrame:

@@ -5,15 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.tables import NOT_TRAINING, by_arm, processor
+from analysis.tables import SET_APART, by_arm, processor
 from profiling.errors import DataError
 from profiling.reader import Run
 from profiling.schema import CAUSES
 from profiling.summary import NEEDS_RECORDS
 
 UNRESOLVED = "unresolved"
-ROUNDING = 1e-9
-"""Share of the time that is no time."""
 
 
 def causes_per_step(run: Run, after: int = 0) -> pd.Series:
@@ -21,12 +19,11 @@ def causes_per_step(run: Run, after: int = 0) -> pd.Series:
     left out; 0 for what did not occur, null for what the run cannot tell. Raises DataError without such steps."""
     if run.ledger is None:
         raise DataError(f"{run.path}: has no ledger yet; the run has not ended")
-    own = run.ledger[(run.ledger.step >= 1) & (run.ledger.step > after) & ~run.ledger.cause.isin(NOT_TRAINING)]
+    own = run.ledger[(run.ledger.step >= 1) & (run.ledger.step > after) & ~run.ledger.cause.isin(SET_APART)]
     if own.empty:
         raise DataError(f"{run.path}: its ledger has no training step after step {after}")
     seconds = own.groupby("cause").seconds.sum() / own.step.nunique()
-    found = pd.Series({cause: float(seconds.get(cause, 0.0)) for cause in CAUSES if cause not in NOT_TRAINING})
-    found = found.where(found > ROUNDING * found.sum(), 0.0)
+    found = pd.Series({cause: float(seconds.get(cause, 0.0)) for cause in CAUSES if cause not in SET_APART})
     if found[UNRESOLVED] > 0:
         found[[UNRESOLVED, *NEEDS_RECORDS]] = np.nan
         found.attrs["unresolved_s"] = float(seconds[UNRESOLVED])

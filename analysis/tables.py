@@ -13,7 +13,8 @@ from profiling.attribution import device_estimates, interval_text
 from profiling.errors import DataError
 from profiling.reader import Run
 
-NOT_TRAINING = ("evaluation", "checkpoint")
+SET_APART = ("evaluation", "checkpoint")
+"""Causes that no table of training steps counts; what failures cost (`down`) they do."""
 PREFILL = ("prefill", "re_prefill", "preempt_recompute")
 DECODE = ("decode_useful", "decode_underfilled", "kv_stall", "decode_discarded")
 WAITING = ("wait_tail", "wait_rollout", "wait_train", "wait_other", "decode_underfilled")
@@ -115,7 +116,7 @@ def training_ledger(run: Run) -> pd.Series:
 
 def seconds_by_cause(ledger: pd.DataFrame) -> pd.Series:
     """Of training steps: evaluation and checkpoints left out."""
-    return ledger[(ledger.step >= 1) & ~ledger.cause.isin(NOT_TRAINING)].groupby("cause").seconds.sum()
+    return ledger[(ledger.step >= 1) & ~ledger.cause.isin(SET_APART)].groupby("cause").seconds.sum()
 
 
 def speed_table(runs: Sequence[Run]) -> pd.DataFrame:

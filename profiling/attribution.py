@@ -5,7 +5,7 @@ import pandas as pd
 
 from profiling.estimators import busy_by_phase, energy_by_phase
 from profiling.hosts import is_host
-from profiling.ledger import innermost_phases
+from profiling.ledger import innermost_phases, last_over
 from profiling.reader import Run
 from profiling.schema import PHASES
 from profiling.windows import Pieces, Windows, windows_of_polls
@@ -68,24 +68,16 @@ def _short(value: float) -> str:
 
 
 def _named_pieces(run: Run, end: float) -> pd.DataFrame:
-    """The trainer's phases as the ledger has them, and a program's own names where one of those is the innermost."""
-    known = innermost_phases(run.phases, end)
-    phases = run.phases[run.phases.t_end > run.phases.t_start]
-    own = phases[~phases.name.isin(PHASES)]
-    if own.empty:
-        return known
-    edges = np.unique(np.concatenate([
-        [0.0, end], known.t_start, known.t_end, phases.t_start.clip(0, end), phases.t_end.clip(0, end),
-    ]))  # fmt: skip
-    place = np.clip(np.searchsorted(known.t_start.to_numpy(), edges[:-1], "right") - 1, 0, None)
-    names, steps = known.name.to_numpy(object)[place], known.step.to_numpy()[place]
-    inner, inner_step = np.full(len(edges) - 1, "", dtype=object), np.zeros(len(edges) - 1, dtype=int)
-    for phase in phases.sort_values("depth", kind="stable").itertuples():
-        first, last = np.searchsorted(edges, [max(phase.t_start, 0.0), min(phase.t_end, end)])
-        inner[first:last], inner_step[first:last] = phase.name, phase.step
-    mine = (inner != "") & ~np.isin(inner.astype(str), PHASES)
-    columns = {"name": np.where(mine, inner, names), "step": np.where(mine, inner_step, steps)}
-    return pd.DataFrame(columns | {"t_start": edges[:-1], "t_end": edges[1:]})
+    """As the ledger has them, and within its phases a program's own where one of those is the innermost: whoever
+    marked it wants to know its joules. The ledger, and steps, need the phase around: a program's own within an
+    evaluation is no training."""
+    phases = run.phases[run.phases.t_end > run.phases.t_start].sort_values("depth", kind="stable")
+    pieces = innermost_phases(phases, end, other_names=sorted(set(phases.name) - set(PHASES)))
+    inner = last_over(phases, np.append(pieces.t_start, end))
+    own = np.append(~phases.name.isin(PHASES), False)[inner]
+    for column in ("name", "step"):
+        pieces.loc[own, column] = phases[column].to_numpy()[inner[own]]
+    return pieces
 
 
 def windows_of(run: Run, device: str, metric: str) -> Windows:

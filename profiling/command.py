@@ -22,12 +22,11 @@ from profiling.console import plain_table, table_console
 from profiling.energy import is_counting
 from profiling.errors import ConfigError
 from profiling.gpu_users import GpuUsers, marked_for, of_tree, seeing_what
-from profiling.ledger import build_ledger
 from profiling.markers import VARIABLE, read_markers
 from profiling.overlaps import overlap_note
 from profiling.phases import Profiler
 from profiling.reader import Run
-from profiling.summary import COMMAND, summarise
+from profiling.summary import COMMAND, write_totals
 
 SHORTEST_INTERVAL_S = 1e-3
 LONGEST_INTERVAL_S = 3600.0
@@ -63,7 +62,7 @@ def profile_command(
         _trace_note(profiler, overlap_note(records, profiler.now()))
         _trace_note(profiler, users.note())
         wall_s = profiler.finish("finished" if code == 0 else "failed")
-    write_totals(profiler, wall_s)
+    write_totals(profiler.writer, wall_s)
     try:
         _print(Run(output), wall_s, f"exit code {code}")
         sys.stdout.flush()
@@ -90,7 +89,7 @@ def profile_process(pid: int, *, interval_s: float, output: Path, links: bool = 
                 ended = "still runs"
         _trace_note(profiler, users.note())
         wall_s = profiler.finish("finished")
-    write_totals(profiler, wall_s)
+    write_totals(profiler.writer, wall_s)
     _print(Run(output), wall_s, f"{name} ({pid}) {ended}")
     return 0
 
@@ -105,18 +104,6 @@ def check_interval(interval_s: float) -> None:
         raise ConfigError(
             f"--interval {interval_s:g}: must be from {SHORTEST_INTERVAL_S:g} to {LONGEST_INTERVAL_S:g} seconds"
         )
-
-
-def write_totals(profiler: Profiler, wall_s: float) -> None:
-    run = Run(profiler.writer.path)
-    cluster, phases, engine, rollouts = run.cluster, run.phases, run.engine, run.rollouts
-    ledger = build_ledger(cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, wall_s=wall_s)
-    profiler.writer.ledger({name: ledger[name] for name in ledger.columns})
-    summary = summarise(
-        cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, ledger=ledger, wall_s=wall_s,
-        startup_steps=0, devices=run.devices,
-    )  # fmt: skip
-    profiler.writer.summary(summary)
 
 
 @contextlib.contextmanager

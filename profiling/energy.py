@@ -7,17 +7,11 @@ import pandas as pd
 
 from profiling.estimators import TICK_S
 
-STALE_S = 2.0
-"""A counter that shows one value for longer than this does not count: an idle GPU draws tens of watts. The sampler
-leaves out what it reads after three seconds of it."""
-
 
 def is_counting(t: np.ndarray, joules: np.ndarray) -> bool:
     """Whether differences of a counter's readings are joules: there are two or more, it never ran backwards (its
-    driver was loaded again), and it did not stand still all the time."""
-    if len(t) < 2 or t[-1] <= t[0] or (np.diff(joules) < 0).any():
-        return False
-    return bool(joules[-1] > joules[0] or t[-1] - t[0] <= STALE_S)
+    driver was loaded again), and it did not stand still all the time: an idle GPU draws tens of watts."""
+    return len(t) >= 2 and bool(t[-1] > t[0] and joules[-1] > joules[0] and (np.diff(joules) >= 0).all())
 
 
 def joules_by_piece(devices: pd.DataFrame, pieces: pd.DataFrame) -> np.ndarray | None:

@@ -66,6 +66,11 @@ def ledger_totals(ledger: pd.DataFrame) -> dict[str, float]:
     return {cause: float(seconds.get(cause, 0.0)) for cause in CAUSES}
 
 
+def without_rounding(difference: float, of: float) -> float:
+    """0 where it is within half of TOLERANCE of what was subtracted from; so a run's sums stay within TOLERANCE."""
+    return difference if abs(difference) > TOLERANCE / 2 * of else 0.0
+
+
 def innermost_phases(
     phases: pd.DataFrame, wall_s: float, *, rollout_first: bool = False, other_names: Sequence[str] = ()
 ) -> pd.DataFrame:
@@ -83,12 +88,8 @@ def innermost_phases(
     if known.empty:
         return pd.DataFrame([("", OUTSIDE, 0.0, wall_s)], columns=["name", "step", "t_start", "t_end"])
     edges = np.unique(np.concatenate([[0.0, wall_s], known.t_start.clip(0, wall_s), known.t_end.clip(0, wall_s)]))
-    owner = np.full(len(edges) - 1, -1)
     order = known.assign(rank=known.name.map(rank)).sort_values(["rank", "depth"], ascending=[False, True])
-    first = np.searchsorted(edges, order.t_start.clip(0, wall_s))
-    last = np.searchsorted(edges, order.t_end.clip(0, wall_s))
-    for place, (start, end) in enumerate(zip(first, last, strict=True)):
-        owner[start:end] = place
+    owner = last_over(order, edges)
     names = np.append(order.name.to_numpy(object), "")
     steps = np.append(order.step.to_numpy(), OUTSIDE)
     # A piece of no phase belongs to the step under way: the last one that began.
@@ -103,6 +104,15 @@ def innermost_phases(
             "t_end": edges[1:],
         }
     )
+
+
+def last_over(phases: pd.DataFrame, edges: np.ndarray) -> np.ndarray:
+    """Between each two edges, at which all phases begin and end: the place of the last phase there, -1 for none."""
+    owner = np.full(len(edges) - 1, -1)
+    first, last = np.searchsorted(edges, phases.t_start), np.searchsorted(edges, phases.t_end)
+    for place, (start, end) in enumerate(zip(first, last, strict=True)):
+        owner[start:end] = place
+    return owner
 
 
 def _outside_rollout(cluster: Cluster, pieces: pd.DataFrame) -> pd.DataFrame:
@@ -201,12 +211,13 @@ def _waits(cluster: Cluster, engine: pd.DataFrame, pieces: pd.DataFrame) -> pd.D
             if step not in recorded:
                 rows.append((step, e, "unresolved", seconds))
                 continue
-            left = seconds - busy.get((step, e), 0.0)
+            left = without_rounding(seconds - busy.get((step, e), 0.0), seconds)
             all_done = min(end_of_step[step], phase_end[step])
             phase_start = phase_end[step] - seconds
-            tail = max(0.0, all_done - last.get((step, e), phase_start))
+            tail = without_rounding(max(0.0, all_done - last.get((step, e), phase_start)), seconds)
             tail = min(tail, max(left, 0.0))
-            rows += [(step, e, "wait_tail", tail), (step, e, "wait_other", left - tail)]
+            gaps = without_rounding(left - tail, seconds)
+            rows += [(step, e, "wait_tail", left - gaps), (step, e, "wait_other", gaps)]
     return _frame(rows)
 
 

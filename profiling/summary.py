@@ -8,11 +8,13 @@ import numpy as np
 import pandas as pd
 
 from profiling.energy import energy_totals
-from profiling.ledger import Cluster, innermost_phases, ledger_totals
+from profiling.ledger import Cluster, build_ledger, innermost_phases, ledger_totals, without_rounding
+from profiling.reader import Run
 from profiling.schema import PHASES
+from profiling.writer import RunWriter
 
 NOT_TRAINING = ("down", "evaluation", "checkpoint")
-"""Phases left out of rates per step, row and token."""
+"""Phases left out of rates per step, row and token, and of where a step begins and ends."""
 
 NEEDS_RECORDS = (
     "preempt_recompute",
@@ -111,7 +113,7 @@ def summarise(
         "rows_finished": len(finished) if recorded else None,
         "rows_carried": rows_in - len(finished) if recorded else None,
         "preemptions": int(rows.preempted.sum()) if recorded else None,
-        "engine_idle_fraction": 1 - float(span_s.sum()) / engine_s if engine_s and recorded else None,
+        "engine_idle_fraction": without_rounding(1 - span_s.sum() / engine_s, 1) if engine_s and recorded else None,
         "mean_running_rows": float((spans.batch * span_s).sum()) / engine_s if engine_s and recorded else None,
         "staleness_mean": float(np.average(ages, weights=age_weights)) if age_weights.sum() else None,
         "staleness_max": int(ages[age_weights > 0].max()) if age_weights.sum() else None,
@@ -125,6 +127,22 @@ def summarise(
         },
         "gpu_seconds": cluster.gpus * wall_s,
     }
+
+
+def write_totals(writer: RunWriter, wall_s: float, *, trains_whole_responses: bool = False) -> None:
+    """Ledger and summary of a measured run, computed from what its directory holds.
+
+    Energy is null where the GPUs of some host that took part were not sampled."""
+    run = Run(writer.path)
+    cluster, phases, engine, rollouts = run.cluster, run.phases, run.engine, run.rollouts
+    ledger = build_ledger(cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, wall_s=wall_s)
+    summary = summarise(
+        cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, ledger=ledger, wall_s=wall_s,
+        startup_steps=run.header.get("startup_steps", 0), trains_whole_responses=trains_whole_responses,
+        devices=None if run.unsampled_hosts else run.devices,
+    )  # fmt: skip
+    writer.ledger(dict(ledger))
+    writer.summary(summary)
 
 
 def _seconds(pieces: pd.DataFrame) -> float:

@@ -44,7 +44,7 @@ TAIL_ROWS = 0.03
 WORST_REPLAY = 0.25
 """Relative error of the run's own replay from which the costs are not believed."""
 SCHEDULES = ("synchronous", "truncated")
-NOT_TRAINING = ("evaluation_every", "checkpoint_every", "mtbf_hours", "restart_s")
+NOT_REPLAYED = ("evaluation_every", "checkpoint_every", "mtbf_hours", "restart_s")
 """Costs that no rate per response counts."""
 
 
@@ -236,7 +236,7 @@ class Replay:
         values: dict[str, Any]
         if run.simulated:
             own = run.config.get("cost")
-            cost = {name: v for name, v in own.items() if name not in NOT_TRAINING} if isinstance(own, dict) else own
+            cost = {name: v for name, v in own.items() if name not in NOT_REPLAYED} if isinstance(own, dict) else own
             values = {"cluster": run.config.get("cluster", {}), "cost": cost}
         else:
             values = {"cluster": self._cluster(), "cost": {"kind": "affine", **(costs or self.fitted[0])}}

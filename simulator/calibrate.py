@@ -287,8 +287,8 @@ def constant_observations(run: Run, name: str) -> Observations:
         seconds = _phase_seconds(run, name)
     else:
         pieces = _pieces(run)
-        training = pieces[(pieces.step >= 1) & ~pieces.name.isin(("evaluation", "checkpoint"))]
-        lengths = (training.t_end - training.t_start).groupby([training.name, training.step]).sum()
+        own = pieces[pieces.step >= 1]
+        lengths = (own.t_end - own.t_start).groupby([own.name, own.step]).sum()
         if name == "step_other":
             seconds = lengths.get("", pd.Series(dtype=float))
         else:

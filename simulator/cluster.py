@@ -74,6 +74,7 @@ class TrainingRun:
         """Of the policy that the engines have."""
         self.outages: list[Outage] = []
         """Put in when everything else is known."""
+        self.down_s = 0.0
         self.trained_at: dict[int, int] = {}
         """In flight: row -> the step that it trained, which may come after the one in which it finished."""
         self._ready: list[Finished] = []
@@ -96,11 +97,11 @@ class TrainingRun:
                 self.log, self.wall_s, mtbf_hours=self.costs.mtbf_hours, restart_s=self.costs.restart_s,
                 seed=self.experiment.workload.seed,
             )  # fmt: skip
-            insert_outages(self.log, self.outages)
+            self.down_s = insert_outages(self.log, self.outages)
 
     @property
     def wall_s(self) -> float:
-        return float(self.env.now) + sum(outage.seconds for outage in self.outages)
+        return float(self.env.now) + self.down_s
 
     def skip(self) -> None:
         """Steps whose rows all run to their ends or budgets, whatever the time: what they leave behind is known

@@ -53,16 +53,15 @@ def draw_outages(log: Log, wall_s: float, *, mtbf_hours: float, restart_s: float
     return outages
 
 
-def insert_outages(log: Log, outages: list[Outage]) -> None:
-    """Everything that begins at or after an outage comes later by its length."""
+def insert_outages(log: Log, outages: list[Outage]) -> float:
+    """Everything that begins at or after an outage comes later by its length. Returns their seconds.
+
+    What met before meets after: both ends are moved, and no rounding lies between two phases."""
     at = np.array([outage.t for outage in outages])
     added = np.concatenate([[0.0], np.cumsum([outage.seconds for outage in outages])])
 
     def later(t: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
         return t + added[np.searchsorted(at, t, side)]
-
-    def begins(t: float) -> float:
-        return float(later(np.array([t]), "right")[0])
 
     def shift(columns: Columns) -> None:
         columns["t_start"] = later(columns["t_start"], "right")
@@ -70,13 +69,17 @@ def insert_outages(log: Log, outages: list[Outage]) -> None:
             if name in columns:  # what takes no time may begin and end at the outage: after it
                 columns[name] = np.maximum(later(columns[name], "left"), columns["t_start"])
 
-    down = [
-        ("down", outage.step, outage.t + before, outage.t + before + outage.seconds)
-        for outage, before in zip(outages, added.tolist(), strict=False)
-    ]
-    moved = [(name, step, begins(start), begins(start) + end - start) for name, step, start, end in log.phases]
+    names, steps, starts, ends = zip(*log.phases, strict=True)
+    times = {"t_start": np.array(starts), "t_end": np.array(ends)}
+    shift(times)
+    moved = zip(names, steps, times["t_start"].tolist(), times["t_end"].tolist(), strict=True)
+    down = (
+        ("down", outage.step, start, end)
+        for outage, start, end in zip(outages, (at + added[:-1]).tolist(), (at + added[1:]).tolist(), strict=True)
+    )
     log.phases = sorted([*moved, *down], key=lambda phase: phase[2])
     for step in log.steps.values():
-        step.t_planned = begins(step.t_planned)
+        step.t_planned = float(later(np.array([step.t_planned]), "right")[0])
         shift(step.rows)
         shift(step.spans)
+    return float(added[-1])

@@ -131,7 +131,7 @@ class Result:
             writer.table("rollouts", int(step), {name: rows[name] for name in ROLLOUTS.names})
         for step, spans in self.engine.groupby("step"):
             writer.table("engine", int(step), {name: spans[name] for name in ENGINE.names})
-        writer.ledger({name: self.ledger[name] for name in self.ledger.columns})
+        writer.ledger(dict(self.ledger))
         writer.summary(self.summary())
         writer.close(t=self.run.wall_s, status="finished")
 

@@ -6,14 +6,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from profiling.ledger import Cluster, build_ledger
-from profiling.reader import Run
+from profiling.ledger import Cluster
 from profiling.schema import ENGINE, ROLLOUTS
-from profiling.summary import summarise
 from profiling.writer import RunWriter
 from tppo.collect import Collected
 from tppo.config import RunConfig
-from tppo.learner.recipe import recipe_of
 from tppo.schedule import Schedule, describe
 
 
@@ -79,19 +76,3 @@ def write_step(writer: RunWriter, step: int, got: Collected, *, trained_tokens: 
     writer.table("rollouts", step, {name: [r[name] for r in records] for name in ROLLOUTS.names})
     spans = [{"step": step, **record} for record in got.records]
     writer.table("engine", step, {name: [s[name] for s in spans] for name in ENGINE.names})
-
-
-def finish_run(writer: RunWriter, schedule: Schedule, config: RunConfig, wall_s: float, ranks: int) -> None:
-    """Ledger and summary, computed from what the directory holds, as for any other run.
-
-    Energy is null where the GPUs of some host that took part were not sampled."""
-    run, cluster = Run(writer.path), cluster_of(config, ranks)
-    ledger = build_ledger(cluster=cluster, phases=run.phases, engine=run.engine, rollouts=run.rollouts, wall_s=wall_s)
-    summary = summarise(
-        cluster=cluster, phases=run.phases, engine=run.engine, rollouts=run.rollouts, ledger=ledger, wall_s=wall_s,
-        startup_steps=schedule.startup_steps(config.rollout.max_response_tokens),
-        trains_whole_responses=recipe_of(config).policy_tokens == "finished_rows",
-        devices=None if run.unsampled_hosts else run.devices,
-    )  # fmt: skip
-    writer.ledger({name: ledger[name] for name in ledger.columns})
-    writer.summary(summary)

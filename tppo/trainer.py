@@ -11,6 +11,7 @@ import torch
 from profiling import Profiler
 from profiling.errors import RunError
 from profiling.schema import SAMPLES
+from profiling.summary import write_totals
 from profiling.writer import RunWriter
 from tppo.algorithms.geppo import next_learning_rate, reuse_weights
 from tppo.checkpoints.content import save_checkpoint
@@ -40,7 +41,7 @@ from tppo.rewards.protocol import Reward, RewardError, grade_metrics
 from tppo.rollout.drive import engine_faults
 from tppo.rollout.engines import evaluation_engine
 from tppo.rollout.protocol import EngineError, RolloutEngine, Sampling
-from tppo.run_records import finish_run, write_step
+from tppo.run_records import write_step
 from tppo.samples import chosen, sample_records
 from tppo.schedule import Schedule
 from tppo.signals import Stop, nothing, stop_on_signal
@@ -155,7 +156,8 @@ class Trainer:
             wall_s = self.profiler.finish(status)
             self.ranks.gather(status)  # samples of other hosts are written
             if self.ranks.main:
-                finish_run(self.writer, self.schedule, config, wall_s, self.ranks.world)
+                whole = self.recipe.policy_tokens == "finished_rows"
+                write_totals(self.writer, wall_s, trains_whole_responses=whole)
             self.tracker.finish(status)
         return Outcome(status, state.step, accuracy.mean if accuracy else None, stop.signal, self.ranks.rank)
 

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import style
-from analysis.chosen import beyond, lacks_engine_records, left_out, simulated_only, typical_step, usable
+from analysis.chosen import beyond, left_out, need_engine_records, simulated_only, typical_step, usable
 from analysis.lanes import with_slots
 from analysis.tables import by_arm, provenance
 from profiling.errors import DataError
@@ -65,7 +65,8 @@ def occupancy(spans: pd.DataFrame, grid: np.ndarray) -> np.ndarray:
 
 
 def arms_of(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    return list(by_arm(usable(runs, lacks_engine_records, "a batch occupancy")).items())[:MOST_ARMS]
+    found, _ = usable(runs, need_engine_records)
+    return list(by_arm(found).items())[:MOST_ARMS]
 
 
 def drawn_runs(runs: Sequence[Run]) -> list[Run]:
@@ -99,8 +100,8 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     axes.set(xlabel="s from the start of the rollout", ylabel="rows that decode / slots", ylim=(0, 1.04))
     axes.set_xlim(left=0)
     style.title(axes, f"Batch through a rollout ({provenance(found)})")
-    every = list(by_arm(usable(runs, lacks_engine_records, "a batch occupancy")))
-    words = left_out(runs, lacks_engine_records) + beyond(every, MOST_ARMS, "arms") + simulated_only(found)
+    every, reasons = usable(runs, need_engine_records)
+    words = left_out(reasons + beyond(list(by_arm(every)), MOST_ARMS, "arms")) + simulated_only(found)
     style.below(figure, *axes.get_legend_handles_labels(), 2, "\n".join(words))
     return figure
 

@@ -7,10 +7,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import style
-from analysis.chosen import left_out, listed, simulated_only, usable
+from analysis.chosen import asked, left_out, listed, simulated_only, usable
 from analysis.hardware import hardware_of, hardware_path
 from analysis.labels import name_points
 from analysis.tables import arm_of, by_arm, processor, provenance
+from profiling.errors import DataError
 from profiling.reader import Run
 
 RESPONSES = 1_000_000
@@ -26,18 +27,20 @@ CAPTION = (
 COLUMNS = ["run", "arm", "simulated", "schedule", "gpus", "hours", "gpu_hours", "dollars", "on_front"]
 
 
-def lacks(run: Run) -> str | None:
+def seconds_per_response(run: Run) -> float:
+    """Raises DataError."""
     if run.summary is None:
-        return "has no summary.json: it has not ended"
-    return None if run.summary.get("seconds_per_finished_row") else "has no finished responses"
+        raise DataError(f"{run.path}: has no summary.json: it has not ended")
+    if not run.summary.get("seconds_per_finished_row"):
+        raise DataError(f"{run.path}: has no finished responses")
+    return float(run.summary["seconds_per_finished_row"])
 
 
 def data(runs: Sequence[Run]) -> pd.DataFrame:
     """Per run, for RESPONSES finished responses. dollars: null without a price."""
     rows = []
-    for run in usable(runs, lacks, "cost against time"):
-        assert run.summary is not None
-        hours = RESPONSES * run.summary["seconds_per_finished_row"] / 3600
+    for run, seconds in asked(runs, seconds_per_response)[0]:
+        hours = RESPONSES * seconds / 3600
         gpus = run.header["gpus"]
         price = hardware_of(run).price_per_hour if hardware_path(run) else None
         kind = (run.header["schedule"] or {}).get("kind")
@@ -58,7 +61,7 @@ def front(hours: np.ndarray, cost: np.ndarray) -> np.ndarray:
 
 
 def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
-    found = usable(runs, lacks, "cost against time")
+    found, reasons = usable(runs, seconds_per_response)
     cost = cost_column(table)
     figure, (axes,) = style.subplots(height=4.4)
     looks = style.arm_looks(list(by_arm(found)))
@@ -82,7 +85,7 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     unit = "US dollars" if cost == "dollars" else f"{processor(found)}-hours"
     axes.set(xlabel="hours per million finished responses", ylabel=f"{unit} per million\nfinished responses")
     style.title(axes, f"Cost against time ({provenance(found)})")
-    words = left_out(runs, lacks) + simulated_only(found)
+    words = left_out(reasons) + simulated_only(found)
     if cost == "gpu_hours":
         missing = listed(list(table[table.dollars.isna()].run))
         words.append(f"In {unit}: no price_per_hour is known for {missing} (hardware.json).")

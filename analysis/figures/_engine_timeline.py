@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from analysis import style
-from analysis.chosen import beyond, lacks_engine_records, left_out, simulated_only, step_bounds, typical_step, usable
+from analysis.chosen import beyond, left_out, need_engine_records, simulated_only, step_bounds, typical_step, usable
 from analysis.lanes import TRAINER, coarse, lanes, with_slots
 from analysis.tables import by_arm, provenance, told_apart
 from profiling.errors import DataError
@@ -57,7 +57,7 @@ def data(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def drawn_runs(runs: Sequence[Run]) -> list[Run]:
-    found = usable(runs, lacks_engine_records, "an engine timeline")
+    found, _ = usable(runs, need_engine_records)
     return [members[0] for members in by_arm(found).values()][:MOST_ARMS]
 
 
@@ -94,8 +94,8 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     handles = [
         Patch(label=style.CAUSES[cause][1], **style.cause_bar(cause)) for cause in style.CAUSES if cause in seen
     ]
-    arms = by_arm(usable(runs, lacks_engine_records, "an engine timeline"))
-    words = left_out(runs, lacks_engine_records) + beyond(list(arms), MOST_ARMS, "arms") + simulated_only(found)
+    every, reasons = usable(runs, need_engine_records)
+    words = left_out(reasons + beyond(list(by_arm(every)), MOST_ARMS, "arms")) + simulated_only(found)
     style.below(figure, handles, [str(handle.get_label()) for handle in handles], 3, "\n".join(words))
     return figure
 

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import style
-from analysis.chosen import beyond, left_out, simulated_only, usable
+from analysis.chosen import asked, beyond, left_out, simulated_only, usable
 from analysis.tables import processor, provenance, told_apart, training_ledger
 from profiling.errors import DataError
 from profiling.reader import Run
@@ -19,19 +19,18 @@ CAPTION = (
 )
 
 
-def lacks(run: Run) -> str | None:
-    try:
-        seconds = training_ledger(run)
-    except DataError as error:
-        return str(error).split(": ", 1)[1]
-    return None if seconds.sum() > 0 else "has no finished training step"
+def seconds_of(run: Run) -> pd.Series:
+    """By cause. Raises DataError."""
+    seconds = training_ledger(run)
+    if not seconds.sum() > 0:
+        raise DataError(f"{run.path}: has no finished training step")
+    return seconds
 
 
 def data(runs: Sequence[Run]) -> pd.DataFrame:
     """run, simulated, cause, seconds, share (null where the run cannot tell)."""
     rows = []
-    for run in usable(runs, lacks, "an idle ledger")[:MOST_RUNS]:
-        seconds = training_ledger(run)
+    for run, seconds in asked(runs, seconds_of)[0][:MOST_RUNS]:
         total = float(seconds.sum())
         for cause in style.CAUSES:
             if seconds.get(cause, 0.0) > 0:
@@ -41,7 +40,7 @@ def data(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
-    found = usable(runs, lacks, "an idle ledger")
+    found, reasons = usable(runs, seconds_of)
     shown = found[:MOST_RUNS]
     figure, (axes,) = style.subplots(height=2.0 + 0.36 * len(shown))
     left = [0.0] * len(shown)
@@ -61,6 +60,6 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.set(xlabel=f"share of {processor(shown)} time", xlim=(0, 1))
     style.heading(figure, f"Idle ledger ({provenance(shown)})")
-    words = left_out(runs, lacks) + beyond([run.name for run in found], MOST_RUNS, "runs") + simulated_only(shown)
+    words = left_out(reasons + beyond([run.name for run in found], MOST_RUNS, "runs")) + simulated_only(shown)
     style.below(figure, *axes.get_legend_handles_labels(), 3, "\n".join(words))
     return figure

@@ -9,9 +9,10 @@ from matplotlib.patches import Patch
 
 from analysis import style
 from analysis.chosen import beyond, left_out, simulated_only, usable
-from analysis.figures._idle_ledger import lacks
-from analysis.tables import NOT_TRAINING, by_arm, provenance
+from analysis.figures._idle_ledger import seconds_of
+from analysis.tables import by_arm, provenance
 from profiling.reader import Run
+from profiling.summary import NOT_TRAINING
 
 MOST_BARS = 60
 MOST_ARMS = 4
@@ -21,7 +22,6 @@ CAPTION = (
     f"long. Over more than {MOST_BARS} steps, a bar is the mean of neighbouring steps. White and hatched: not "
     "measured."
 )
-NOT_SHOWN = (*NOT_TRAINING, "down")
 
 
 def data(runs: Sequence[Run]) -> pd.DataFrame:
@@ -30,7 +30,7 @@ def data(runs: Sequence[Run]) -> pd.DataFrame:
     for run in drawn_runs(runs):
         ledger = run.ledger
         assert ledger is not None  # else it lacks something
-        ledger = ledger[(ledger.step >= 1) & ~ledger.cause.isin(NOT_SHOWN)]
+        ledger = ledger[(ledger.step >= 1) & ~ledger.cause.isin(NOT_TRAINING)]
         steps = np.sort(ledger.step.unique())
         groups = np.array_split(steps, min(len(steps), MOST_BARS))
         first = np.array([group[0] for group in groups])
@@ -47,7 +47,7 @@ def data(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def drawn_runs(runs: Sequence[Run]) -> list[Run]:
-    found = usable(runs, lacks, "an idle ledger by step")
+    found, _ = usable(runs, seconds_of)
     return [members[0] for members in by_arm(found).values()][:MOST_ARMS]
 
 
@@ -78,7 +78,7 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     handles = [
         Patch(label=style.CAUSES[cause][1], **style.cause_bar(cause)) for cause in style.CAUSES if cause in seen
     ]
-    arms = list(by_arm(usable(runs, lacks, "an idle ledger by step")))
-    words = left_out(runs, lacks) + beyond(arms, MOST_ARMS, "arms") + simulated_only(found)
+    every, reasons = usable(runs, seconds_of)
+    words = left_out(reasons + beyond(list(by_arm(every)), MOST_ARMS, "arms")) + simulated_only(found)
     style.below(figure, handles, [str(handle.get_label()) for handle in handles], 3, "\n".join(words))
     return figure

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import style
-from analysis.chosen import lacks_engine_records, left_out, listed, simulated_only, usable
+from analysis.chosen import Reasons, left_out, listed, need_engine_records, simulated_only, usable
 from analysis.hardware import Ceilings, Hardware, hardware_of
 from analysis.labels import name_points
 from analysis.model_costs import MOST_STEPS, all_reduce_ceiling, decode_trajectory, model_of, roofline_points
@@ -49,29 +49,26 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def lacks(run: Run) -> str | None:
-    if (fault := lacks_engine_records(run)) is not None:
-        return fault
-    try:
+def drawn_runs(runs: Sequence[Run]) -> tuple[list[Run], Reasons]:
+    """Those on the first one's hardware, a roofline is of one machine; and the others. Raises DataError."""
+
+    def need(run: Run) -> None:
+        need_engine_records(run)
         model_of(run)
         hardware_of(run)
-    except DataError as error:
-        return str(error).removeprefix(f"{run.path}: ").removeprefix(f"{run.path}/")
-    return None
 
-
-def drawn_runs(runs: Sequence[Run]) -> list[Run]:
-    """Those on the first one's hardware: a roofline is of one machine."""
-    found = usable(runs, lacks, "a roofline")
+    found, reasons = usable(runs, need)
     first = hardware_of(found[0])
-    return [run for run in found if hardware_of(run).highest == first.highest]
+    elsewhere = [run for run in found if hardware_of(run).highest != first.highest]
+    reasons += [(run.name, f"on other hardware than {first.name}") for run in elsewhere]
+    return [run for run in found if run not in elsewhere], reasons
 
 
 def data(runs: Sequence[Run]) -> pd.DataFrame:
     """what: point (with the roof above), batch or context (a trajectory's bins), ceiling or all_reduce (their labels).
 
     Raises DataError for a point above its roof: a formula or a clock is wrong."""
-    found = drawn_runs(runs)
+    found, _ = drawn_runs(runs)
     hardware = hardware_of(found[0])
     schedules = {run.name: schedule_of(run) for run in found}
     points = roofline_points(found)
@@ -113,7 +110,7 @@ def roof_of(ceilings: Ceilings, intensity: "pd.Series | np.ndarray") -> np.ndarr
 
 
 def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
-    found = drawn_runs(runs)
+    found, reasons = drawn_runs(runs)
     hardware = hardware_of(found[0])
     points = table[table.what == "point"]
     figure, (left, upper, spare, lower) = style.subplots(2, 2, width=9.0, height=5.4)
@@ -137,9 +134,7 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     _draw_trajectory(upper, hardware, table[table.what == "batch"], looks, "rows that run", "{:.0f}")
     _draw_trajectory(lower, hardware, table[table.what == "context"], looks, "context of a row", "{:,.0f} tokens")
     lower.set(xlabel="arithmetic intensity, FLOP/byte")
-    words = left_out(runs, lacks)
-    if others := [run.name for run in usable(runs, lacks, "a roofline") if run not in found]:
-        words.append(f"Not drawn: {listed(others)} (on other hardware than {hardware.name}).")
+    words = left_out(reasons)
     if without := [run.name for run in found if not set(points[points.run == run.name].work) - {*ROLLOUT}]:
         words.append(f"Training phases: not recorded by {listed(without)}; shares of time are of the rollout alone.")
     words += simulated_only(found)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import style
-from analysis.chosen import left_out, simulated_only
+from analysis.chosen import left_out, simulated_only, usable
 from analysis.labels import name_points
 from analysis.tables import provenance
 from analysis.twins import FIELDS_OF, schedule_kind, speedups, twin_of
@@ -50,8 +50,9 @@ def data(runs: Sequence[Run]) -> pd.DataFrame:
     pairs = speedups(runs)
     pairs = pairs[pairs.per_response.notna() | pairs.per_step.notna()]
     if pairs.empty:
-        other = next((run for run in runs if schedule_kind(run) != "synchronous"), runs[0])
-        raise DataError(f"{other.path}: {lacks_twin(other, runs) or 'all runs are synchronous'}; nothing to compare")
+        for run in runs:
+            need_twin(run, runs)
+        raise DataError(f"{runs[0].path}: all runs are synchronous; nothing to compare")
     keys = ["schedule", *FIELDS_OF, "setting", "simulated"]
     grouped = pairs.groupby(keys, dropna=False, sort=False)
     table = grouped[list(RATES)].median().assign(runs=grouped.size()).reset_index().assign(what="speedup")
@@ -64,14 +65,15 @@ def _place(runs: Sequence[Run]) -> str:
     return str(Path(runs[0].path).parent) if runs else "no runs"
 
 
-def lacks_twin(run: Run, runs: Sequence[Run]) -> str | None:
-    """Why a run that is not synchronous has no speed-up."""
+def need_twin(run: Run, runs: Sequence[Run]) -> None:
+    """Of one that is not synchronous, for its speed-up. Raises DataError."""
     if schedule_kind(run) == "synchronous":
-        return None
+        return
     twin = twin_of(run, runs)
     if twin is None:
-        return "has no synchronous partner with all else equal"
-    return None if run.summary and twin.summary else "it or its synchronous partner has not ended"
+        raise DataError(f"{run.path}: has no synchronous partner with all else equal")
+    if not (run.summary and twin.summary):
+        raise DataError(f"{run.path}: it or its synchronous partner has not ended")
 
 
 def read_published(path: Path) -> pd.DataFrame:
@@ -95,7 +97,8 @@ def read_published(path: Path) -> pd.DataFrame:
 def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     points, published = table[table.what == "speedup"], table[table.what == "published"]
     facets = [name for name in FIELDS_OF if points[name].nunique() > 1]
-    words = left_out(runs, lambda run: lacks_twin(run, runs))
+    compared, reasons = usable(runs, lambda run: need_twin(run, runs))
+    words = left_out(reasons)
     if not facets:
         facets = ["window" if points.window.notna().any() else "gpus"]
         words.append("Neither window nor GPUs nor tail weight vary among these runs: one point a schedule.")
@@ -113,7 +116,6 @@ def draw(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
     for axes in panels:
         axes.set_ylim(0, 1.12 * highest)
     panels[0].set_ylabel("times as fast as synchronous")
-    compared = [run for run in runs if lacks_twin(run, runs) is None]
     style.heading(
         figure, f"Speed-up over synchronous ({provenance(compared)}{', published' if len(published) else ''})"
     )

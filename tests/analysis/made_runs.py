@@ -5,11 +5,10 @@ import tomllib
 
 import pandas as pd
 
-from profiling.ledger import Cluster, build_ledger
 from profiling.phases import plain_header
 from profiling.reader import Run
 from profiling.schema import DEVICES, ENGINE, ROLLOUTS, WINDOWS
-from profiling.summary import summarise
+from profiling.summary import write_totals
 from profiling.writer import RunWriter, write_parquet
 from simulator import load_experiment, simulate
 
@@ -32,13 +31,10 @@ def make_run(path, *, accuracies, seconds_per_step=2.0, batch=2, finish=True):
     writer = RunWriter(path, header={**plain_header(), "schedule": schedule}, config_toml=config)
     writer.write_text("model.json", json.dumps(MODEL))
     steps = len(accuracies)
-    phases, spans, rows = [], [], []
     for step in range(1, steps + 1):
         t = (step - 1) * seconds_per_step
         for name, start, end in (("rollout", t, t + 1.2), ("update_policy", t + 1.2, t + 1.8)):
-            phase = {"type": "phase", "name": name, "step": step, "t_start": start, "t_end": end, "depth": 0}
-            phases.append(phase)
-            writer.trace(phase)
+            writer.trace({"type": "phase", "name": name, "step": step, "t_start": start, "t_end": end, "depth": 0})
         zero = dict.fromkeys(ENGINE.names, 0) | {"step": step, "slots": 4, "batch": batch}
         prefill = zero | {"kind": "prefill", "t_start": t, "t_end": t + 0.2, "steps": 1, "context_tokens": 10,
                           "fresh_tokens": 10, "attended_pairs": 30}  # fmt: skip
@@ -50,19 +46,14 @@ def make_run(path, *, accuracies, seconds_per_step=2.0, batch=2, finish=True):
                "t_start": t, "t_end": t + 1.2} for i in range(batch)]  # fmt: skip
         writer.table("engine", step, {n: [prefill[n], decode[n]] for n in ENGINE.names})
         writer.table("rollouts", step, {n: [r[n] for r in own] for n in ROLLOUTS.names})
-        spans += [prefill, decode]
-        rows += own
         writer.metrics(
             {"step": step, "clock_s": step * seconds_per_step, "val/accuracy": accuracies[step - 1],
              "training/finished_rows": batch, "training/trained_tokens": 10 * batch, "training/truncated_share": 0.25,
              "response_length/mean": 10.0, "response_length/max": 12}
         )  # fmt: skip
     if finish:
-        frames = {"phases": pd.DataFrame(phases), "engine": pd.DataFrame(spans), "rollouts": pd.DataFrame(rows)}
         wall_s = steps * seconds_per_step
-        ledger = build_ledger(cluster=Cluster(1, 1), wall_s=wall_s, **frames)
-        writer.ledger({name: ledger[name] for name in ledger.columns})
-        writer.summary(summarise(cluster=Cluster(1, 1), ledger=ledger, wall_s=wall_s, startup_steps=0, **frames))
+        write_totals(writer, wall_s)
         writer.close(t=wall_s, status="finished")
     return Run(path)
 

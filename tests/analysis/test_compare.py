@@ -196,13 +196,6 @@ def test_what_a_run_cannot_tell_is_null_in_the_ledger(tmp_path):
     assert own["update_policy"] == pytest.approx(0.6)
 
 
-def test_a_cause_that_is_no_more_than_rounding_takes_no_time(tmp_path):
-    run = make_run(tmp_path / "run", accuracies=RISING)
-    waits = run.ledger.cause == "wait_other"
-    run.ledger = run.ledger.assign(seconds=run.ledger.seconds.mask(waits, 1e-14))
-    assert causes_per_step(run)["wait_other"] == 0
-
-
 def test_a_run_without_evaluations_has_no_score_and_says_so(tmp_path, simulated):
     found = compare([simulated["synchronous"]], [simulated["truncated"]])
     assert found["score"] is None

@@ -91,7 +91,7 @@ def test_a_model_with_experts_is_refused_by_name(tmp_path):
     changes = {"cost": {"kind": "analytic", "model": "Qwen3-30B-A3B", "gpu": "H200", "value_model": False},
                "cluster": {"trainer": "none"}, "workload": {"steps": 1}}  # fmt: skip
     run = simulated_run(tmp_path / "moe", changes)
-    with pytest.raises(DataError, match=r"moe: model\.json: has experts; FLOPs and bytes are counted of dense models"):
+    with pytest.raises(DataError, match=r"moe/model\.json: has experts; FLOPs and bytes are counted of dense models"):
         figures.roofline([run])
 
 
@@ -120,9 +120,15 @@ def test_a_simulation_s_roofline_says_that_it_has_no_training_phases(simulated):
 def test_a_run_without_engine_records_is_left_out_with_a_word(simulated, tmp_path):
     empty = make_run(tmp_path / "empty", accuracies=[], finish=False)
     figure = figures.roofline([simulated["synchronous"], empty])
-    assert "Not drawn: empty (has no finished training step)." in figure.legends[0].get_title().get_text()
-    with pytest.raises(DataError, match="has no finished training step: nothing to draw as a roofline"):
+    assert "Left out: empty (has no finished training step)." in figure.legends[0].get_title().get_text()
+    with pytest.raises(DataError, match="has no finished training step"):
         figures.roofline([empty])
+
+
+def test_a_run_on_other_hardware_is_left_out_with_a_word(runs, simulated):
+    figure = figures.roofline([simulated["synchronous"], runs[0]])
+    note = figure.legends[0].get_title().get_text().replace("\n", " ")
+    assert f"Left out: {runs[0].name} (on other hardware than H100-SXM)." in note
 
 
 @pytest.mark.slow

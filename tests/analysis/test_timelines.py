@@ -131,8 +131,8 @@ def test_a_run_without_engine_records_is_left_out_with_a_word_or_refused(name, s
     for part in (bare.path / "engine").iterdir():
         part.unlink()
     figure = FIGURES[name].draw(FIGURES[name].data([simulated["truncated"], bare]), [simulated["truncated"], bare])
-    assert "Not drawn: bare (has no engine records)." in figure.legends[0].get_title().get_text()
-    with pytest.raises(DataError, match="bare: has no engine records: nothing to draw as"):
+    assert "Left out: bare (has no engine records)." in figure.legends[0].get_title().get_text()
+    with pytest.raises(DataError, match="bare: has no engine records"):
         FIGURES[name].data([bare])
 
 
@@ -147,8 +147,8 @@ def test_a_step_without_engine_records_is_named(tmp_path):
 def test_a_run_that_has_not_ended_is_left_out_with_a_word_or_refused(name, simulated, tmp_path):
     live = make_run(tmp_path / "live", accuracies=RISING, finish=False)
     figure = FIGURES[name].draw(FIGURES[name].data([simulated["truncated"], live]), [simulated["truncated"], live])
-    assert "Not drawn: live (has no ledger yet" in figure.legends[0].get_title().get_text().replace("\n", " ")
-    with pytest.raises(DataError, match="live: has no ledger yet; the run has not ended: nothing to draw"):
+    assert "Left out: live (has no ledger yet" in figure.legends[0].get_title().get_text().replace("\n", " ")
+    with pytest.raises(DataError, match="live: has no ledger yet; the run has not ended"):
         FIGURES[name].data([live])
 
 

@@ -1,5 +1,6 @@
 """Every GPU-second gets one name. Times are binary fractions, so equality is exact."""
 
+import itertools
 import time
 from typing import Any
 
@@ -87,6 +88,15 @@ def test_gaps_between_spans_and_before_the_first_are_wait_other():
     spans = spans_of({"t_start": 1.0, "t_end": 2.0}, {"t_start": 4.0, "t_end": 8.0})
     got = totals(phases_of(("rollout", 1, 0.0, 8.0)), spans, 8.0)
     assert got == {"decode_useful": 5.0, "wait_other": 3.0}
+
+
+def test_what_rounding_leaves_between_spans_is_no_wait():
+    # Engine 0's spans fill the rollout; of engine 1's the last, of 0.26 s, is missing. In floats 0.01, 0.03 - 0.01 and
+    # 0.29 - 0.03 are together more than 0.29.
+    spans = [{"t_start": start, "t_end": end} for start, end in itertools.pairwise((0.0, 0.01, 0.03, 0.29))]
+    spans += [span | {"engine": 1} for span in spans[:2]]
+    got = totals(phases_of(("rollout", 1, 0.0, 0.29)), spans_of(*spans), 0.29, Cluster(engines=2, gpus_per_engine=1))
+    assert got == pytest.approx({"decode_useful": 0.32, "wait_tail": 0.26})
 
 
 def test_every_gpu_of_an_engine_shares_its_fate():

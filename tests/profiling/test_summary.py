@@ -137,6 +137,11 @@ def test_a_step_ends_with_its_last_phase_whatever_its_name():
     assert got["seconds_per_step"] == 1.25
 
 
+def test_a_programs_own_phase_within_an_evaluation_is_no_training():
+    phases = phases_of(("step", 1, 0, 3, 1), ("evaluation", 1, 3, 6, 1), ("mine", 1, 4, 5, 2), ("step", 2, 6, 9, 1))
+    assert plain_summary(phases, 9)["seconds_per_step"] == 3.0
+
+
 def test_a_command_that_marks_nothing_has_no_steps():
     got = plain_summary(phases_of(("command", 1, 0, 9, 0)), 9)
     assert (got["steps"], got["seconds_per_step"]) == (None, None)

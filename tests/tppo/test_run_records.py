@@ -4,10 +4,11 @@ import pytest
 from profiling.phases import Profiler
 from profiling.reader import Run
 from profiling.schema import DEVICES
+from profiling.summary import write_totals
 from profiling.writer import RunWriter
 from tests.profiling.test_energy_alarms_watch import samples_of
 from tppo.parallel.clocks import Offset, note_of
-from tppo.run_records import finish_run, header_of
+from tppo.run_records import header_of
 from tppo.start import schedule_of
 
 
@@ -16,8 +17,7 @@ def test_energy_is_null_where_another_host_takes_part_whose_gpus_nobody_samples(
     make_config, elsewhere, joules, tmp_path
 ):
     config = make_config("run")
-    schedule = schedule_of(config)
-    writer = RunWriter(tmp_path / "run", header=header_of(schedule, config, 2), config_toml="")
+    writer = RunWriter(tmp_path / "run", header=header_of(schedule_of(config), config, 2), config_toml="")
     profiler = Profiler(writer=writer, sampler_interval_s=None)
     if elsewhere:
         profiler.trace(note_of("rank", 1, "far", Offset(3.0, 1e-4), "rank 0"))
@@ -25,5 +25,5 @@ def test_energy_is_null_where_another_host_takes_part_whose_gpus_nobody_samples(
     samples = samples_of(t, 100 * t)
     writer.table("devices", 0, {name: samples[name].to_list() for name in DEVICES.names})
     profiler.finish("finished")
-    finish_run(writer, schedule, config, 4.0, 2)
+    write_totals(writer, 4.0)
     assert Run(writer.path).summary["energy_joules"] == (joules and pytest.approx(joules))
