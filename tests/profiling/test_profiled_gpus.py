@@ -136,8 +136,9 @@ def test_processes_in_different_phases_are_noted_on_the_console_and_in_the_trace
     program = tmp_path / "two.py"
     program.write_text(
         "import os, time\nfrom profiling.markers import phase\nchild = os.fork()\n"
-        "for step in (1, 2):\n    with phase('update_policy' if child else 'rollout', step):\n"
-        "        time.sleep(0.4)\n"
+        "for step in (1, 2):\n    time.sleep(0 if child else 0.3)\n"  # the child's phases lie within the parent's
+        "    with phase('update_policy' if child else 'rollout', step):\n"
+        "        time.sleep(1.2 if child else 0.3)\n"
         "os.waitpid(child, 0) if child else os._exit(0)\n"
     )
     shown, run = profile(library, tmp_path, "--", sys.executable, str(program))
