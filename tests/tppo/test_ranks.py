@@ -125,7 +125,7 @@ def test_only_the_first_rank_reads_weights(make_config, tmp_path, value):
         if rank > 0:
             for kind in (AutoModelForCausalLM, AutoModelForSequenceClassification):
                 kind.from_pretrained = refused
-            value_source.load_file = refused
+            value_source.read_weights = refused
         train(others, show_progress=False)
 
     on_ranks(2, work)

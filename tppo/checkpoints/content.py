@@ -42,13 +42,13 @@ from tppo.checkpoints.shards import (
     Weights,
     load_optimizer,
     load_shards,
-    load_weights,
     optimizers_of,
     save_shards,
     whole_weights,
 )
 from tppo.checkpoints.store import folder_of
 from tppo.checkpoints.stored_rows import RowTable, rows_of
+from tppo.checkpoints.weights import load_weights, read_weights
 from tppo.models.lora import has_adapters, load_adapters
 from tppo.models.policy import architecture_of, describe_model, input_layer, save_policy
 from tppo.models.value import VALUE_CONFIG, VALUE_MODEL
@@ -56,7 +56,7 @@ from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.parallel.shard import is_sharded
 from tppo.state import Ahead, TrainingState
 
-ADAPTERS = "adapters.safetensors"
+ADAPTERS, MODEL = "adapters.safetensors", "model.safetensors"
 POLICY, PROXIMAL, OPTIMIZERS, RANDOM = "policy", "proximal_policy.safetensors", "optimizers.pt", "random.pt"
 PROGRESS, ROWS = "progress.json", "rows.safetensors"
 PLAIN = (
@@ -209,11 +209,12 @@ def restore(state: TrainingState, checkpoint: Path) -> Restored:
             progress.rows, load_file(checkpoint / ROWS), vocabulary=input_layer(state.policy).num_embeddings
         )
         if has_adapters(state.policy):
-            load_adapters(state.policy, load_file(checkpoint / ADAPTERS), _merged(checkpoint))
+            merged = read_weights(checkpoint / POLICY / MODEL)
+            load_adapters(state.policy, load_file(checkpoint / ADAPTERS), merged)
         if state.value_model is not None and progress.started:  # else it may have been stopped in its pre-training
-            load_weights(state.value_model, load_file(checkpoint / VALUE_MODEL))
+            load_weights(state.value_model, read_weights(checkpoint / VALUE_MODEL))
         if state.proximal is not None:
-            state.proximal.load(load_file(checkpoint / PROXIMAL))
+            state.proximal.load(read_weights(checkpoint / PROXIMAL))
         if any(name.startswith(f"{SHARDS}/") for name in read_manifest(checkpoint).files):
             load_shards(checkpoint / SHARDS, state)
         else:
@@ -245,10 +246,6 @@ def load_torch(path: Path) -> Any:
         if any(own.compress_type != ZIP_STORED for own in archive.infolist()):
             raise ValueError(f"{path.name} is compressed, which torch.save does not do")
     return torch.load(path, weights_only=True)
-
-
-def _merged(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return {name: w for file in (checkpoint / POLICY).glob("*.safetensors") for name, w in load_file(file).items()}
 
 
 def _line(error: BaseException) -> str:

@@ -122,12 +122,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) 
         for index, own in stored["state"].items()
     }
     optimizer.load_state_dict({**stored, "state": states})
-
-
-@torch.no_grad()
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Whole weights into a model that may be sharded. Raises RuntimeError or KeyError when they do not fit."""
-    for name, tensor in model.state_dict().items():
-        if tensor.shape != weights[name].shape:
-            raise RuntimeError(f"{name}: of shape {tuple(weights[name].shape)}, not {tuple(tensor.shape)}")
-        tensor.copy_(like(tensor, weights[name]))
