@@ -123,12 +123,15 @@ def loaded(path: str, config: RunConfig, ranks: Ranks) -> tuple[PreTrainedModel,
     """As `load_policy`; where ranks shard, with weights on the first one alone: `place` brings each its part. Raises
     ConfigError, on all ranks."""
     own = config.model
-    return ranks.each(
+    model, tokenizer = ranks.each(
         lambda: load_policy(
             path, attention=own.attention, trust_remote_code=own.trust_remote_code,
             weights=ranks.main or ranks.mesh is None,
         )
     )  # fmt: skip
+    # other names and shapes in its files than in memory: transformers learns them by reading, and saves alike
+    model._weight_conversions = ranks.from_main(getattr(model, "_weight_conversions", None))  # type: ignore[assignment]
+    return model, tokenizer
 
 
 def place(model: nn.Module, config: RunConfig, ranks: Ranks) -> None:

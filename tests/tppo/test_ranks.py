@@ -21,6 +21,7 @@ from profiling.reader import Run
 from profiling.settings import to_toml
 from tests.tppo.ranks import on_ranks, when
 from tests.tppo.test_value_source import save_reward_model
+from tppo.checkpoints.weights import read_weights
 from tppo.models import value_source
 from tppo.parallel.clocks import Offset, notes_of, offsets_to_main
 from tppo.parallel.ranks import SINGLE, Ranks, joined_ranks
@@ -71,10 +72,10 @@ def assert_equal_runs(one, other):
                 assert theirs[name] == pytest.approx(value, rel=1e-3 if "rollout_corr" in name else 1e-5, abs=1e-5), (
                     name
                 )
-    for file in ("policy/model.safetensors", "value_model.safetensors"):
+    for file in ("policy/model.safetensors", "value_model.safetensors", "proximal_policy.safetensors"):
         paths = [max((run.path / "checkpoints").glob("step-*")) / file for run in (one, other)]
         if paths[0].exists():
-            weights = [load_file(path) for path in paths]
+            weights = [read_weights(path) for path in paths]
             assert weights[0].keys() == weights[1].keys()
             for name, tensor in weights[0].items():
                 torch.testing.assert_close(weights[1][name], tensor, atol=1e-5, rtol=1e-4)
@@ -127,7 +128,7 @@ def test_only_the_first_rank_reads_weights(make_config, tmp_path, value):
         if rank > 0:
             for kind in (AutoModelForCausalLM, AutoModelForSequenceClassification):
                 kind.from_pretrained = refused
-            value_source.load_file = refused
+            value_source.read_weights = refused
         train(others, show_progress=False)
 
     on_ranks(2, work)

@@ -1,6 +1,7 @@
 """What a checkpoint holds, and how it becomes a training state again.
 
     policy/                     the policy as a Hugging Face folder, with its tokenizer; adapters merged
+        model.safetensors
     adapters.safetensors        the adapters by themselves, where there are some: resuming adds them to model.path
     value_model.safetensors     where the recipe has a value model
     value_config/               its config.json, where it started from a reward model
@@ -13,6 +14,7 @@
     rows.safetensors            those rows' tokens, log-probabilities and values
     manifest.json               whose it is, and the checksum of each file (tppo.checkpoints.manifest)
 
+Where ranks write together, a model's file is several (tppo.checkpoints.weights), and policy/ has an index of them.
 Nothing is executed on reading: safetensors, JSON, and torch.load with weights_only. Schedules keep nothing between
 steps; the rows that carry over and their numbers are their state.
 """
@@ -20,6 +22,7 @@ steps; the rows that carry over and their numbers are their state.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError  # its name alone, nothing is unpickled here # nosec B403
 from typing import Any
@@ -29,34 +32,27 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from profiling.errors import DataError, RunError, first_line
 from profiling.files import read_json
 from profiling.settings import describe
-from tppo.checkpoints.folders import empty_folder_for, hidden, put_in_place, remove
+from tppo.checkpoints.folders import TMP, empty_folder_for, hidden, put_in_place, remove
 from tppo.checkpoints.manifest import Manifest, checksums, read_manifest, toolkit_version, write_manifest
 from tppo.checkpoints.random_state import check_random_state, global_random_state
-from tppo.checkpoints.shards import (
-    SHARDS,
-    Weights,
-    load_optimizer,
-    load_shards,
-    load_weights,
-    optimizers_of,
-    save_shards,
-    whole_weights,
-)
+from tppo.checkpoints.shards import SHARDS, load_optimizer, load_shards, optimizers_of, save_shards
 from tppo.checkpoints.store import folder_of
 from tppo.checkpoints.stored_rows import RowTable, rows_of
-from tppo.models.lora import has_adapters, load_adapters
-from tppo.models.policy import architecture_of, describe_model, input_layer, save_policy
+from tppo.checkpoints.weights import load_weights, own_tensors, own_weights, part_files, read_weights, write_index
+from tppo.models.lora import adapter_weights, has_adapters, load_adapters
+from tppo.models.policy import architecture_of, describe_model, input_layer, save_part, save_policy
 from tppo.models.value import VALUE_CONFIG, VALUE_MODEL
 from tppo.parallel.ranks import SINGLE, Ranks
 from tppo.parallel.shard import is_sharded
 from tppo.state import Ahead, TrainingState
 
-ADAPTERS = "adapters.safetensors"
+ADAPTERS, MODEL = "adapters.safetensors", "model.safetensors"
 POLICY, PROXIMAL, OPTIMIZERS, RANDOM = "policy", "proximal_policy.safetensors", "optimizers.pt", "random.pt"
 PROGRESS, ROWS = "progress.json", "rows.safetensors"
 PLAIN = (
@@ -107,30 +103,29 @@ def save_checkpoint(
     """Write checkpoints/step-N of the run directory: whole or absent, and one of the same step stands until then.
 
     `offsets`: length in bytes of the append-only files, so that resuming can discard what came after. time_s: the
-    run's clock. All ranks take part; the first writes all but the optimisers' shards. Raises RunError, and leaves the
-    checkpoints as they were.
+    run's clock. All ranks take part: each writes its part of the weights and its shards of the optimisers, the first
+    one all else. Raises RunError on all of them, and leaves the checkpoints as they were.
     """
     target = folder_of(run, state.step)
+    folder = hidden(target, TMP)
 
-    def failed(error: BaseException) -> RunError:
-        remove(hidden(target, "tmp"))
-        return RunError(
-            f"{target}: the checkpoint cannot be written: {_line(error)}; is the disk full? The one before is whole: "
-            "make room and go on with --resume"
-        )
+    def write(part: Callable[[], object], *, here: bool = ranks.main) -> None:
+        """On the ranks that are `here`; the others wait. torch and safetensors report a full disk as errors of their
+        own."""
 
-    def write(part: Callable[[], None]) -> None:
-        """By the first rank. torch and safetensors report a full disk as errors of their own."""
-        try:
-            part()
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise failed(error) from None
+        def own() -> None:
+            try:
+                if here:
+                    part()
+            except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+                raise RunError(
+                    f"{target}: the checkpoint cannot be written: {_line(error)}; is the disk full? The one before is "
+                    "whole: make room and go on with --resume"
+                ) from None
 
-    def first() -> None:
-        write_content(empty_folder_for(target), state, time_s, weights)
+        ranks.everyones(own)
 
-    def last() -> None:
-        temporary = hidden(target, "tmp")
+    def finish() -> None:
         manifest = Manifest(
             toolkit=toolkit_version(),
             algorithm=algorithm,
@@ -138,35 +133,56 @@ def save_checkpoint(
             step=state.step,
             accuracy=state.accuracies[-1] if state.evaluated_step == state.step else None,
             offsets=offsets,
-            files=checksums(temporary),
+            files=checksums(folder),
         )
-        write_manifest(temporary, manifest)
+        write_manifest(folder, manifest)
         put_in_place(target)
 
-    weights = whole_weights(state, keep=ranks.main)
-    ranks.everyones(lambda: write(first) if ranks.main else None)
-    if is_sharded(state.policy):
-        try:
-            save_shards(hidden(target, "tmp") / SHARDS, state)
-        except (OSError, RuntimeError, CheckpointException) as error:
-            raise failed(error) from None
-    ranks.everyones(lambda: write(last) if ranks.main else None)
+    adapters = adapter_weights(state.policy)
+    try:
+        write(lambda: empty_folder_for(target))
+        write_policy(folder / POLICY, state, ranks, write)
+        if state.value_model is not None:
+            write_parts(folder / VALUE_MODEL, own_weights(state.value_model, ranks), ranks, write)
+        if state.proximal is not None:
+            write_parts(folder / PROXIMAL, own_tensors(state.proximal.state(), ranks), ranks, write)
+        write(lambda: write_rest(folder, state, time_s, adapters))
+        write(lambda: save_shards(folder / SHARDS, state), here=is_sharded(state.policy))
+        write(finish)
+    except RunError:
+        if ranks.main:
+            remove(folder)
+        raise
     return target
 
 
-def write_content(folder: Path, state: TrainingState, time_s: float, weights: Weights) -> None:
-    """Every file but the manifest and the optimisers' shards. Raises OSError, RuntimeError or SafetensorError."""
-    save_policy(state.policy, state.tokenizer, folder / POLICY, weights.policy)
-    if weights.adapters:
-        save_file(weights.adapters, folder / ADAPTERS)
-    if weights.value_model is not None:
-        save_file(weights.value_model, folder / VALUE_MODEL)
-        assert state.value_model is not None
+def write_policy(path: Path, state: TrainingState, ranks: Ranks, write: Callable[..., None]) -> None:
+    """A process alone leaves it to transformers, which splits a file of more than 50 GB."""
+    own, alone = own_weights(state.policy, ranks), ranks.world == 1
+    write(lambda: save_policy(state.policy, state.tokenizer, path, own if alone else {}))
+    if not alone:
+        write_parts(path / MODEL, own, ranks, write, partial(save_part, state.policy))
+        write(lambda: write_index(path / MODEL))
+
+
+def write_parts(
+    path: Path, own: dict[str, Tensor], ranks: Ranks, write: Callable[..., None],
+    save: Callable[[dict[str, Tensor], Path], None] = save_file,
+) -> None:  # fmt: skip
+    """Each rank its own; of more ranks than layers the last have none."""
+    files = part_files(path, sum(ranks.gather(bool(own))))
+    write(lambda: save(own, files[ranks.rank]), here=bool(own))
+
+
+def write_rest(folder: Path, state: TrainingState, time_s: float, adapters: dict[str, Tensor]) -> None:
+    """Every file but the models', the optimisers' shards and the manifest. Raises OSError, RuntimeError or
+    SafetensorError."""
+    if adapters:
+        save_file(adapters, folder / ADAPTERS)
+    if state.value_model is not None:
         backbone = state.value_model.backbone.config
         if backbone.to_diff_dict() != state.policy.config.to_diff_dict():  # it started as a reward model
             backbone.save_pretrained(folder / VALUE_CONFIG)
-    if weights.proximal is not None:
-        save_file(weights.proximal, folder / PROXIMAL)
     if not is_sharded(state.policy):
         torch.save({name: own.state_dict() for name, _, own in optimizers_of(state)}, folder / OPTIMIZERS)
     generators = {
@@ -209,11 +225,12 @@ def restore(state: TrainingState, checkpoint: Path) -> Restored:
             progress.rows, load_file(checkpoint / ROWS), vocabulary=input_layer(state.policy).num_embeddings
         )
         if has_adapters(state.policy):
-            load_adapters(state.policy, load_file(checkpoint / ADAPTERS), _merged(checkpoint))
+            merged = read_weights(checkpoint / POLICY / MODEL)
+            load_adapters(state.policy, load_file(checkpoint / ADAPTERS), merged)
         if state.value_model is not None and progress.started:  # else it may have been stopped in its pre-training
-            load_weights(state.value_model, load_file(checkpoint / VALUE_MODEL))
+            load_weights(state.value_model, read_weights(checkpoint / VALUE_MODEL))
         if state.proximal is not None:
-            state.proximal.load(load_file(checkpoint / PROXIMAL))
+            state.proximal.load(read_weights(checkpoint / PROXIMAL))
         if any(name.startswith(f"{SHARDS}/") for name in read_manifest(checkpoint).files):
             load_shards(checkpoint / SHARDS, state)
         else:
@@ -245,10 +262,6 @@ def load_torch(path: Path) -> Any:
         if any(own.compress_type != ZIP_STORED for own in archive.infolist()):
             raise ValueError(f"{path.name} is compressed, which torch.save does not do")
     return torch.load(path, weights_only=True)
-
-
-def _merged(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return {name: w for file in (checkpoint / POLICY).glob("*.safetensors") for name, w in load_file(file).items()}
 
 
 def _line(error: BaseException) -> str:

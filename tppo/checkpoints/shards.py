@@ -1,10 +1,8 @@
-"""Models and optimisers that may be sharded, as a checkpoint holds them: weights whole, optimiser states in shards
-that load on any number of ranks."""
+"""Optimisers of models that may be sharded, as a checkpoint holds them: in shards that load on any number of ranks."""
 
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from profiling.files import read_json
-from tppo.models.lora import adapter_weights, plain_weights
 from tppo.parallel.tensors import like
 from tppo.state import TrainingState
 
@@ -24,32 +21,6 @@ PLAIN = "optimizers.json"
 """In that folder: steps, learning rates and the like."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Trained = tuple[str, nn.Module, torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Of all models, whole, on the CPU."""
-
-    policy: dict[str, Tensor]
-    value_model: dict[str, Tensor] | None
-    proximal: dict[str, Tensor] | None
-    adapters: dict[str, Tensor]
-    """Of the policy, where it has some; `policy` has them merged."""
-
-
-def whole_weights(state: TrainingState, *, keep: bool = True) -> Weights:
-    """A collective where models are sharded. keep: False on ranks that only take part, which then never hold a whole
-    model."""
-    return Weights(
-        _whole(state.policy, keep),
-        None if state.value_model is None else _whole(state.value_model, keep),
-        None if state.proximal is None else state.proximal.state(),
-        adapter_weights(state.policy),
-    )
-
-
-def _whole(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    return {name: tensor.cpu() for name, tensor in plain_weights(model) if keep}
 
 
 def optimizers_of(state: TrainingState) -> list[Trained]:
@@ -122,12 +93,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) 
         for index, own in stored["state"].items()
     }
     optimizer.load_state_dict({**stored, "state": states})
-
-
-@torch.no_grad()
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Whole weights into a model that may be sharded. Raises RuntimeError or KeyError when they do not fit."""
-    for name, tensor in model.state_dict().items():
-        if tensor.shape != weights[name].shape:
-            raise RuntimeError(f"{name}: of shape {tuple(weights[name].shape)}, not {tuple(tensor.shape)}")
-        tensor.copy_(like(tensor, weights[name]))

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 
@@ -16,6 +15,7 @@ from tppo.checkpoints.content import POLICY
 from tppo.checkpoints.folders import empty_folder_for, hidden, put_in_place, remove
 from tppo.checkpoints.manifest import Manifest
 from tppo.checkpoints.store import chosen_checkpoint
+from tppo.checkpoints.weights import read_weights, weight_files
 from tppo.models.reading import reading_model, settings_of
 from tppo.models.value import VALUE_CONFIG, VALUE_MODEL
 
@@ -63,7 +63,7 @@ def export_huggingface(source: Path, target: Path, name: str | None) -> Path:
         raise ConfigError(f"--output {target}: exists already; choose another folder, or move it away")
     checkpoint, manifest = chosen_checkpoint(source, name)
     run = checkpoint.parent.parent
-    value = value_model_of(checkpoint) if VALUE_MODEL in manifest.files else None
+    value = value_model_of(checkpoint) if weight_files(checkpoint / VALUE_MODEL) else None
     try:
         folder = empty_folder_for(target)
         shutil.copytree(checkpoint / POLICY, folder, dirs_exist_ok=True)
@@ -104,7 +104,7 @@ def value_model_of(checkpoint: Path) -> PreTrainedModel:
         if head is None:
             raise fault("it has no linear head")
         names = {"backbone": model.base_model_prefix, "head": head}
-        weights = {_renamed(name, names): weight for name, weight in load_file(checkpoint / VALUE_MODEL).items()}
+        weights = {_renamed(name, names): weight for name, weight in read_weights(checkpoint / VALUE_MODEL).items()}
         model.load_state_dict(weights, assign=True)
     model.config.architectures = [type(model).__name__]
     model.config.id2label, model.config.label2id = {0: "value"}, {"value": 0}

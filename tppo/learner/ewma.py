@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tppo.parallel.tensors import like, whole
+from tppo.parallel.tensors import like
 
 
 def beta_for(updates_per_rollout: int) -> float:
@@ -46,9 +46,8 @@ class ProximalPolicy:
         self._publish()
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds."""
-        average = {name: whole(tensor).cpu().clone() for name, tensor in self._average.items()}
-        return {**average, "total_weight": torch.tensor(self.total_weight, dtype=torch.float64)}
+        """What a checkpoint holds, itself and no copy; tensors may be shards."""
+        return {**self._average, "total_weight": torch.tensor(self.total_weight, dtype=torch.float64)}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +19,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from profiling.errors import ConfigError
 from tppo.models.prefix import behind_a_detached_prefix
@@ -224,6 +226,12 @@ def _intermediate_size(config: PreTrainedConfig) -> int:
 def save_policy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, weights: dict[str, Tensor] | None = None
 ) -> None:
-    """weights: whole, where the model's own are shards."""
+    """weights: whole, where the model's own are shards; empty: none are written."""
     model.save_pretrained(path, state_dict=weights)
     tokenizer.save_pretrained(path)
+
+
+def save_part(model: PreTrainedModel, weights: dict[str, Tensor], file: Path) -> None:
+    """Some of the model's layers, under the names and in the shapes that `save_policy` gives the whole model's."""
+    stored = revert_weight_conversion(model, weights)
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, file, metadata={"format": "pt"})

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +18,7 @@ from transformers import (
 
 from profiling.errors import ConfigError
 from tppo.checkpoints.manifest import MANIFEST
+from tppo.checkpoints.weights import read_weights, weight_files
 from tppo.config import RunConfig
 from tppo.models.policy import input_layer, is_without_weights
 from tppo.models.reading import check_the_weights_can_be_there, read_model, reading_model, settings_of
@@ -56,7 +56,7 @@ def _value_model_of(config: RunConfig, policy: PreTrainedModel, tokenizer: PreTr
 
 def is_checkpoint(path: Path) -> bool:
     """Rather than a reward model."""
-    return (path / VALUE_MODEL).exists() or (path / MANIFEST).exists()
+    return bool(weight_files(path / VALUE_MODEL)) or (path / MANIFEST).exists()
 
 
 def backbone_settings(path: str, *, trust_remote_code: bool = False) -> PreTrainedConfig | None:
@@ -83,7 +83,7 @@ def load_value_model(value_model: ValueModel, checkpoint: Path) -> None:
     with reading_model(
         lambda reason: ConfigError(f"value.path: {path} holds no value model for this policy: {reason}")
     ):
-        value_model.load_state_dict(load_file(path))
+        value_model.load_state_dict(read_weights(path))
 
 
 def from_reward_model(
