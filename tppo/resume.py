@@ -73,11 +73,9 @@ def check_it_can_go_on(config: RunConfig, source: Path) -> Run:
 
 def check_the_cluster_is_the_same(before: Run, now: Cluster) -> None:
     """Raises ConfigError: a run directory's ledger counts the GPUs of one cluster."""
-    header = before.header
-    then = Cluster(header["engines"], header["gpus_per_engine"], header["trainer_gpus"])
-    if then != now:
+    if before.cluster != now:
         raise ConfigError(
-            f"{before.path}: its ledger counts {_in_words(then)}, and there are {_in_words(now)} now; go on in "
+            f"{before.path}: its ledger counts {_in_words(before.cluster)}, and there are {_in_words(now)} now; go on in "
             f"another directory: --resume {before.path} --output DIR"
         )
 
