@@ -75,8 +75,8 @@ def check_the_cluster_is_the_same(before: Run, now: Cluster) -> None:
     """Raises ConfigError: a run directory's ledger counts the GPUs of one cluster."""
     if before.cluster != now:
         raise ConfigError(
-            f"{before.path}: its ledger counts {_in_words(before.cluster)}, and there are {_in_words(now)} now; go on in "
-            f"another directory: --resume {before.path} --output DIR"
+            f"{before.path}: its ledger counts {_in_words(before.cluster)}, and there are {_in_words(now)} now; go on "
+            f"in another directory: --resume {before.path} --output DIR"
         )
 
 
