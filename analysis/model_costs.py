@@ -78,7 +78,8 @@ def roofline_points(runs: Sequence[Run]) -> pd.DataFrame:
         for phase, done in counted_work(run, steps).iterrows():
             policy = phase not in VALUE_PHASES
             if phase in seconds.index:
-                flops, size = (count(model, done, policy=policy) / gpus for count in (training_flops, training_bytes))
+                own = {str(name): int(number) for name, number in done.items()}  # int64 would overflow: 1e9 x 3e10
+                flops, size = (count(model, own, policy=policy) / gpus for count in (training_flops, training_bytes))
                 work[str(phase)] = (flops, size, seconds[phase], 1)
         work = {kind: own for kind, own in work.items() if own[0] > 0 and own[2] > 0}
         total_s = sum(own[2] / own[3] for own in work.values())

@@ -22,6 +22,7 @@ from simulator.cluster import TrainingRun
 from simulator.costs import Costs
 from simulator.engine import KINDS
 from simulator.experiment import Experiment
+from simulator.work import work_record
 from tppo.schedule import describe
 from tppo.schedule.log import plan_record, row_end_record
 
@@ -153,7 +154,7 @@ class Result:
         }
 
     def _trace(self) -> list[dict[str, Any]]:
-        """Plans, decisions and phases, in the order of their times."""
+        """Plans, decisions, phases and what they computed, in the order of their times."""
         log = self.run.log
         records: list[tuple[float, int, dict[str, Any]]] = []
         schedule = self.run.schedule
@@ -165,4 +166,6 @@ class Result:
         for name, step, start, end in log.phases:
             phase = {"type": "phase", "name": name, "step": step, "t_start": start, "t_end": end, "depth": 0}
             records.append((end, 0 if name != "rollout" else 3, phase))
+            if (work := work_record(self.run, name, step)) is not None:
+                records.append((end, 0, work))
         return [record for _, _, record in sorted(records, key=lambda entry: entry[:2])]

@@ -7,8 +7,16 @@ import pytest
 from analysis import figures
 from analysis.figures import FIGURES
 from analysis.hardware import Hardware, hardware_of
-from analysis.model_costs import all_reduce_ceiling, decode_trajectory, model_of, spans_work
+from analysis.model_costs import (
+    all_reduce_ceiling,
+    counted_work,
+    decode_trajectory,
+    model_of,
+    roofline_points,
+    spans_work,
+)
 from profiling.errors import DataError
+from profiling.reader import Run
 from tests.analysis.images import assert_looks_like
 from tests.analysis.made_runs import MODEL, RISING, make_run, simulated_run
 
@@ -62,6 +70,31 @@ def test_a_simulated_run_says_what_its_gpu_and_model_are(simulated):
     assert model["lm_head_parameters"] == 151_936 * 896
 
 
+def test_a_simulated_run_counts_what_its_training_phases_compute(simulated):
+    run = simulated["synchronous"]
+    work = counted_work(run, range(1, 7))
+    context = run.rollouts.context_before + run.rollouts.tokens  # every row is processed whole, once
+    update = work.loc["update_policy"]
+    assert update.tokens == update.backward_tokens == update.outputs == context.sum()
+    assert update.pairs == (context * (context + 1) // 2).sum()
+    assert update.updates == 6 * 16  # mini-batches
+    assert work.loc["update_value"].outputs == 0
+    assert work.loc["logprob_forward"].backward_tokens == 0
+    points = roofline_points([run]).set_index("work")
+    assert {"decode", "prefill", "logprob_forward", "update_value", "update_policy"} <= set(points.index)
+    assert (points.flops_per_s < 989.4e12).all()
+    assert points.time_share.sum() == pytest.approx(1.0)
+
+
+def test_flops_of_a_large_run_do_not_overflow(simulated, monkeypatch):
+    run = simulated["synchronous"]
+    whole = counted_work(run, range(1, 7))
+    few = roofline_points([run]).set_index("work").flops["update_policy"]
+    monkeypatch.setattr("analysis.model_costs.counted_work", lambda run, steps: whole * 10**7)
+    assert roofline_points([run]).set_index("work").flops["update_policy"] == pytest.approx(1e7 * few)
+    assert 1e7 * few > 2**63
+
+
 def test_costs_without_a_gpu_leave_no_such_file(tmp_path):
     run = simulated_run(tmp_path / "affine", {"cost": {"kind": "affine", "decode_base_s": 0.01}})
     assert not (run.path / "hardware.json").exists()
@@ -112,9 +145,12 @@ def test_the_drawn_points_are_the_table_s_and_the_ceilings_are_named_with_values
     assert "in practice (vllm on hopper): 792 TFLOP/s" in named
 
 
-def test_a_simulation_s_roofline_says_that_it_has_no_training_phases(simulated):
-    note = figures.roofline([simulated["synchronous"]]).legends[0].get_title().get_text().replace("\n", " ")
-    assert "Training phases: not recorded by synchronous; shares of time are of the rollout alone." in note
+def test_a_run_that_has_not_counted_its_training_phases_says_so(tmp_path):
+    run = simulated_run(tmp_path / "older")
+    trace = run.path / "trace.jsonl"
+    trace.write_text("".join(line for line in trace.open() if '"type":"work"' not in line))
+    note = figures.roofline([Run(run.path)]).legends[0].get_title().get_text().replace("\n", " ")
+    assert "Training phases: not recorded by older; shares of time are of the rollout alone." in note
 
 
 def test_a_run_without_engine_records_is_left_out_with_a_word(simulated, tmp_path):

@@ -154,6 +154,7 @@ def test_torchs_nvtx_ranges_become_phases_without_a_change_to_the_program(tmp_pa
     assert (found.t_end - found.t_start > 0.045).all()
 
 
+@pytest.mark.slow
 def test_nvtx_ranges_that_are_started_and_ended_by_handle_become_phases(tmp_path):
     """They do not nest: one may outlive the other that was started before it."""
     found = adapted(

@@ -104,6 +104,7 @@ def test_tables_and_scalars_hold_what_the_run_holds(tmp_path, run, capsys):
     assert "--format xml: not one of chrome, csv, huggingface, parquet, tensorboard, wandb" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_offline_wandb_run_holds_metrics_by_step_and_devices_by_second(tmp_path, run, capsys):
     with (run.path / "metrics.jsonl").open("w") as file:
         for step in (1, 2):

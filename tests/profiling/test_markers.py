@@ -57,6 +57,7 @@ def test_phases_of_a_profiled_program_and_its_children_reach_the_trace(tmp_path)
     assert {"rollout", "reward"} <= set(device_estimates(run).phase)
 
 
+@pytest.mark.slow
 def test_a_profiled_command_is_watched_while_it_runs(tmp_path):
     (tmp_path / "program.py").write_text(
         "import time\nfrom profiling.markers import phase\n"

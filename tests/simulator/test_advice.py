@@ -65,6 +65,7 @@ def test_the_saving_of_the_advised_window_is_what_running_it_saves(synchronous):
     assert "would save" in advice.sentence()
 
 
+@pytest.mark.slow
 def test_a_measured_run_is_calibrated_on_itself_and_gets_the_same_advice(synchronous, tmp_path):
     measured, simulated = advise(as_measured(synchronous, tmp_path / "ppo-s0")), advise(synchronous)
     assert measured.basis == "costs fitted to the run itself"

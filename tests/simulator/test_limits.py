@@ -63,6 +63,7 @@ def test_one_long_row_is_a_closed_form():
     prefill=st.sampled_from(["together", "chunked"]), reuse=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=100, deadline=None)
+@pytest.mark.slow
 def test_more_engines_never_lengthen_a_rollout_without_a_tail(
     rows, length, prompt, engines, slots, dispatch, prefill, reuse
 ):

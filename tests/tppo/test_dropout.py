@@ -99,6 +99,7 @@ LONG = [("tppo", 4), ("tppo, detached", 2), ("vapo", 2)]
 @pytest.mark.parametrize(
     ("algorithm", "world"), [("tppo", 2), *(pytest.param(*own, marks=pytest.mark.slow) for own in LONG)]
 )
+@pytest.mark.slow
 def test_ranks_drop_as_one_process_does(make_config, algorithm, world):
     """vapo's has checkpointed activations here."""
     config, others = (dropping(make_config, name, algorithm) for name in ("one", "many"))
@@ -107,6 +108,7 @@ def test_ranks_drop_as_one_process_does(make_config, algorithm, world):
     assert_equal_runs(Run(config.output), Run(others.output))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_undisturbed(make_config):
     whole = dropping(make_config, "whole", steps=4)
     train_seeded(whole)

@@ -33,6 +33,7 @@ def page(folder):
         yield client
 
 
+@pytest.mark.slow
 def test_the_answer_is_what_the_command_prints(page, capsys):
     changes = {"gpus": "8,16", "schedules": "synchronous,truncated,oversample,asynchronous", "steps_ratio": "1,1.2",
                "price_per_hour": "2.5", "whole_nodes": "false", "deadline_hours": "3"}  # fmt: skip

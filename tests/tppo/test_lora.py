@@ -133,6 +133,7 @@ def test_only_adapters_train_and_only_they_are_in_the_optimiser(make_config, tin
 
 
 @pytest.mark.parametrize("name", ["tppo", "ppo-ewma"])
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_identical(name, make_config, tiny_model):
     extra = {"algorithm": {"name": name, "kl_coef": 0.05, "trailing_tokens": 2}, "model": {"lora_dropout": 0.1}}
     whole = lora_config(make_config, tiny_model, "whole", **extra)
@@ -179,6 +180,7 @@ def test_a_sharded_policy_trains_its_adapters_alone(make_config, tiny_model):
         assert sum(p.requires_grad for p in state.policy.parameters()) == 2 * 2 * 7  # A and B, layers, projections
 
 
+@pytest.mark.slow
 def test_a_run_without_adapters_never_imports_peft():
     assert "tppo.models.lora" in sys.modules
     import subprocess

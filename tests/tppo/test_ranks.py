@@ -290,6 +290,7 @@ def test_a_rank_that_is_killed_takes_the_others_with_it_and_the_last_checkpoint_
     withstood("SIGKILL of one of two ranks", lost="nothing: the steps since the last checkpoint are done again")
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_command(make_config, tmp_path):
     config = make_config("run", **settings_of("tppo"))
     values = config.model_dump(mode="json")

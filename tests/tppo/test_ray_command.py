@@ -55,6 +55,7 @@ def test_a_cluster_that_asks_for_a_token_is_told_from_one_that_is_not_there(toml
     assert "asks for a token: set RAY_AUTH_MODE=token" in done.stderr
 
 
+@pytest.mark.slow
 def test_auto_without_a_cluster_is_one_line(toml, capsys, monkeypatch):
     pytest.importorskip("ray", reason="needs the extra ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -70,6 +71,7 @@ def test_ray_that_is_not_installed_is_one_line(toml, capsys, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_without_an_address_nothing_of_ray_is_imported():
     code = (
         "import sys, tppo.start\nfrom tppo.config import RunConfig\n"

@@ -107,7 +107,11 @@ def test_a_signal_to_one_rank_before_the_first_step_ends_both_and_both_go_on(mak
 
 @pytest.mark.parametrize(
     ("signals", "apart_s", "code"),
-    [([signal.SIGTERM], 0, 143), ([signal.SIGTERM] * 2, SAME_S + 0.5, -15), ([signal.SIGINT, signal.SIGTERM], 0, 130)],
+    [
+        ([signal.SIGTERM], 0, 143),
+        pytest.param([signal.SIGTERM] * 2, SAME_S + 0.5, -15, marks=pytest.mark.slow),
+        pytest.param([signal.SIGINT, signal.SIGTERM], 0, 130, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_ends_the_command_with_its_code_and_a_later_one_at_once(
     tmp_path, tiny_model, signals, apart_s, code, withstood

@@ -64,6 +64,7 @@ def run(config, **options):
     return Run(config.output)
 
 
+@pytest.mark.slow
 def test_a_data_set_trains_and_a_resumed_run_has_the_same_rows(data_config, capsys):
     before = children()
     whole = run(data_config("whole", train={"steps": 4}))

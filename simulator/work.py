@@ -1,0 +1,29 @@
+"""What the training phases of a simulated step compute, counted as the trainer counts it, where costs come from a data
+sheet: the settings of such costs say how a batch is cut into passes."""
+
+import math
+from typing import Any
+
+from profiling.model_flops import VALUE_PHASES
+from simulator.cluster import TrainingRun
+from simulator.cost_settings import AnalyticCostSettings
+
+UPDATES = ("update_value", "update_policy")
+COUNTED = ("logprob_forward", "reference_forward", "value_forward", *UPDATES)
+
+
+def work_record(run: TrainingRun, phase: str, step: int) -> dict[str, Any] | None:
+    """A trace record of the phase's passes over whole rows; None for other phases, and for costs of another kind."""
+    settings = run.experiment.cost
+    if phase not in COUNTED or not isinstance(settings, AnalyticCostSettings):
+        return None
+    _, of_finished, processed = run.batch_of(step)
+    tokens, pairs = of_finished if phase == "update_value" else processed
+    updates = settings.mini_batches if phase in UPDATES else 0
+    passes = max(math.ceil(tokens / settings.micro_batch_tokens), updates, 1)
+    forward = {
+        "passes": passes, "tokens": int(tokens), "pairs": int(pairs),
+        "outputs": 0 if phase in VALUE_PHASES else int(tokens),
+    }  # fmt: skip
+    backward = {f"backward_{name}": count if updates else 0 for name, count in forward.items()}
+    return {"type": "work", "name": phase, "step": step, **forward, **backward, "updates": updates}
