@@ -85,8 +85,12 @@ def _device_alarms(devices: pd.DataFrame) -> list[str]:
 
 def _sampler_alarms(run: Run) -> list[str]:
     found = []
-    if run.trailer is not None and run.unsampled_hosts:
-        found = [f"no samples of {', '.join(run.unsampled_hosts)}: joules of the run are null"]
+    if run.trailer is not None:
+        unsampled = run.unsampled_hosts
+        if unsampled:
+            found.append(f"no samples of {', '.join(unsampled)}")
+        if uncounted := run.uncounted_hosts:
+            found.append(f"no energy counter on {', '.join(uncounted)}: joules of the run are null")
     own = (run.trailer or {}).get("sampler")
     if not isinstance(own, dict):
         return found

@@ -7,6 +7,10 @@ import pandas as pd
 
 from profiling.estimators import TICK_S
 
+MOST_OUTSIDE, MOST_OUTSIDE_S = 0.1, 10.0
+"""Share of the time before a counter's first reading, or after its last; and seconds that are always allowed: a
+sampler starts while the run does."""
+
 
 def is_counting(t: np.ndarray, joules: np.ndarray) -> bool:
     """Whether differences of a counter's readings are joules: there are two or more, it never ran backwards (its
@@ -18,16 +22,19 @@ def joules_by_piece(devices: pd.DataFrame, pieces: pd.DataFrame) -> np.ndarray |
     """Joules that all GPUs together drew in each of the pieces (t_start, t_end), in their order.
 
     A counter shows its last tick: a reading is half a tick old on average, so the error of a piece is some half a tick
-    at each end. Before the first reading and after the last one the counter goes on at the mean power of the whole.
-    None without counters, or where one of them does not count.
+    at each end. Before the first reading and after the last one the counter goes on at its mean power, for
+    MOST_OUTSIDE of the time at most. None without counters, or where one of them does not count, or was read for less:
+    a GPU that the run came to in its middle, or whose sampler gave up.
     """
     total = np.zeros(len(pieces))
     counters = devices[devices.energy_joules.notna()]
     if counters.empty:
         return None
+    begin, end = float(pieces.t_start.min()), float(pieces.t_end.max())
+    most_s = max(MOST_OUTSIDE_S, MOST_OUTSIDE * (end - begin))
     for _, own in counters.groupby("device", sort=False):
         t, joules = own.t.to_numpy(float) - TICK_S / 2, own.energy_joules.to_numpy(float)
-        if not is_counting(t, joules):
+        if not is_counting(t, joules) or max(t[0] - begin, end - t[-1]) > most_s:
             return None
         total += _drawn_until(pieces.t_end.to_numpy(float), t, joules)
         total -= _drawn_until(pieces.t_start.to_numpy(float), t, joules)

@@ -56,6 +56,8 @@ class Profiler:
         self._flushed = self._zero
         self._lock = threading.RLock()
         self._open = True
+        self.sampler_note: str | None = None
+        """What the sampler said when it started, if anything."""
         self._before_end: list[Callable[[], None]] = []
 
     @property
@@ -93,9 +95,9 @@ class Profiler:
                 self.writer.path, interval_s=self._interval_s, zero_s=self._zero, links=self._links, host=self._host,
                 note=lambda text: self.trace({"type": "note", "text": text}),
             )  # fmt: skip
-            note = self._sampler.start()
-            if note:
-                self.trace({"type": "note", "text": note})
+            self.sampler_note = self._sampler.start()
+            if self.sampler_note:
+                self.trace({"type": "note", "text": self.sampler_note})
         return self
 
     def __exit__(

@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from profiling import schema
 from profiling.errors import ConfigError, DataError
@@ -80,7 +79,10 @@ class Run:
         Raises DataError."""
         header = dict(self.outline[0])
         found = [device for device in _listed(self.sampler.get("devices")) if isinstance(device, dict)]
-        gpus = [device for device in found if not is_host(str(device.get("uuid")))]
+        once: dict[str, Any] = {}
+        for device in found:
+            once.setdefault(str(device.get("uuid")), device)  # containers of one machine may share it
+        gpus = [device for uuid, device in once.items() if not is_host(uuid)]
         header["devices"] = header["devices"] or gpus
         states = self.sampler.get("capabilities")
         header["capabilities"] = header["capabilities"] or (states if isinstance(states, dict) else {})
@@ -107,11 +109,28 @@ class Run:
         return own
 
     @cached_property
+    def hosts(self) -> dict[str, pd.DataFrame]:
+        """Device samples by host: of the first one, of those with a folder, and of those that the trace notes ranks or
+        engines on, which may have none."""
+        notes = [record.get("host") for record in self.outline if record["type"] == "note"]
+        found = {str(self.outline[0]["host"]): _table_in(self.path, "devices").to_pandas()}
+        for folder in folders_of_hosts(self.path):  # the first one's, too, where a resumed run began elsewhere
+            own = _table_in(folder, "devices").to_pandas()
+            found[folder.name] = pd.concat([found[folder.name], own]) if folder.name in found else own
+        empty = schema.DEVICES.empty_table().to_pandas()
+        return found | {note: empty for note in notes if isinstance(note, str) and note not in found}
+
+    @property
     def unsampled_hosts(self) -> list[str]:
-        """Of ranks and engines: those that left no device samples, by name."""
-        notes = (record.get("host") for record in self.outline if record["type"] == "note")
-        sampled = {folder.name for folder in folders_of_hosts(self.path) if any((folder / "devices").glob("part-*"))}
-        return sorted({host for host in notes if isinstance(host, str)} - sampled)
+        """Hosts without device samples, of a run that has them from others."""
+        empty = [name for name, samples in self.hosts.items() if samples.empty]
+        return empty if len(empty) < len(self.hosts) else []
+
+    @property
+    def uncounted_hosts(self) -> list[str]:
+        """Hosts without an energy counter, of a run that has counters on others."""
+        without = [name for name, samples in self.hosts.items() if samples.energy_joules.isna().all()]
+        return without if len(without) < len(self.hosts) else []
 
     @property
     def cluster(self) -> Cluster:
@@ -183,12 +202,24 @@ class Run:
 
     @cached_property
     def devices(self) -> pd.DataFrame:
-        return self._samples("devices")
+        """Of all hosts, in the order of their times."""
+        tables = list(self.hosts.values())
+        whole = tables[0]
+        for own in tables[1:]:  # without what is told of a GPU already: containers of one machine may share it
+            known = whole.groupby("device").t.agg(["min", "max"]).reindex(own.device)
+            told = (own.t.to_numpy() >= known["min"].to_numpy()) & (own.t.to_numpy() <= known["max"].to_numpy())
+            whole = pd.concat([whole, own[~told]])
+        return whole if len(tables) == 1 else whole.sort_values("t", kind="stable", ignore_index=True)
 
     @cached_property
     def windows(self) -> pd.DataFrame:
         """Empty where no driver keeps samples of its own."""
-        return self._samples("windows")
+        folders = [self.path, *folders_of_hosts(self.path)]
+        windows = pa.concat_tables([_table_in(folder, "windows") for folder in folders]).to_pandas()
+        if len(folders) == 1:
+            return windows
+        once = windows.drop_duplicates(["device", "metric", "t_end"])
+        return once.sort_values("t_end", kind="stable", ignore_index=True)
 
     @cached_property
     def ledger(self) -> pd.DataFrame | None:
@@ -232,15 +263,6 @@ class Run:
 
     def _table(self, name: str) -> pd.DataFrame:
         return _table_in(self.path, name).to_pandas()
-
-    def _samples(self, name: str) -> pd.DataFrame:
-        """Of all hosts. A GPU that containers of one machine share counts once, in the first one's."""
-        tables = [_table_in(self.path, name)]
-        for folder in folders_of_hosts(self.path):
-            known = pa.concat_tables(tables)["device"].unique()
-            own = _table_in(folder, name)
-            tables.append(own.filter(pc.invert(pc.is_in(own["device"], known))))
-        return pa.concat_tables(tables).to_pandas()
 
 
 def _table_in(folder: Path, name: str) -> pa.Table:

@@ -132,14 +132,14 @@ def summarise(
 def write_totals(writer: RunWriter, wall_s: float, *, trains_whole_responses: bool = False) -> None:
     """Ledger and summary of a measured run, computed from what its directory holds.
 
-    Energy is null where the GPUs of some host that took part were not sampled."""
+    Energy is null where some host that took part has no counter and others have."""
     run = Run(writer.path)
     cluster, phases, engine, rollouts = run.cluster, run.phases, run.engine, run.rollouts
     ledger = build_ledger(cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, wall_s=wall_s)
     summary = summarise(
         cluster=cluster, phases=phases, engine=engine, rollouts=rollouts, ledger=ledger, wall_s=wall_s,
         startup_steps=run.header.get("startup_steps", 0), trains_whole_responses=trains_whole_responses,
-        devices=None if run.unsampled_hosts else run.devices,
+        devices=None if run.uncounted_hosts else run.devices,
     )  # fmt: skip
     writer.ledger(dict(ledger))
     writer.summary(summary)

@@ -33,6 +33,8 @@ REFRESH_S = 2.0
 REST = 10.0
 """Between two looks, in times of what a look takes: that of a long run takes seconds."""
 RECENT_S = 5.0
+LONG_AGO_S = 120.0
+"""Two of the longest times between a sampler's writings."""
 """Of samples, of which a device's bar shows the mean."""
 LARGEST_CAUSES = 8
 PREFIX = "tppo"
@@ -175,11 +177,14 @@ def _causes(now: Snapshot) -> Table:
 
 
 def latest(run: Run) -> pd.DataFrame:
-    """By device: means over the last RECENT_S seconds of samples; null where nothing was read in them."""
+    """By device: means over the last RECENT_S seconds of its samples; null where nothing was read in them. Without
+    those that were last read LONG_AGO_S before others."""
     devices = run.devices
     if devices.empty:
         return devices.set_index("device")
-    return devices[devices.t >= devices.t.max() - RECENT_S].groupby("device", sort=False).mean(numeric_only=True)
+    last = devices.groupby("device").t.transform("max")  # samplers of other hosts write at times of their own
+    recent = devices[(devices.t >= last - RECENT_S) & (last >= devices.t.max() - LONG_AGO_S)]
+    return recent.groupby("device", sort=False).mean(numeric_only=True)
 
 
 def _text(value: float, form: str, unit: str = "") -> str:

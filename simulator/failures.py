@@ -69,7 +69,7 @@ def insert_outages(log: Log, outages: list[Outage]) -> float:
             if name in columns:  # what takes no time may begin and end at the outage: after it
                 columns[name] = np.maximum(later(columns[name], "left"), columns["t_start"])
 
-    names, steps, starts, ends = zip(*log.phases, strict=True)
+    names, steps, starts, ends = zip(*log.phases, strict=True) if log.phases else ((), (), (), ())
     times = {"t_start": np.array(starts), "t_end": np.array(ends)}
     shift(times)
     moved = zip(names, steps, times["t_start"].tolist(), times["t_end"].tolist(), strict=True)

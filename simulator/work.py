@@ -7,9 +7,15 @@ from typing import Any
 from profiling.model_flops import VALUE_PHASES
 from simulator.cluster import TrainingRun
 from simulator.cost_settings import AnalyticCostSettings
+from simulator.experiment import ClusterSettings
 
 UPDATES = ("update_value", "update_policy")
 COUNTED = ("logprob_forward", "reference_forward", "value_forward", *UPDATES)
+
+
+def replicas_of(settings: AnalyticCostSettings, cluster: ClusterSettings) -> int:
+    """Groups of GPUs that each pass their share of a batch, all of them in every mini-batch."""
+    return cluster.training_gpus // (settings.trainer_tensor_parallel * settings.trainer_pipeline_parallel)
 
 
 def work_record(run: TrainingRun, phase: str, step: int) -> dict[str, Any] | None:
@@ -20,7 +26,8 @@ def work_record(run: TrainingRun, phase: str, step: int) -> dict[str, Any] | Non
     _, of_finished, processed = run.batch_of(step)
     tokens, pairs = of_finished if phase == "update_value" else processed
     updates = settings.mini_batches if phase in UPDATES else 0
-    passes = max(math.ceil(tokens / settings.micro_batch_tokens), updates, 1)
+    batches, replicas = max(updates, 1), replicas_of(settings, run.experiment.cluster)
+    passes = batches * replicas * max(1, math.ceil(tokens / batches / replicas / settings.micro_batch_tokens))
     forward = {
         "passes": passes, "tokens": int(tokens), "pairs": int(pairs),
         "outputs": 0 if phase in VALUE_PHASES else int(tokens),

@@ -134,6 +134,9 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks, place
         with profiler, ExitStack() as stack:
             for record in notes_of(hosts, offsets, names):
                 profiler.trace(record)
+            for rank, said in enumerate(ranks.gather(profiler.sampler_note)):
+                if said is not None and rank:  # the first one's is there
+                    profiler.trace({"type": "note", "text": f"host {names.of(hosts[rank])}: {said}"})
             if isinstance(engine, EnginePool | LedEngines):
                 engine.attach(profiler.zero_s, profiler.trace, hosts)
                 profiler.before_end(engine.detach)

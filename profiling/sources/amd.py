@@ -3,6 +3,7 @@
 What NVML has and this does not: samples that the driver keeps, event reasons, GPM's counters, links.
 """
 
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -97,7 +98,7 @@ class AmdSource:
         self._slow = OnceASecond()
 
     def _described(self, handle: Any, index: int) -> Device:
-        uuid, name = f"AMD-{index}", "AMD GPU"
+        uuid, name = f"AMD-{platform.node()}-{index}", "AMD GPU"
         try:
             uuid = str(self._smi.amdsmi_get_gpu_device_uuid(handle))
             name = str(self._smi.amdsmi_get_gpu_asic_info(handle)["market_name"])

@@ -320,6 +320,8 @@ class EnginePool:
         """Where it is not the trainer's; before `attach`, which says where that is, nothing."""
         if self._names is not None and member.about.host != self._names.first:
             host = self._names.of(member.about.host)
+            if self._samplers is not None and not self._samplers.see(member):
+                host += f", GPUs {member.about.gpus}"  # a place without samples: joules of the run are not known
             self._trace(note_of("engine", member.engine, host, member.offset, "the trainer"))
 
     def _ask_all(self, method: str, *arguments: Any) -> None:

@@ -21,6 +21,9 @@ ANSWERS_IN_S = START_TIMEOUT_S + STOP_TIMEOUT_S + 60.0
 class HostSampler:
     """On one host."""
 
+    def __init__(self) -> None:
+        self._process: SamplerProcess | None = None
+
     def start(
         self, run: str, host: str, zero_s: float, interval_s: float, links: bool, gpus: Sequence[int]
     ) -> str | None:
@@ -32,7 +35,8 @@ class HostSampler:
         return self._process.start()
 
     def stop(self) -> None:
-        self._process.stop()
+        if self._process is not None:
+            self._process.stop()
 
 
 class HostSamplers:
@@ -47,6 +51,8 @@ class HostSamplers:
 
         assert config.output is not None
         self._ray = ray
+        self._gpus: dict[Host, list[int]] = {}
+        self._known = set(known)
         by_host: dict[Host, list[Member]] = {}
         for member in members:
             if member.about.host not in known:
@@ -56,19 +62,24 @@ class HostSamplers:
             node = NodeAffinitySchedulingStrategy(own[0].about.node, soft=False)
             actor = ray.remote(num_cpus=0, scheduling_strategy=node)(HostSampler).remote()
             gpus = sorted({gpu for member in own for gpu in member.about.gpus})
+            self._gpus[host] = gpus
             starting.append((names.of(host), actor, actor.start.remote(
                 str(config.output.resolve()), names.of(host), zero_s - own[0].offset.seconds,
                 config.profile.interval_s, config.profile.links, gpus,
             )))  # fmt: skip
-        self._actors = []
-        for name, actor, started in starting:
+        self._actors = [actor for _, actor, _ in starting]
+        for name, _, started in starting:
             try:
                 note = ray.get(started, timeout=ANSWERS_IN_S)
-                self._actors.append(actor)
             except Exception as error:  # of Ray, which has many; the run goes on without these samples
                 note = f"no device samples: {first_line(error)}"
             if note is not None:
                 trace({"type": "note", "text": f"host {name}: {note}"})
+
+    def see(self, member: Member) -> bool:
+        """Whether its GPUs are sampled: a replacement may be elsewhere."""
+        host = member.about.host
+        return host in self._known or (host in self._gpus and set(member.about.gpus) <= set(self._gpus[host]))
 
     def stop(self) -> None:
         """Each writes what it has. One whose host has gone is left alone."""
