@@ -78,7 +78,7 @@ def test_a_profiled_program_has_the_gpus_that_were_sampled(tmp_path):
     instances = [{"uuid": f"MIG-{n}", "part_of": "GPU-0"} for n in range(2)]
     writer.close(t=1.0, status="finished", sampler={"devices": [*gpus, *instances, {"uuid": "host"}]})
     assert Run(writer.path).cluster == Cluster(1, 3)
-    path, many = writer.path / "trace.jsonl", '{"uuid":"GPU-9"},' * 16_400
+    path, many = writer.path / "trace.jsonl", "".join(f'{{"uuid":"GPU-{n}"}},' for n in range(9, 16_409))
     path.write_text(path.read_text().replace('"devices":[{"uuid":"GPU-0"', f'"devices":[{many}{{"uuid":"GPU-0"'))
     with pytest.raises(DataError, match=r"the sampler's devices: header: .* are more than 16384"):
         _ = Run(writer.path).header
