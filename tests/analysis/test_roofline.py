@@ -78,6 +78,7 @@ def test_a_simulated_run_counts_what_its_training_phases_compute(simulated):
     assert update.tokens == update.backward_tokens == update.outputs == context.sum()
     assert update.pairs == (context * (context + 1) // 2).sum()
     assert update.updates == 6 * 16  # mini-batches
+    assert update.passes == 6 * 16 * 2  # on each of two GPUs
     assert work.loc["update_value"].outputs == 0
     assert work.loc["logprob_forward"].backward_tokens == 0
     points = roofline_points([run]).set_index("work")
