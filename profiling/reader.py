@@ -14,6 +14,7 @@ from profiling.errors import ConfigError, DataError
 from profiling.files import parse_json, read_json, whole_lines
 from profiling.hosts import folders_of_hosts, is_host
 from profiling.ledger import TOLERANCE, Cluster
+from profiling.lives import without_gaps
 from profiling.settings import read_toml
 from profiling.tables import read_table
 
@@ -202,14 +203,17 @@ class Run:
 
     @cached_property
     def devices(self) -> pd.DataFrame:
-        """Of all hosts, in the order of their times."""
+        """Of all hosts, in the order of their times. Energy counters of a resumed run go on as if nothing lay between
+        its lives."""
         tables = list(self.hosts.values())
         whole = tables[0]
         for own in tables[1:]:  # without what is told of a GPU already: containers of one machine may share it
             known = whole.groupby("device").t.agg(["min", "max"]).reindex(own.device)
             told = (own.t.to_numpy() >= known["min"].to_numpy()) & (own.t.to_numpy() <= known["max"].to_numpy())
             whole = pd.concat([whole, own[~told]])
-        return whole if len(tables) == 1 else whole.sort_values("t", kind="stable", ignore_index=True)
+        whole = whole if len(tables) == 1 else whole.sort_values("t", kind="stable", ignore_index=True)
+        resumed = [record["resumed_s"] for record in self.outline if isinstance(record.get("resumed_s"), int | float)]
+        return without_gaps(whole, resumed) if resumed else whole
 
     @cached_property
     def windows(self) -> pd.DataFrame:

@@ -132,6 +132,9 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks, place
             host=None if ranks.main else names.of(own),
         )
         with profiler, ExitStack() as stack:
+            if found is not None and goes_on_here:
+                text = f"resumed after step {found.manifest.step}"
+                profiler.trace({"type": "note", "text": text, "resumed_s": time_s})
             for record in notes_of(hosts, offsets, names):
                 profiler.trace(record)
             for rank, said in enumerate(ranks.gather(profiler.sampler_note)):

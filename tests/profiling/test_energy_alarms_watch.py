@@ -11,6 +11,7 @@ import pytest
 from profiling.alarms import alarms, ledger_alarms
 from profiling.energy import joules_by_piece
 from profiling.errors import ConfigError, DataError
+from profiling.lives import without_gaps
 from profiling.phases import Profiler
 from profiling.reader import Run
 from profiling.schema import DEVICES
@@ -203,3 +204,14 @@ def test_a_run_is_watched_at_any_moment_of_its_life(tmp_path):
         seen.append(now.step)
     assert seen == sorted(seen)
     assert set(seen) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("after", [90_000.0, 3.0], ids=["other jobs ran meanwhile", "the driver was loaded again"])
+def test_what_a_counter_counted_while_the_run_was_stopped_is_left_out(after):
+    """100 W for two seconds, then, after a stop, for two more."""
+    first, second = np.arange(0.05, 2.0, 0.1), np.arange(2.15, 4.0, 0.1)
+    joules = np.concatenate([100 * (first - 0.05), after + 100 * (second - 2.05)])
+    devices = samples_of(np.concatenate([first, second]), joules)
+    joined = without_gaps(devices, [2.0])
+    np.testing.assert_allclose(joules_by_piece(joined, pieces_of(0.0, 2.0, 4.0)), [200, 200], rtol=1e-9)
+    pd.testing.assert_frame_equal(without_gaps(joined, [0.0, 7.0]), joined)

@@ -311,7 +311,11 @@ def test_a_resumed_run_keeps_what_defines_its_rows_and_records_what_changed(make
         with pytest.raises(ConfigError, match=message):
             train(make_config("run", train={"steps": 4}, **changed), resume=True, show_progress=False)
     assert Run(make_config("run").output).summary["steps"] == 2  # untouched
-    assert run(make_config("run", train={"steps": 3}), resume=True).config["train"]["steps"] == 3
+    longer = run(make_config("run", train={"steps": 3}), resume=True)
+    assert longer.config["train"]["steps"] == 3
+    (note,) = [record for record in longer.trace if "resumed_s" in record]
+    assert note["text"] == "resumed after step 2"
+    assert note["resumed_s"] <= longer.phases[longer.phases.step == 3].t_start.min()
 
 
 def test_a_resume_that_cannot_work_changes_nothing(make_config):
