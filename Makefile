@@ -34,7 +34,7 @@ soak: $(VENV)/.installed
 
 # Every test that provokes a fault, those of `make soak` included; writes docs/reliability.md when all pass.
 reliability: $(VENV)/.installed
-	$(BIN)/pytest -m fault --reliability docs/reliability.md
+	$(BIN)/pytest -m fault --reliability=docs/reliability.md
 
 # Real vLLM on the CPU, in an environment of its own (about 4 GB). It pins its own versions of most packages; torch's
 # sister packages are left out: their builds do not fit this torch, and no text model needs them.
