@@ -163,7 +163,7 @@ def test_another_hosts_sampler_writes_into_its_folder_under_its_name(tmp_path):
     run = Run(tmp_path / "run")
     assert not (tmp_path / "run" / "devices").exists()
     own = run.devices[run.devices.device == "host far"]
-    assert own.t.between(0, run.trailer["t"] + 0.5).all()
+    assert own.t.between(0, run.trailer["t"] + 10.0).all()
     assert len(own) >= 2
     assert len(ended) == 1
     assert run.header["devices"] == []  # "host far" is no GPU

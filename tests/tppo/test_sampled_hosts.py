@@ -34,7 +34,7 @@ def test_one_rank_of_each_host_samples_it_and_joules_are_of_all(make_config, tmp
     assert set(run.devices.device) == gpus | ({"host", "host far"} if far else {"host"})
     assert run.unsampled_hosts == []
     wall_s = run.summary["wall_seconds"]
-    assert run.devices.t.between(-0.1, wall_s + 1.0).all()
+    assert run.devices.t.between(-0.1, wall_s + 10.0).all()
     assert run.summary["energy_joules"] == pytest.approx(sum(WATTS[: len(gpus)]) * wall_s, rel=0.05)
     notes = [record for record in run.trace if record["type"] == "note" and "host" in record]
     assert [(note["rank"], note["host"]) for note in notes] == ([(1, "far")] if far else [])

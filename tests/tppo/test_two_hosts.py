@@ -80,4 +80,4 @@ def test_a_host_that_has_engines_alone_is_sampled_too(address, make_config):
     assert note["host"] == "tppo-host-2"
     assert set(run.devices.device) == {"host", "host tppo-host-2"}
     assert run.unsampled_hosts == []
-    assert run.devices.t.between(-0.1, run.summary["wall_seconds"] + 1.0).all()
+    assert run.devices.t.between(-0.1, run.summary["wall_seconds"] + 10.0).all()
