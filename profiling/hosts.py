@@ -36,6 +36,11 @@ class HostNames:
         for host in hosts:
             self.of(host)
 
+    @property
+    def hosts(self) -> list[Host]:
+        """Those that have a name so far."""
+        return list(self._names)
+
     def of(self, host: Host) -> str:
         if host not in self._names:
             plain = re.sub(r"[^\w.-]|^\.", "_", host.name, flags=re.ASCII)[:100] or "host"

@@ -290,7 +290,7 @@ class AnalyticCosts:
         """A pipeline of p stages idles (p - 1) / m of its time with m micro-batches a mini-batch."""
         settings = self.settings
         stages = settings.trainer_pipeline_parallel
-        replicas = self.trainer_gpus / (stages * settings.trainer_tensor_parallel)
+        replicas = settings.replicas(self.trainer_gpus)
         batches = max(1.0, tokens / settings.mini_batches / replicas / settings.micro_batch_tokens)
         return 1 + (stages - 1) / batches
 

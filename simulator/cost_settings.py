@@ -130,5 +130,9 @@ class AnalyticCostSettings(Occasions):
     switch_s: NonNegativeFloat = 0.0
     """Colocated: from engine to trainer and back, each (offloading, waking up)."""
 
+    def replicas(self, gpus: int) -> int:
+        """Groups of the training GPUs that each pass their share of a batch, all of them in every mini-batch."""
+        return gpus // (self.trainer_tensor_parallel * self.trainer_pipeline_parallel)
+
 
 CostSettings = AffineCostSettings | CalibratedCostSettings | AnalyticCostSettings

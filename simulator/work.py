@@ -7,26 +7,18 @@ from typing import Any
 from profiling.model_flops import VALUE_PHASES
 from simulator.cluster import TrainingRun
 from simulator.cost_settings import AnalyticCostSettings
-from simulator.experiment import ClusterSettings
-
-UPDATES = ("update_value", "update_policy")
-COUNTED = ("logprob_forward", "reference_forward", "value_forward", *UPDATES)
-
-
-def replicas_of(settings: AnalyticCostSettings, cluster: ClusterSettings) -> int:
-    """Groups of GPUs that each pass their share of a batch, all of them in every mini-batch."""
-    return cluster.training_gpus // (settings.trainer_tensor_parallel * settings.trainer_pipeline_parallel)
+from simulator.costs import PHASE_COSTS
 
 
 def work_record(run: TrainingRun, phase: str, step: int) -> dict[str, Any] | None:
     """A trace record of the phase's passes over whole rows; None for other phases, and for costs of another kind."""
     settings = run.experiment.cost
-    if phase not in COUNTED or not isinstance(settings, AnalyticCostSettings):
+    if phase not in PHASE_COSTS or not isinstance(settings, AnalyticCostSettings):
         return None
     _, of_finished, processed = run.batch_of(step)
     tokens, pairs = of_finished if phase == "update_value" else processed
-    updates = settings.mini_batches if phase in UPDATES else 0
-    batches, replicas = max(updates, 1), replicas_of(settings, run.experiment.cluster)
+    updates = settings.mini_batches if phase.startswith("update_") else 0
+    batches, replicas = max(updates, 1), settings.replicas(run.experiment.cluster.training_gpus)
     passes = batches * replicas * max(1, math.ceil(tokens / batches / replicas / settings.micro_batch_tokens))
     forward = {
         "passes": passes, "tokens": int(tokens), "pairs": int(pairs),

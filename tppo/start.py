@@ -141,7 +141,7 @@ def _trainer_of_rank(config: RunConfig, found: Found | None, ranks: Ranks, place
                 if said is not None and rank:  # the first one's is there
                     profiler.trace({"type": "note", "text": f"host {names.of(hosts[rank])}: {said}"})
             if isinstance(engine, EnginePool | LedEngines):
-                engine.attach(profiler.zero_s, profiler.trace, hosts)
+                engine.attach(profiler.zero_s, profiler.trace, names)
                 profiler.before_end(engine.detach)
             sampling = sampling_of(config, tokenizer, ranks, own_stops=stops)
             tracker = stack.enter_context(tracked(config, found, ranks, profiler))

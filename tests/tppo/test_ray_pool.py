@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from profiling.hosts import Host
+from profiling.hosts import Host, HostNames
 from tppo.cluster.packing import chunks_of, drop_weights, layouts_of, unpack
 from tppo.cluster.places import Places
 from tppo.cluster.pool import EnginePool
@@ -130,7 +130,7 @@ def pool_of(make_config, seed, *, engines=3, deaths=0, retries=2, dispatch="roun
     store = ThroughTheObjectStore(ray, torch.nn.Linear(2, 2), torch.float32, timeout_s=1.0)
     pool = EnginePool(FakePlaces(ray, None, [], engines, 0), spec, store, store, generator=torch.Generator())
     notes = []
-    pool.attach(0.0, notes.append, [Host("ours", "near")])
+    pool.attach(0.0, notes.append, HostNames([Host("ours", "near")]))
     return pool, ray, notes
 
 

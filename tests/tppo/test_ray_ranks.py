@@ -16,6 +16,7 @@ pytest.importorskip("ray", reason="needs the extra ray")
 import ray
 
 from profiling.errors import ConfigError, RunError
+from profiling.hosts import Host
 from profiling.reader import Run
 from profiling.settings import to_toml
 from tests.tppo.ranks import on_ranks, when
@@ -306,8 +307,8 @@ def test_a_rank_is_found_among_the_clusters_hosts_by_its_addresses():
         client=SimpleNamespace(ray=SimpleNamespace(is_connected=lambda: False)), get_node_ip_address=lambda: "10.0.0.1"
     )
     cluster = SimpleNamespace(nodes=lambda: nodes, util=util)
-    first, other = Home("x", "a", frozenset()), Home("y", "b", frozenset({"172.17.0.1", "10.0.0.2"}))
+    first, other = Home(Host("x", "a"), frozenset()), Home(Host("y", "b"), frozenset({"172.17.0.1", "10.0.0.2"}))
     assert hosts_of([first, first, other], cluster, "auto") == ["node:10.0.0.1", "node:10.0.0.1", "node:10.0.0.2"]
-    gone = Home("z", "c", frozenset({"10.0.0.3"}))
+    gone = Home(Host("z", "c"), frozenset({"10.0.0.3"}))
     with pytest.raises(ConfigError, match=r"--ray auto: rank 1 is on c, which is no host of this cluster; run `ray s"):
         hosts_of([first, gone], cluster, "auto")

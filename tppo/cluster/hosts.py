@@ -1,7 +1,6 @@
 """Which host of a Ray cluster each rank of the trainer is on. Ranks say where they are without Ray; the first one,
 which has joined the cluster, finds the hosts."""
 
-import platform
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +9,14 @@ from typing import Any
 import psutil
 
 from profiling.errors import ConfigError
-from profiling.markers import boot_id
+from profiling.hosts import Host, this_host
 
 
 @dataclass(frozen=True)
 class Home:
     """Of a rank."""
 
-    boot: str
-    """The same for all processes of a running host."""
-    name: str
+    host: Host
     addresses: frozenset[str]
     """Of the host, those that others can reach."""
 
@@ -27,7 +24,7 @@ class Home:
 def home_of_this_process() -> Home:
     found = (address for own in psutil.net_if_addrs().values() for address in own)
     addresses = {a.address for a in found if a.family == socket.AF_INET and not a.address.startswith("127.")}
-    return Home(boot_id(), platform.node(), frozenset(addresses))
+    return Home(this_host(), frozenset(addresses))
 
 
 def hosts_of(homes: Sequence[Home], ray: Any, address: str) -> list[str]:
@@ -37,16 +34,16 @@ def hosts_of(homes: Sequence[Home], ray: Any, address: str) -> list[str]:
         return []
     alive = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
     own = ray.util.get_node_ip_address()
-    return [f"node:{_host_of(rank, home, homes[0].boot, alive, own, address)}" for rank, home in enumerate(homes)]
+    return [f"node:{_host_of(rank, home, homes[0].host.boot, alive, own, address)}" for rank, home in enumerate(homes)]
 
 
 def _host_of(rank: int, home: Home, first_boot: str, alive: list[str], own: str, address: str) -> str:
     for host in [own, *alive]:  # containers of one machine are hosts of their own
         if host in home.addresses:
             return host
-    if home.boot == first_boot:
+    if home.host.boot == first_boot:
         return own
     raise ConfigError(
-        f"--ray {address}: rank {rank} is on {home.name}, which is no host of this cluster; run `ray start --address "
-        "HOST:PORT` there"
+        f"--ray {address}: rank {rank} is on {home.host.name}, which is no host of this cluster; run `ray start "
+        "--address HOST:PORT` there"
     )

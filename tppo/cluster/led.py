@@ -1,11 +1,11 @@
 """A cluster's engines as torchrun's ranks see them: the first rank has the pool, the others follow it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
 
-from profiling.hosts import Host
+from profiling.hosts import HostNames
 from tppo.cluster.pool import EnginePool
 from tppo.models.lora import plain_weights
 from tppo.parallel.ranks import Ranks
@@ -34,9 +34,9 @@ class LedEngines:
         assert self._pool is not None, "only the first rank has the engines"
         return self._pool
 
-    def attach(self, zero_s: float, trace: Trace, hosts: Sequence[Host]) -> None:
+    def attach(self, zero_s: float, trace: Trace, names: HostNames) -> None:
         if self._pool is not None:
-            self._pool.attach(zero_s, trace, hosts)
+            self._pool.attach(zero_s, trace, names)
 
     def detach(self) -> None:
         if self._pool is not None:

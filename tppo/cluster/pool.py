@@ -9,14 +9,14 @@ tokens come out the same.
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from profiling.errors import ToolkitError, first_line
-from profiling.hosts import Host, HostNames
+from profiling.hosts import HostNames
 from profiling.markers import boot_id
 from tppo.cluster.member import Member, measured_offset
 from tppo.cluster.places import Places
@@ -70,17 +70,19 @@ class EnginePool:
         for member in self._members:
             self._welcome(member)
 
-    def attach(self, zero_s: float, trace: Trace, hosts: Sequence[Host]) -> None:
+    def attach(self, zero_s: float, trace: Trace, names: HostNames) -> None:
         """From now on times are the run's, what fails is noted in its trace, and hosts of engines are sampled. zero_s:
-        our monotonic clock at the start of the run. hosts: of the trainer's ranks, which are sampled already."""
-        self._zero_s, self._trace, self._names = zero_s, trace, HostNames(hosts)
+        our monotonic clock at the start of the run. names: of the hosts of the trainer's ranks, which are sampled
+        already."""
+        self._zero_s, self._trace, self._names = zero_s, trace, names
+        known = names.hosts
         for note in self._notes:
             trace(note)
         for member in self._members:
             self._note_host(member)
         if self._spec.config.profile.sampler:
             self._samplers = HostSamplers(
-                self._ray, self._members, self._spec.config, known=hosts, names=self._names, zero_s=zero_s, trace=trace
+                self._ray, self._members, self._spec.config, known=known, names=names, zero_s=zero_s, trace=trace
             )
 
     def detach(self) -> None:
