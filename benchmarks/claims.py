@@ -122,8 +122,8 @@ def explore() -> str:
     own = table("explore").query("`change of` == 'mean length'").set_index("GPUs")
     few, many = own.loc[8], own.loc[64]
     return (
-        f"on 8 GPUs a first estimate in {few['first numbers, s']} s and all of it in {few['pictures, s']} s; on 64 in "
-        f"{many['first numbers, s']} and {many['pictures, s']} s (goal: 1)"
+        f"a first estimate with its pictures in {few['first pictures, s']} s on 8 GPUs, {many['first pictures, s']} on 64 "
+        f"(goal: 1); the whole answer in {few['pictures, s']} and {many['pictures, s']} s"
     )
 
 

@@ -5,7 +5,8 @@ python -m benchmarks.explore [--repeats 10] [--record]
 The default workload (512 x 16 responses), one number of GPUs at a time, the synchronous schedule and one window.
 Three kinds of change take turns: of the price (nothing is simulated), of the window (one option) and of the mean
 length (both). Times are the browser's own, the page's pause for typing included: to the first answer that is shown (an
-estimate, where something is simulated), to the whole one and to its pictures. --record writes docs/results/explore.
+estimate, where something is simulated) and its pictures, to the whole one and its pictures. --record writes
+docs/results/explore.
 """
 
 import argparse
@@ -24,11 +25,14 @@ RESULTS = ROOT / "docs" / "results" / "explore"
 GPUS = (8, 16, 64)
 QUESTION = "?model=Qwen2.5-7B&gpu=H100-SXM&gpus={gpus}&finished_rows=3000000&windows=8192"
 CHANGES = {"price": "price_per_hour", "window": "windows", "mean length": "mean_tokens"}
+COLUMNS = {
+    "first": "first numbers", "firstPictures": "first pictures", "numbers": "numbers", "pictures": "pictures",
+}  # fmt: skip
 SIMULATED = {"price": 0, "window": 1, "mean length": 2}
 
 CHANGE = """([name, value]) => new Promise((done) => {
   const body = document.body, began = performance.now(), took = {};
-  const kinds = ["first", "numbers", "pictures"];
+  const kinds = ["first", "firstPictures", "numbers", "pictures"];
   for (const what of kinds) delete body.dataset[what];
   new MutationObserver((_, observer) => {
     for (const what of kinds) {
@@ -36,7 +40,7 @@ CHANGE = """([name, value]) => new Promise((done) => {
     }
     if (took.pictures === undefined) return;
     observer.disconnect();
-    done({first: took.numbers, ...took});
+    done({first: took.numbers, firstPictures: took.pictures, ...took});
   }).observe(body, {attributes: true});
   const field = document.querySelector(`[name="${name}"]`);
   field.value = value;
@@ -45,7 +49,7 @@ CHANGE = """([name, value]) => new Promise((done) => {
 
 
 def measure(page: Page, repeats: int) -> pd.DataFrame:
-    """change, repeat, first, numbers, pictures (seconds)."""
+    """change, repeat, first, firstPictures, numbers, pictures (seconds)."""
     values = {"price": 2.0, "window": 4000, "mean length": 6000.0}
     rows = []
     for repeat in range(repeats + 1):
@@ -61,7 +65,7 @@ def table(times: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (gpus, change), own in times.groupby(["gpus", "change"], sort=False):
         row = {"GPUs": gpus, "change of": change, "options simulated": SIMULATED[str(change)]}
-        for what, name in {"first": "first numbers", "numbers": "numbers", "pictures": "pictures"}.items():
+        for what, name in COLUMNS.items():
             low, middle, high = own[what].quantile([0.1, 0.5, 0.9])
             row[f"{name}, s"] = f"{middle:.2f} ({low:.2f} to {high:.2f})"
         rows.append(row)
@@ -102,8 +106,8 @@ def main() -> None:
             f"{os.getloadavg()[0]:.2f} after.",
             "Seconds in the browser from the change of a field, median of the repeats (P10 to P90); 512 x 16 "
             "responses a step, one number of GPUs, two options. The changes took turns; each value is new to the "
-            "server. First numbers: an estimate from a part of the cluster, dimmed and named as one, where something "
-            "is simulated; the others are those of `tppo plan`.",
+            "server. First numbers and pictures: an estimate from a part of the cluster, dimmed and named as one, "
+            "where something is simulated; the others are those of `tppo plan`.",
             markdown(found),
         ]
     )

@@ -10,18 +10,20 @@ from simulator.costs import PHASE_COSTS, Costs, resolve
 from simulator.experiment import Experiment, load_experiment
 from simulator.plan.estimate import Estimate, estimate_of, played
 from simulator.plan.options import Option
+from simulator.run import Result
 
 ROWS = 1024
 """Of a step, roughly; of one engine, where its rows are more."""
 
 
-def first_estimate(option: Option) -> Estimate:
-    """Of the whole option. Raises as `estimate` does."""
+def first_estimate(option: Option) -> tuple[Estimate, Result]:
+    """(of the whole option, the simulation of its part). Raises as `estimate` does."""
     assert option.experiment is not None
     share = _share(option.experiment)
     small = replace(option, experiment=_part(option.experiment, share))
-    own = estimate_of(small, played(small, _costs_of_a_part(option.experiment, share)))
-    return replace(
+    result = played(small, _costs_of_a_part(option.experiment, share))
+    own = estimate_of(small, result)
+    whole = replace(
         own,
         finished_rows=own.finished_rows / share,
         trained_tokens=own.trained_tokens / share,
@@ -30,6 +32,7 @@ def first_estimate(option: Option) -> Estimate:
         processed_pairs=own.processed_pairs / share,
         processed_squares=own.processed_squares / share,
     )
+    return whole, result
 
 
 def _share(experiment: Experiment) -> float:

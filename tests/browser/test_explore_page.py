@@ -263,11 +263,12 @@ def test_a_first_estimate_is_shown_as_one_until_the_whole_answer_comes(page, add
     drawn(page)
     seen = page.evaluate_handle(
         """() => new Promise((done) => {
-          const seen = [], look = () => {
-            const {first, numbers} = document.body.dataset, answer = document.getElementById("answer");
-            const now = numbers ? "whole" : first ? "first" : "none";
+          const seen = [], status = () => document.getElementById("status"), look = () => {
+            const {first, firstPictures, pictures} = document.body.dataset, answer = document.getElementById("answer");
+            const now = pictures ? "whole" : firstPictures ? "drawn" : first ? "first" : "none";
             if (now !== seen.at(-1)?.[0]) setTimeout(() => {
-              seen.push([now, answer.className, document.getElementById("status").textContent.slice(0, 9)]);
+              const lanes = document.querySelectorAll("#pictures figure")[1].textContent.match(/engine [0-9]+/g);
+              seen.push([now, answer.className, status().textContent.slice(0, 9), lanes.length]);
               if (now === "whole") { observer.disconnect(); done(seen.filter(([name]) => name !== "none")); }
             });
           };
@@ -278,7 +279,10 @@ def test_a_first_estimate_is_shown_as_one_until_the_whole_answer_comes(page, add
           field.dispatchEvent(new Event("input", {bubbles: true}));
         })"""
     )
-    assert seen.json_value() == [["first", "first", "First est"], ["whole", "", "Simulated"]]
+    (*first, _), *drawn_and_whole = seen.json_value()  # the pictures of the question before are dimmed until then
+    assert first == ["first", "first", "First est"]
+    # Two options: the three of eight engines that have 1,024 of 2,560 rows, then six of all of them.
+    assert drawn_and_whole == [["drawn", "first", "First est", 2 * 3], ["whole", "", "Simulated", 2 * 6]]
 
 
 def test_the_table_fits_its_card_and_the_roofline_names_its_lines(page, address):

@@ -17,7 +17,7 @@ def test_a_first_estimate_is_near_the_whole_one(gpus):
         prompts_per_step=256, max_response_tokens=12000, mean_tokens=4000,
     )  # fmt: skip
     for option in options_of(question):
-        first, whole = first_estimate(option), estimate(option)
+        (first, _), whole = first_estimate(option), estimate(option)
         assert first.step_s == pytest.approx(whole.step_s, rel=0.1)
         assert first.training_s == pytest.approx(whole.training_s, rel=0.1)
         assert first.finished_rows == pytest.approx(whole.finished_rows, rel=0.1)
@@ -33,7 +33,8 @@ def test_a_first_estimate_of_one_engine_is_of_all_of_its_rows():
         samples_per_prompt=4, max_response_tokens=2000, mean_tokens=700,
     )  # fmt: skip
     (option,) = options_of(question)
-    assert first_estimate(option).finished_rows == 32
+    first, played = first_estimate(option)
+    assert first.finished_rows == played.rollouts.finished.sum() == 32
 
 
 def test_rewards_are_graded_as_fast_as_in_the_whole():
@@ -43,5 +44,5 @@ def test_rewards_are_graded_as_fast_as_in_the_whole():
         max_response_tokens=2000, mean_tokens=700, reward_p50_s=2.0, reward_p90_s=2.0,
     )  # fmt: skip
     (option,) = options_of(question)
-    first, whole = first_estimate(option), estimate(option)
+    (first, _), whole = first_estimate(option), estimate(option)
     assert first.other_s == pytest.approx(whole.other_s, rel=1e-6)

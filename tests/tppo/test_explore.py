@@ -33,6 +33,19 @@ def page(folder):
         yield client
 
 
+def jobs(page, monkeypatch):
+    """Names of those that the page's processes do from now on."""
+    workers, ran = page.app.state.planner._workers, []
+    run = workers.run
+
+    async def counted(function, *arguments):
+        ran.append(function.__name__)
+        return await run(function, *arguments)
+
+    monkeypatch.setattr(workers, "run", counted)
+    return ran
+
+
 @pytest.mark.slow
 def test_the_answer_is_what_the_command_prints(page, capsys):
     changes = {"gpus": "8,16", "schedules": "synchronous,truncated,oversample,asynchronous", "steps_ratio": "1,1.2",
@@ -56,17 +69,31 @@ def test_a_first_answer_comes_before_and_is_the_whole_one_when_nothing_is_new(pa
     assert asked(page, "first", seed="11", mean_tokens="800").json() == {"whole": True, "answer": whole}
 
 
+def test_first_pictures_come_from_the_first_estimates_own_simulation(page, monkeypatch):
+    changes = {"seed": "12", "prompts_per_step": "1024"}  # of 8 engines the two that have 1,024 of 4,096 rows
+    ran = jobs(page, monkeypatch)
+    rows = asked(page, "first", **changes).json()["answer"]["rows"]
+    early = asked(page, "first/pictures", shown="0,1", **changes).json()
+    assert ran.count("first") == len(rows) == 2
+    assert "simulated" not in ran
+    for row, own in zip(rows, early, strict=True):
+        assert sum(own["gpu_seconds"].values()) == pytest.approx(8 * row["seconds_per_step"])
+        assert own["timeline"]["engines"] == 8
+        assert [lane["engine"] for lane in own["timeline"]["lanes"]] in ([0, 1], [1, 0])
+    whole = asked(page, "pictures", shown="0,1", **changes).json()
+    assert len(whole[0]["timeline"]["lanes"]) == 6
+    for one, all_engines in zip(early, whole, strict=True):
+        assert one["timeline"]["seconds"] == pytest.approx(all_engines["timeline"]["seconds"], rel=0.1)
+        for point, other in zip(one["roofline"]["points"], all_engines["roofline"]["points"], strict=True):
+            assert point["work"] == other["work"]
+            assert point["intensity"] == pytest.approx(other["intensity"], rel=0.1)
+            assert point["flops_per_s"] == pytest.approx(other["flops_per_s"], rel=0.1)
+    assert asked(page, "first/pictures", shown="0,1", **changes).json() == whole
+
+
 def test_an_option_is_simulated_once(page, monkeypatch):
     first = asked(page, seed="5").json()
-    workers = page.app.state.planner._workers
-    ran = []
-    run = workers.run
-
-    async def counted(function, *arguments):
-        ran.append(function.__name__)
-        return await run(function, *arguments)
-
-    monkeypatch.setattr(workers, "run", counted)
+    ran = jobs(page, monkeypatch)
     dearer = asked(page, seed="5", price_per_hour="100").json()
     assert ran == ["options", "answered"]
     assert dearer["rows"][0]["hours"] == first["rows"][0]["hours"]

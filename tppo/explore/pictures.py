@@ -21,12 +21,13 @@ PIECES = 200
 """Of a lane: what lies in one is added up."""
 
 
-def pictures_of(result: Result) -> dict[str, Any]:
-    return {"timeline": timeline(result), "roofline": roofline(result)}
+def pictures_of(result: Result, *, engines: int | None = None) -> dict[str, Any]:
+    """engines: of the option, where the simulation has some of them."""
+    return {"timeline": timeline(result, engines=engines), "roofline": roofline(result)}
 
 
-def timeline(result: Result) -> dict[str, Any]:
-    """A step after start-up, from its rollout to the next one's; seconds from its start.
+def timeline(result: Result, *, engines: int | None = None) -> dict[str, Any]:
+    """A step after start-up, from its rollout to the next one's; seconds from its start. engines: as in `pictures_of`.
 
     lanes: engines, some of them where there are many, from the one that is done first to the one that is done last.
     Of each of PIECES equal pieces the shares in which the engine prefills and decodes, and of the decoding the part
@@ -48,7 +49,7 @@ def timeline(result: Result) -> dict[str, Any]:
     return {
         "step": int(steps[place]),
         "seconds": end - start,
-        "engines": result.cluster.engines,
+        "engines": engines or result.cluster.engines,
         "beside": beside,
         "lanes": [_lane(spans[spans.engine == done.index[at]], int(done.index[at]), edges) for at in shown],
         "phases": [

@@ -3,13 +3,12 @@
 import asyncio
 import tempfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from profiling.errors import ConfigError, RunError
 from simulator.plan import Question
-from simulator.plan.estimate import Estimate
 from simulator.plan.options import Option
 from tppo.explore import work
 from tppo.explore.workers import Workers
@@ -19,7 +18,7 @@ MOST_OPTIONS = 48
 MOST_AT_ONCE = 8
 """Questions that are worked on or wait; more are refused."""
 MOST_KEPT = 300
-"""Options whose simulations are remembered."""
+"""Options whose simulations are remembered, and as many whose first estimates are."""
 MOST_SHOWN = 4
 """Options that are drawn, or reported on, together."""
 LIMIT_S = 60.0
@@ -34,7 +33,7 @@ class Planner:
     def __init__(self, folder: Path, *, limit_s: float = LIMIT_S) -> None:
         self._folder = folder
         self._workers = Workers("tppo.explore.work", limit_s=limit_s)
-        self._known: OrderedDict[str, work.Known] = OrderedDict()
+        self._whole, self._early = _Kept(self._workers, work.simulated), _Kept(self._workers, work.first)
         self._at_once = 0
 
     def close(self) -> None:
@@ -43,25 +42,21 @@ class Planner:
     async def answer(self, question: Question) -> dict[str, Any]:
         """Raises what `simulator.plan.answer` raises, RunError after LIMIT_S, and Busy."""
         with _Turn(self):
-            known = await self._all(await self._options(question))
-            return await self._workers.run(work.answered, question, [own.estimate for own in known])
+            return await self._answered(question, await self._all(await self._options(question)))
 
     async def first(self, question: Question) -> tuple[dict[str, Any], bool]:
         """(an answer, whether it is the whole one): with first estimates of the options that are not known yet.
         Raises as `answer` does."""
         with _Turn(self):
             options = await self._options(question)
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._first_of(option)) for option in options]
-            found = [task.result() for task in tasks]
-            whole = all(option.experiment is None or _key(option) in self._known for option in options)
-            return await self._workers.run(work.answered, question, found), whole
+            answer = await self._answered(question, await self._all(options, first=True))
+            return answer, all(option in self._whole for option in options)
 
-    async def pictures(self, question: Question, places: Sequence[int]) -> list[dict[str, Any]]:
-        """Of the options at these places of the answer; empty for one that cannot be run."""
+    async def pictures(self, question: Question, places: Sequence[int], *, first: bool) -> list[dict[str, Any]]:
+        """Of the options at these places of the (first) answer; empty for one that cannot be run."""
         with _Turn(self):
             options = await self._chosen(question, places)
-            known = await self._all(options)
+            known = await self._all(options, first=first)
         return [
             {"place": place, "gpus": option.gpus, "schedule": option.label,
              "gpu_seconds": None if isinstance(own.estimate, str) else own.estimate.gpu_seconds, **own.pictures}
@@ -96,26 +91,37 @@ class Planner:
             raise ConfigError(f"shown: choose 1 to {MOST_SHOWN} of the {len(options)} options by their place from 0")
         return [options[place] for place in places]
 
-    async def _all(self, options: Sequence[Option]) -> list[work.Known]:
+    async def _answered(self, question: Question, known: Sequence[work.Known]) -> dict[str, Any]:
+        return await self._workers.run(work.answered, question, [own.estimate for own in known])
+
+    async def _all(self, options: Sequence[Option], *, first: bool = False) -> list[work.Known]:
+        """first: with a first estimate where the whole simulation is not known yet."""
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._one(option)) for option in options]
+            tasks = [
+                group.create_task((self._early if first and option not in self._whole else self._whole).of(option))
+                for option in options
+            ]
         return [task.result() for task in tasks]
 
-    async def _first_of(self, option: Option) -> Estimate | str:
-        if option.experiment is None or _key(option) in self._known:
-            return (await self._one(option)).estimate
-        try:
-            return await self._workers.run(work.first, option)
-        except RunError as error:
-            return str(error)
 
-    async def _one(self, option: Option) -> work.Known:
+class _Kept:
+    """What a job finds of options, each asked once and remembered."""
+
+    def __init__(self, workers: Workers, job: Callable[[Option], work.Known]) -> None:
+        self._workers, self._job = workers, job
+        self._known: OrderedDict[str, work.Known] = OrderedDict()
+
+    def __contains__(self, option: Option) -> bool:
+        """Nothing is asked about it; so with one that cannot be run."""
+        return option.experiment is None or _key(option) in self._known
+
+    async def of(self, option: Option) -> work.Known:
         if option.experiment is None:
             return work.Known(str(option.fault), {})
         key = _key(option)
         if key not in self._known:
             try:
-                self._known[key] = await self._workers.run(work.simulated, option)
+                self._known[key] = await self._workers.run(self._job, option)
             except RunError as error:  # the other options are answered all the same
                 return work.Known(str(error), {})
         self._known.move_to_end(key)

@@ -175,9 +175,11 @@ def _add_answers(app: FastAPI, uploads: Uploads) -> None:
         return _json({"whole": whole, "answer": found}, uploads)
 
     @app.get("/api/pictures")
+    @app.get("/api/first/pictures")
     async def pictures(request: Request) -> Response:
         question, others = asked(request)
-        found = await _unless_given_up(request, app.state.planner.pictures(question, places(others, "shown")))
+        shown, first = places(others, "shown"), request.url.path.startswith("/api/first/")
+        found = await _unless_given_up(request, app.state.planner.pictures(question, shown, first=first))
         return _json(found, uploads)
 
     @app.get("/api/experiment")

@@ -16,7 +16,7 @@ from tppo.explore.pictures import pictures_of
 
 @dataclass(frozen=True)
 class Known:
-    """Of one option, from one simulation."""
+    """Of one option, from one simulation: of all of it, or of a part of its engines for a first estimate."""
 
     estimate: Estimate | str
     """Or why it cannot be run."""
@@ -35,11 +35,13 @@ def options(question: Question, most: int) -> list[Option]:
     return found
 
 
-def first(option: Option) -> Estimate | str:
+def first(option: Option) -> Known:
+    assert option.experiment is not None
     try:
-        return first_estimate(option)
+        estimate, part = first_estimate(option)
+        return Known(estimate, pictures_of(part, engines=option.experiment.cluster.engines))
     except ToolkitError as error:
-        return str(error)
+        return Known(str(error), {})
 
 
 def simulated(option: Option) -> Known:

@@ -4,6 +4,7 @@ import {element, Form} from "./form.js";
 import {showAnswer} from "./answer.js";
 import {showPictures} from "./pictures.js";
 
+const PICTURES = {firstPictures: "/api/first/pictures", pictures: "/api/pictures"};
 const PAUSE_MS = 120; // of typing, before a question is asked
 const at = (id) => document.getElementById(id);
 let form, choices, found = null, shown = [], asking = new AbortController(), pause = 0, clock = 0;
@@ -11,7 +12,7 @@ let form, choices, found = null, shown = [], asking = new AbortController(), pau
 // What is on its way answers a question that is no longer asked; what is shown does, too.
 function giveUp() {
   asking.abort();
-  for (const what of ["first", "numbers", "pictures"]) delete document.body.dataset[what];
+  for (const what of ["first", "firstPictures", "numbers", "pictures"]) delete document.body.dataset[what];
 }
 
 // "": the answer to the question; "first": a first estimate; "stale": of another question.
@@ -42,6 +43,8 @@ async function ask() {
       document.body.dataset.first = query;
       look("first");
       busy(began);
+      await draw("firstPictures", own.signal).catch(() => null);
+      if (own !== asking) return;
     }
     const answer = first?.whole ? first.answer : await get(`/api/answer?${query}`, own.signal);
     if (own !== asking) return;
@@ -50,7 +53,7 @@ async function ask() {
     look("");
     at("status").textContent = `Simulated in ${((performance.now() - began) / 1000).toFixed(1)} s.`;
     document.body.dataset.numbers = query;
-    await draw(own.signal);
+    await draw("pictures", own.signal);
   } catch (error) {
     if (own.signal.aborted) return;
     rest();
@@ -68,12 +71,11 @@ function show(answer) {
   at("actions").hidden = false;
 }
 
-async function draw(signal) {
+async function draw(which, signal) {
   const query = form.query();
   query.set("shown", shown.join(","));
-  const pictures = await get(`/api/pictures?${query}`, signal);
-  showPictures(pictures, choices.causes);
-  document.body.dataset.pictures = query;
+  showPictures(await get(`${PICTURES[which]}?${query}`, signal), choices.causes);
+  document.body.dataset[which] = query;
 }
 
 function choose(places) {
@@ -83,7 +85,7 @@ function choose(places) {
   remember(query);
   showAnswer(found, shown, choices.most_shown, choose);
   if (document.body.dataset.numbers === undefined) return; // the answer on its way brings the pictures
-  draw(asking.signal).catch((error) => { if (!asking.signal.aborted) complain(error); });
+  draw("pictures", asking.signal).catch((error) => { if (!asking.signal.aborted) complain(error); });
 }
 
 // The synchronous option and the one that is likeliest the cheapest, on the same GPUs.
