@@ -10,15 +10,13 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from simulator.models.shape import CONFIGS
-from tests.browser.conftest import watch
+from tests.browser.conftest import WAIT_MS, watch
 from tppo.cli import main
 
 SMALL = (
     "?model=Qwen2.5-0.5B&gpu=H100-SXM&gpus=8&steps=5000&windows=1000&prompts_per_step=32&samples_per_prompt=4"
     "&max_response_tokens=3000&mean_tokens=900&draws=300"
 )
-WAIT_MS = 90_000
-"""Of a machine that does other things too."""
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +32,7 @@ def address():
 def faulty_page(browser):
     """A page on which the server refuses requests, which a browser logs; nothing else may go wrong."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(WAIT_MS)
     opened = context.new_page()
     found = watch(opened)
     yield opened
