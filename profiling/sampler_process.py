@@ -13,8 +13,8 @@ from typing import Any
 from profiling.errors import ToolkitError
 from profiling.hosts import device_of_host, folder_of_host
 
-START_TIMEOUT_S = 15.0
-STOP_TIMEOUT_S = 10.0
+START_TIMEOUT_S = STOP_TIMEOUT_S = 30.0
+"""For half a second of work, on a busy machine; a sampler that is killed loses up to a minute's samples."""
 HANGS_AFTER_S = 20.0
 """Without a word from the sampler, which reports every five seconds: a driver call that never returns."""
 WATCH_EVERY_S = 1.0

@@ -12,6 +12,8 @@ ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--no-first-run",
 ]  # fmt: skip
+WAIT_MS = 90_000
+"""Of a machine that does other things too."""
 LOCAL_SCHEMES = ("file", "data", "blob", "about", "chrome-error")
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -34,7 +36,7 @@ def browser():
     if shutil.which(executable) is None:
         pytest.skip(f"no Chromium at {executable}; install it, or set CHROMIUM")
     with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
+        started = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS, timeout=WAIT_MS)
         yield started
         started.close()
 
@@ -43,6 +45,7 @@ def browser():
 def page(browser):
     """A desktop-sized page of its own; the test fails at its end for what `watch` found."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    context.set_default_timeout(WAIT_MS)
     opened = context.new_page()
     faults = watch(opened)
     yield opened

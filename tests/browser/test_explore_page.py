@@ -10,15 +10,13 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from simulator.models.shape import CONFIGS
-from tests.browser.conftest import watch
+from tests.browser.conftest import WAIT_MS, watch
 from tppo.cli import main
 
 SMALL = (
     "?model=Qwen2.5-0.5B&gpu=H100-SXM&gpus=8&steps=5000&windows=1000&prompts_per_step=32&samples_per_prompt=4"
     "&max_response_tokens=3000&mean_tokens=900&draws=300"
 )
-WAIT_MS = 90_000
-"""Of a machine that does other things too."""
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +25,14 @@ def address():
                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     yield server.stdout.readline().strip()
     server.send_signal(signal.SIGINT)
-    assert server.wait(20) == 130
+    assert server.wait(60) == 130
 
 
 @pytest.fixture
 def faulty_page(browser):
     """A page on which the server refuses requests, which a browser logs; nothing else may go wrong."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(WAIT_MS)
     opened = context.new_page()
     found = watch(opened)
     yield opened
@@ -266,11 +265,10 @@ def test_a_first_estimate_is_shown_as_one_until_the_whole_answer_comes(page, add
           const seen = [], status = () => document.getElementById("status"), look = () => {
             const {first, firstPictures, pictures} = document.body.dataset, answer = document.getElementById("answer");
             const now = pictures ? "whole" : firstPictures ? "drawn" : first ? "first" : "none";
-            if (now !== seen.at(-1)?.[0]) setTimeout(() => {
-              const lanes = document.querySelectorAll("#pictures figure")[1].textContent.match(/engine [0-9]+/g);
-              seen.push([now, answer.className, status().textContent.slice(0, 9), lanes.length]);
-              if (now === "whole") { observer.disconnect(); done(seen.filter(([name]) => name !== "none")); }
-            });
+            if (now === seen.at(-1)?.[0]) return;
+            const lanes = document.querySelectorAll("#pictures figure")[1].textContent.match(/engine [0-9]+/g);
+            seen.push([now, answer.className, status().textContent.slice(0, 9), lanes.length]);
+            if (now === "whole") { observer.disconnect(); done(seen.filter(([name]) => name !== "none")); }
           };
           const observer = new MutationObserver(look);
           observer.observe(document.body, {attributes: true});

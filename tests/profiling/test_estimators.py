@@ -19,6 +19,7 @@ from profiling.reader import Run
 from profiling.sampler_process import SamplerProcess
 from profiling.windows import Pieces, Windows, windows_of_polls
 from tests.profiling.test_nvml_source import environment, library  # noqa: F401  (a fixture)
+from tests.profiling.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -174,15 +175,17 @@ def test_what_no_sample_saw_is_not_what_the_others_saw():
 
 
 def test_a_long_run_is_solved_in_time_that_grows_with_it():
-    """Steps are not looked for one by one in all windows."""
-    spent = []
-    for steps in (500, 2000):
+    """Steps are not looked for one by one in all windows. The least of five, in turns: of a busy machine, too."""
+
+    def spent(steps):
         own = pieces(*((n, s, 2.0 * s + a, 2.0 * s + a + 1.0) for s in range(steps) for n, a in (("a", 0), ("b", 1))))
         end = np.arange(1 / 6, 2.0 * steps, 1 / 6)
         start = time.process_time()
         busy_by_phase(own, Windows(end - 1 / 6, end, np.random.default_rng(0).random(len(end))))
-        spent.append(time.process_time() - start)
-    assert spent[1] < 8 * spent[0]
+        return time.process_time() - start
+
+    short, long = zip(*((spent(500), spent(2000)) for _ in range(5)), strict=True)
+    assert min(long) < 8 * min(short)
 
 
 PROFILED = """
@@ -218,24 +221,20 @@ def test_a_live_run_is_attributed_from_its_directory(library, tmp_path):  # noqa
 def test_a_lost_gpu_is_null_and_found_again(library, tmp_path, withstood):  # noqa: F811
     work = tmp_path / "work"
     work.write_text("0 0 1000 0.5 300\n")
-    own = environment(library, FAKE_NVML_WORK=str(work), FAKE_NVML_LOST="1.5,2.5")
-    subprocess.run([sys.executable, "-c", PROFILED, str(tmp_path / "run"), "0"], env=own, cwd=ROOT, check=True)
+    own = environment(library, FAKE_NVML_WORK=str(work), FAKE_NVML_LOST="3,6")
+    # The first reading is at once; the last one comes after seconds 2 + 4.8.
+    subprocess.run([sys.executable, "-c", PROFILED, str(tmp_path / "run"), "2"], env=own, cwd=ROOT, check=True)
     run = Run(tmp_path / "run")
     first = run.devices[run.devices.device == "GPU-0000-0"]
     gone = first.power_watts.isna()
-    assert 5 <= gone.sum() <= 15
+    assert gone.any()
     assert not gone.iloc[0]
     assert not gone.iloc[-1]
+    assert gone.astype(int).diff().abs().sum() == 2  # once lost, once found
+    assert np.ptp(first.t[gone]) < 3.5
     assert run.devices[run.devices.device == "GPU-0000-1"].power_watts.notna().all()
     assert run.trailer["sampler"]["capabilities"]["GPU-0000-0"]["power_watts"] == "ok"
     withstood("GPU lost and back", lost="its samples meanwhile, which are null")
-
-
-def wait_until(true, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -250,12 +249,13 @@ def test_a_sampler_that_is_killed_is_replaced_and_nothing_is_lost(tmp_path, with
     os.kill(first, signal.SIGKILL)
     wait_until(lambda: sampler._process.pid != first and sampler._report() is not None)
     wait_until(lambda: sampler._report()["start_cpu_seconds"] > 0)
+    second_start_s = sampler._report()["start_cpu_seconds"]
     os.kill(sampler._process.pid, signal.SIGKILL)
     wait_until(lambda: len(notes) >= 2 and "no more device samples" in notes[-1])
     report = sampler.stop()
     assert report["restarts"] == 1
     assert report["ticks"] >= 2
-    assert report["start_cpu_seconds"] > 1.5 * first_start_s  # of both
+    assert report["start_cpu_seconds"] == pytest.approx(first_start_s + second_start_s)
     assert [device["uuid"] for device in report["devices"]] == ["host"]
     assert "ended with exit code -9; it is started again in 0.1 s" in notes[0]
     withstood("SIGKILL of the sampler", times=2, lost="device samples until it is started again")
@@ -284,7 +284,7 @@ def test_a_driver_call_that_never_returns_is_noticed(library, tmp_path, monkeypa
     sampler = SamplerProcess(tmp_path, interval_s=0.1, zero_s=time.perf_counter(), note=notes.append,
                              hangs_after_s=6.0, back_off_s=())  # fmt: skip
     sampler.start()
-    wait_until(lambda: notes, 30)
+    wait_until(lambda: notes)
     assert "the sampler hung for" in notes[0]
     sampler.stop()
     withstood("driver call that never returns", lost="device samples from then on; the run goes on")
@@ -358,12 +358,11 @@ def test_what_a_restarted_sampler_saw_last_is_written(tmp_path):
 
 @pytest.mark.slow
 def test_a_sampler_with_far_ticks_does_not_look_dead(tmp_path):
-    notes = []
-    sampler = SamplerProcess(
-        tmp_path, interval_s=300.0, zero_s=time.perf_counter(), note=notes.append, hangs_after_s=7.0
-    )
+    notes, reported = [], set()
+    sampler = SamplerProcess(tmp_path, interval_s=300.0, zero_s=time.perf_counter(), note=notes.append)
     sampler.start()
-    time.sleep(9.0)
+    wait_until(lambda: reported.add((tmp_path / "sampler.json").stat().st_mtime_ns) or len(reported) == 3)
+    assert sampler._fault() is None
     report = sampler.stop()
     assert notes == []
     assert report["ticks"] == 2  # the first and the last

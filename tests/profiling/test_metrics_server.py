@@ -7,6 +7,7 @@ import time
 import pytest
 
 from profiling.metrics_server import MOST_CONNECTIONS, MetricsServer
+from tests.profiling.waiting import wait_until
 
 
 @pytest.fixture
@@ -127,26 +128,34 @@ def test_what_is_no_request_gets_no_metrics_and_the_server_goes_on(make_server, 
 
 def test_a_client_that_says_nothing_and_one_that_trickles_are_cut_off(make_server):
     server = make_server(timeout_s=0.3)
-    began = time.monotonic()
     with connect(server) as silent:
         assert everything(silent) == b""
+    sent = 0
     with connect(server) as trickling, pytest.raises(OSError):  # a byte every 50 ms never reaches its end
         for byte in b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 200:
             trickling.sendall(bytes([byte]))
+            sent += 1
             time.sleep(0.05)
-    assert time.monotonic() - began < 5
+    assert sent < 60  # about six; by a clock, a busy machine would count too
 
 
 def test_a_client_that_does_not_listen_is_cut_off(make_server):
-    server = make_server(lambda: ("text/plain", bytes(64 * 2**20)), timeout_s=0.3)
+    asked = threading.Event()
+
+    def render():
+        asked.set()
+        return "text/plain", bytes(64 * 2**20)
+
+    server = make_server(render, timeout_s=0.3)
     with connect(server) as deaf:
         deaf.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        time.sleep(1.0)
+        assert asked.wait(60)
+        wait_until(lambda: server._free._value == MOST_CONNECTIONS)  # nobody is answered any more
         assert len(everything(deaf)) < 64 * 2**20
 
 
 def test_one_connection_too_many_is_told_so_and_others_come_again_when_one_ends(make_server):
-    server = make_server()
+    server = make_server(timeout_s=60.0)
     waiting = [connect(server) for _ in range(MOST_CONNECTIONS)]
     try:
         with connect(server) as extra:
@@ -154,12 +163,8 @@ def test_one_connection_too_many_is_told_so_and_others_come_again_when_one_ends(
     finally:
         for connection in waiting:
             connection.close()
-    for _ in range(100):
-        answer = ask(server, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        if status(answer) == 200:
-            return
-        time.sleep(0.05)
-    pytest.fail("connections that ended were not given back")
+    request = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    wait_until(lambda: ask(server, request).startswith(b"HTTP/1.0 200"))  # a refusal may get lost on its way
 
 
 def test_a_fault_of_ours_is_an_answer_and_no_traceback(make_server, capfd):

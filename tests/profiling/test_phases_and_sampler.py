@@ -8,7 +8,6 @@ import threading
 import time
 from types import SimpleNamespace
 
-import pandas as pd
 import pytest
 
 from profiling import Profiler
@@ -18,6 +17,7 @@ from profiling.reader import Run
 from profiling.sampler import Sampler
 from profiling.sources.host import HostSource
 from tests.profiling.test_nvml_source import environment, library  # noqa: F401  (a fixture)
+from tests.profiling.waiting import wait_until
 
 
 def test_phases_nest_and_are_written(tmp_path):
@@ -60,21 +60,28 @@ def test_threads_and_tasks_nest_each_for_itself(tmp_path):
 
 
 def test_a_phase_costs_less_than_five_microseconds_writing_included(tmp_path, capsys):
+    """Where that is too much to ask of a slow machine: less than twice what its record's JSON alone costs."""
+    record = {"type": "phase", "name": "x", "step": 1, "t_start": 1.23456789, "t_end": 2.3456789, "depth": 0}
     with Profiler(tmp_path / "run", sampler_interval_s=None) as profiler:
-        best = min(_microseconds_per_phase(profiler) for _ in range(5))
+
+        def phase():
+            with profiler.phase("x", step=1):
+                pass
+
+        turns = [(_microseconds(phase, profiler.flush), _microseconds(lambda: json.dumps(record))) for _ in range(50)]
+    best, plain = (min(own) for own in zip(*turns, strict=True))
     with capsys.disabled():
-        print(f"\n  one phase costs {best:.2f} us (load {os.getloadavg()[0]:.1f})")
-    assert best < 5
-    assert len(Run(tmp_path / "run").phases) == 5 * 20_000
+        print(f"\n  one phase costs {best:.2f} us, JSON {plain:.2f} us (load {os.getloadavg()[0]:.1f})")
+    assert best < max(5, 2 * plain)
+    assert len(Run(tmp_path / "run").phases) == 50 * 2_000
 
 
-def _microseconds_per_phase(profiler, n=20_000):
+def _microseconds(work, end=lambda: None, n=2_000):
     """Of this process: another that runs meanwhile does not count."""
     start = time.process_time()
     for _ in range(n):
-        with profiler.phase("x", step=1):
-            pass
-    profiler.flush()
+        work()
+    end()
     return (time.process_time() - start) / n * 1e6
 
 
@@ -95,9 +102,31 @@ def test_the_sampler_samples_the_host_from_first_to_last(tmp_path):
     assert host.t.max() >= end - 0.1  # a reading within 50 ms of the one before is left out
     said = run.trailer["sampler"]
     assert 2 <= len(host) <= said["ticks"]  # two ticks within 50 ms share a reading
-    assert said["ticks"] + said["missed_ticks"] >= 4  # those that come late on a busy machine are missed, not made up
     assert host.memory_bytes.min() > 0
     assert host.power_watts.isna().all()  # null, never 0
+
+
+def test_ticks_that_come_late_are_missed_and_not_made_up(tmp_path, monkeypatch):
+    """A tick each second of a clock of the test's own; the wait for the third ends 2.5 s late, after the fourth and
+    the fifth."""
+    clock, late_s = SimpleNamespace(s=0.0), iter([0.0, 0.0, 2.5, 0.0, 0.0])
+
+    def told_to_end(until, timeout_s):
+        late = next(late_s, None)
+        clock.s += 0.0 if late is None else timeout_s + late
+        return late is None
+
+    fake = SimpleNamespace(perf_counter=lambda: clock.s, process_time=time.process_time)
+    monkeypatch.setattr("profiling.sampler.time", fake)
+    monkeypatch.setattr("profiling.sampler._told_to_end", told_to_end)
+    sampler, ticked = Sampler(tmp_path, 1.0, 0.0), []
+    monkeypatch.setattr(
+        sampler, "tick", lambda last=False, tick=sampler.tick: ticked.append(clock.s) or tick(last=last)
+    )
+    sampler.run([])
+    assert ticked == [0.0, 1.0, 2.0, 5.5, 6.0, 7.0, 7.0]  # the last one at the end
+    said = json.loads((tmp_path / "sampler.json").read_text())
+    assert (said["ticks"], said["missed_ticks"]) == (7, 2)
 
 
 def test_cpu_time_of_no_interval_is_null_and_never_0(monkeypatch):
@@ -139,31 +168,32 @@ def test_without_a_gpu_the_run_says_that_it_has_host_samples_only(tmp_path):
         pytest.skip("this host has a GPU")
 
 
-def killed_with_its_parent(tmp_path, env=None):
-    """A sampler whose parent is killed after half a second; whether it has ended ten seconds later."""
+def killed_with_its_parent(tmp_path, wait, env=None):
+    """A sampler whose parent is killed after `wait()`; whether it has ended a minute later, and when that was."""
     code = (
         "import os, sys, time\nfrom profiling import Profiler\n"
         f"p = Profiler({str(tmp_path / 'run')!r}, sampler_interval_s=0.1)\np.__enter__()\n"
-        "print(p._sampler._process.pid, flush=True)\ntime.sleep(60)\n"
+        "print(p._sampler._process.pid, flush=True)\ntime.sleep(600)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
     child = int(parent.stdout.readline())
-    time.sleep(0.5)
-    parent.send_signal(signal.SIGKILL)
+    wait()
     killed = time.perf_counter()
+    parent.send_signal(signal.SIGKILL)
     parent.wait()
-    deadline = time.time() + 10
-    while time.time() < deadline and _alive(child):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and _alive(child):
         time.sleep(0.05)
     return not _alive(child), killed
 
 
 def test_the_sampler_ends_with_its_parent_and_writes_what_it_has(tmp_path, withstood):
-    ended, killed = killed_with_its_parent(tmp_path)
+    first_part = tmp_path / "run" / "devices" / "part-000000.parquet"
+    ended, killed = killed_with_its_parent(tmp_path, lambda: wait_until(first_part.exists))
     assert ended
-    host = pd.read_parquet(tmp_path / "run" / "devices" / "part-000000.parquet")
-    zero_s = Run(tmp_path / "run").header["zero_s"]
-    assert zero_s + host.t.max() > killed - 0.1
+    run = Run(tmp_path / "run")
+    host = run.devices
+    assert run.header["zero_s"] + host.t.max() > killed - 0.1
     report = json.loads((tmp_path / "run" / "sampler.json").read_text())
     assert report["last_sample_s"] == pytest.approx(host.t.max(), abs=0.1)
     withstood("SIGKILL of the profiled program, under the sampler")
@@ -172,25 +202,21 @@ def test_the_sampler_ends_with_its_parent_and_writes_what_it_has(tmp_path, withs
 def test_a_sampler_whose_driver_never_returns_ends_with_its_parent(tmp_path, library):  # noqa: F811
     work = tmp_path / "work"
     work.write_text("0 0 1000 0.5 300\n")
-    ended, _ = killed_with_its_parent(
-        tmp_path, environment(library, "nvmlDeviceGetSamples=-1", FAKE_NVML_WORK=str(work))
-    )
+    own = environment(library, "nvmlDeviceGetSamples=-1", FAKE_NVML_WORK=str(work))
+    ended, _ = killed_with_its_parent(tmp_path, lambda: time.sleep(0.5), own)
     assert ended
 
 
-def test_the_sampler_ends_at_once_also_where_a_forked_child_keeps_its_pipe(tmp_path):
+def test_the_sampler_ends_by_itself_also_where_a_forked_child_keeps_its_pipe(tmp_path):
     with Profiler(tmp_path / "run", sampler_interval_s=0.1) as profiler:
         child = os.fork()
         if child == 0:
-            time.sleep(30)
+            time.sleep(600)
             os._exit(0)
-        time.sleep(0.2)
-        start = time.perf_counter()
         profiler.finish("finished")
-        took_s = time.perf_counter() - start
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert took_s < 5
+    assert profiler._sampler._process.returncode == 0  # it was not killed
 
 
 def _alive(pid):
