@@ -122,8 +122,9 @@ def explore() -> str:
     own = table("explore").query("`change of` == 'mean length'").set_index("GPUs")
     few, many = own.loc[8], own.loc[64]
     return (
-        f"a first estimate with its pictures in {few['first pictures, s']} s on 8 GPUs, {many['first pictures, s']} on 64 "
-        f"(goal: 1); the whole answer in {few['pictures, s']} and {many['pictures, s']} s"
+        f"a first estimate with its pictures in {few['first pictures, s']} s on 8 GPUs, "
+        f"{many['first pictures, s']} on 64 (goal: 1); "
+        f"the whole answer in {few['pictures, s']} and {many['pictures, s']} s"
     )
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,11 @@ def profile_command(
     if shutil.which(argv[0]) is None:
         raise ConfigError(f"{argv[0]}: no such command")
     with Profiler(output, sampler_interval_s=interval_s, links=links) as profiler:
-        with GpuUsers(output, marked_for(output)) as users, profiler.phase(COMMAND, step=1):
+        with (
+            GpuUsers(output, marked_for(output)) as users,
+            profiler.phase(COMMAND, step=1),
+            passing_on_sigterm() as pass_on_to,
+        ):
             try:
                 # The user's own command, as words: no shell reads it.
                 process = subprocess.Popen(  # nosec B603
@@ -54,8 +58,8 @@ def profile_command(
                 )
             except OSError as error:
                 raise ConfigError(f"{argv[0]}: cannot be run: {error.strerror}") from None
-            with _passing_on_sigterm(process):
-                code = _wait(process)
+            pass_on_to(process)
+            code = _wait(process)
         records = read_markers(output, profiler.zero_s, profiler.now(), time.time() - profiler.now())
         for record in records:
             profiler.trace(record)
@@ -107,14 +111,29 @@ def check_interval(interval_s: float) -> None:
 
 
 @contextlib.contextmanager
-def _passing_on_sigterm(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """The command decides what SIGTERM means; we record how it ended."""
+def passing_on_sigterm() -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
+    """The command decides what SIGTERM means; we record how it ended. Yields what names the command once it has
+    started: a signal from before then is passed on there."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda process: None
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    started: list[subprocess.Popen[bytes]] = []
+    came = False
+
+    def told(*_: object) -> None:
+        nonlocal came
+        came = True
+        for process in started:
+            process.terminate()
+
+    def pass_on_to(process: subprocess.Popen[bytes]) -> None:
+        started.append(process)
+        if came:
+            process.terminate()
+
+    before = signal.signal(signal.SIGTERM, told)
     try:
-        yield
+        yield pass_on_to
     finally:
         signal.signal(signal.SIGTERM, before)
 

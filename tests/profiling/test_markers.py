@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from profiling.attribution import device_estimates
-from profiling.command import profile_command
+from profiling.command import passing_on_sigterm, profile_command
 from profiling.markers import VARIABLE, phase, read_markers
 from profiling.reader import Run
 from profiling.watch import snapshot
@@ -241,9 +242,17 @@ def test_the_exit_code_outlives_the_reader_of_our_output_and_the_sampler_ignores
 
 
 def passes_on_sigterm(pid):
-    """It has a handler: the command runs."""
+    """It has a handler."""
     (caught,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def test_a_sigterm_before_the_command_has_started_is_passed_on_to_it():
+    with passing_on_sigterm() as pass_on_to:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with subprocess.Popen(["sleep", "600"]) as process:
+            pass_on_to(process)
+            assert process.wait(60) == -signal.SIGTERM
 
 
 def test_sigterm_reaches_the_command_and_the_trace_is_whole(tmp_path):
