@@ -1,30 +1,33 @@
 """Several ranks for a test, as torchrun would start them."""
 
 import functools
-import socket
 import threading
 import time
+from contextlib import contextmanager
+
+import torch.distributed as dist
 
 from tests.tppo import forked
 
 
+@contextmanager
+def meeting(world):
+    """The environment of each of so many ranks. Where they meet is this process's, as it is torchrun's: a port that is
+    only looked for here could be another process's before the first rank has it."""
+    store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
+    common = {
+        "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    yield [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
 def on_ranks(world, work):
     """`work(rank)` in a process each. Fails where one of them fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [
-        forked.start(
-            functools.partial(work, rank),
-            {
-                "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                "RANK": str(rank), "LOCAL_RANK": str(rank),
-            },
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    for rank in ranks:
-        rank.join()
+    with meeting(world) as environments:
+        ranks = [forked.start(functools.partial(work, rank), own) for rank, own in enumerate(environments)]
+        for rank in ranks:
+            rank.join()
     codes = [rank.exitcode for rank in ranks]
     assert codes == [0] * world, codes
 

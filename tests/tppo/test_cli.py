@@ -1,7 +1,7 @@
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -16,13 +16,18 @@ def test_help_is_quick_and_does_not_import_torch():
     )
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = cpu_s_of_children()  # others may have the cores
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(cpu_s_of_children() - before)
     assert done.stdout.endswith("False\n")
     assert min(seconds) < 0.5
     for command in ("demo", "train", "profile", "calibrate", "simulate", "plot", "report"):
         assert command in done.stdout
+
+
+def cpu_s_of_children():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def error_of(capsys, *argv):

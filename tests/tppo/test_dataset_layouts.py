@@ -213,6 +213,8 @@ def test_an_empty_folder_and_a_file_that_is_not_there_are_one_line(tmp_path):
 
 
 def test_a_hub_name_without_a_network_is_one_line_at_once():
+    import datasets  # noqa: F401 - which takes seconds of its own
+
     start = time.monotonic()
     with pytest.raises(DataError, match=r"'nobody/nothing', split 'train': .* HF_HUB_OFFLINE is set") as fault:
         read("nobody/nothing")

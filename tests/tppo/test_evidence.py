@@ -1,6 +1,5 @@
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +14,7 @@ import tppo.trainer as trainer_module
 from profiling.errors import RunError
 from profiling.reader import Run
 from profiling.settings import to_toml
+from tests.tppo.ranks import meeting
 from tppo.evidence import keeping_evidence, plain
 from tppo.learner.finite import Found, NotFinite, check_gradient, check_loss, not_finite
 from tppo.parallel.ranks import SINGLE, Ranks
@@ -160,23 +160,20 @@ def test_a_gradient_that_is_not_finite_names_its_parameter_and_keeps_the_rows(ma
 def test_two_ranks_stop_alike_and_the_one_that_saw_it_keeps_the_evidence(make_config, tmp_path):
     config = make_config("run", train={"steps": 2, "micro_batch_tokens": 64})
     (tmp_path / "run.toml").write_text(to_toml(config.model_dump(mode="json")))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(Path.cwd())}
     script = Path(__file__).with_name("stopping_ranks.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path / "run.toml")], text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        said = [rank.communicate(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    with meeting(2) as environments:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(tmp_path / "run.toml")], text=True, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, env=os.environ | own | {"PYTHONPATH": str(Path.cwd())},
+            )
+            for own in environments
+        ]  # fmt: skip
+        try:
+            said = [rank.communicate(timeout=500) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
     assert said[0][0] == said[1][0], said
     assert "step 1: the policy's loss is not finite (advantages, pg_loss)" in said[0][0], said
     folder = config.output / "evidence" / "step-000001"

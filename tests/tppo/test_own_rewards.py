@@ -99,7 +99,7 @@ def test_a_function_that_never_returns_is_cut_short(function_reward, withstood):
         pytest.raises(RewardError, match=r"reward.timeout_s = 1, on"),
     ):
         reward.grade([Problem("p", "2")], ["2"])
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 200  # it would be 1000
     withstood("reward function that never returns", lost="nothing: the step under way is done again")
 
 
@@ -189,7 +189,7 @@ def lengths(batch):
 
 def grade(url, rows=3, **settings):
     pauses = []
-    reward = HttpReward(url, timeout_s=5, sleep=pauses.append, **settings)
+    reward = HttpReward(url, timeout_s=60, sleep=pauses.append, **settings)
     problems = [Problem(f"p{i}", f"a{i}") for i in range(rows)]
     return reward.grade(problems, ["x" * i for i in range(rows)]), pauses
 
@@ -210,7 +210,7 @@ def test_responses_go_in_batches_and_come_back_in_order():
 
 
 def test_several_requests_are_under_way_at_once_and_come_back_in_order():
-    together = threading.Barrier(3, timeout=20)
+    together = threading.Barrier(3, timeout=50)
 
     def wait(batch):
         together.wait()

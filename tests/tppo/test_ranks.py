@@ -380,6 +380,7 @@ def test_a_port_in_use_is_one_line():
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             os.environ |= {"WORLD_SIZE": "2", "MASTER_PORT": str(taken.getsockname()[1])}
+            del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
             refused = pytest.raises(ConfigError, match=r"the 2 ranks cannot join: .*; start them with torchrun")
             with refused as error, joined_ranks(device="cpu"):
                 pass

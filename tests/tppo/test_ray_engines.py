@@ -4,8 +4,6 @@ importing torch and transformers is most of what they take."""
 import json
 import os
 import signal
-import threading
-import time
 from contextlib import contextmanager
 
 import pytest
@@ -19,10 +17,14 @@ from profiling.errors import ConfigError, RunError
 from profiling.reader import Run
 from simulator import load_experiment, simulate
 from simulator.calibrate import calibrate
+from tests.tppo.ahead import assert_rolled_out_ahead, training_waits_for_the_rollout_ahead
+from tests.tppo.waiting import until, until_gone
 from tppo import start
 from tppo.checkpoints.store import newest_usable
 from tppo.cluster import places
+from tppo.cluster.member import Member
 from tppo.cluster.places import Places, reserved_places
+from tppo.cluster.pool import EnginePool
 from tppo.cluster.start import make_pool, places_of
 from tppo.models.policy import load_policy
 from tppo.parallel.ranks import SINGLE
@@ -57,7 +59,7 @@ class WarmPlaces(Places):
 
 def _lives(actor):
     try:
-        ray.get(actor.now.remote(), timeout=20)
+        ray.get(actor.now.remote(), timeout=100)
     except ray.exceptions.RayError:
         return False
     return True
@@ -172,34 +174,32 @@ def test_oversampling_on_two_engines_stops_both_and_keeps_every_row(make_config)
         assert before <= set(rows.row) or step <= 1
 
 
-def test_asynchronous_engines_roll_out_while_the_policy_trains(make_config):
-    here, there = trained(*pair(make_config, algorithm={"name": "ppo"}, rollout={"schedule": "asynchronous"}))
-    assert_same_rows_and_losses(here, there)
-    training = there.phases[there.phases.name.isin(["update_policy", "update_value"])]
-    early = [
-        span.step > phase.step and span.t_start < phase.t_end and span.t_end > phase.t_start
-        for span in there.engine.itertuples()
-        for phase in training.itertuples()
-    ]
-    assert any(early)
+def test_asynchronous_engines_roll_out_while_the_policy_trains(make_config, monkeypatch):
+    here, there = pair(make_config, algorithm={"name": "ppo"}, rollout={"schedule": "asynchronous"})
+    (one,) = trained(here)
+    training_waits_for_the_rollout_ahead(monkeypatch, EnginePool, steps=4)
+    (many,) = trained(there)
+    assert_same_rows_and_losses(one, many)
+    assert_rolled_out_ahead(many, steps=4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_worker_that_is_killed_or_hangs_changes_nothing(make_config, number, capfd, withstood):
-    own = {"engine_timeout_s": 2.0 if number == signal.SIGSTOP else 60.0}
-    here, there = pair(make_config, steps=30, own=own, evaluation={"every": 0})
-    victim = signal_when(there.output / "rollouts" / "step-000003.parquet", number)
+def test_a_worker_that_is_killed_or_hangs_changes_nothing(make_config, monkeypatch, number, capfd, withstood):
+    # So long that the other worker, which only waits for a core, is not taken for one that hangs.
+    own = {"engine_timeout_s": 15.0 if number == signal.SIGSTOP else 600.0}
+    here, there = pair(make_config, steps=8, own=own, evaluation={"every": 0})
+    victim = signal_in_step(monkeypatch, 4, number)
     assert_same_rows_and_losses(*trained(here, there))
     notes = [record for record in Run(there.output).trace if record["type"] == "note"]
     assert any(note["text"].startswith("engine 1 failed: ") and note["engine"] == 1 for note in notes)
     assert "tppo: engine 1 failed: " in capfd.readouterr().err
-    wait_until_gone(victim[0])
+    until_gone(victim[0])
     withstood("Ray worker killed, or hangs", lost="nothing: its rows are generated again in the same step")
 
 
-def test_without_any_engine_left_the_run_saves_every_row_and_goes_on_elsewhere(make_config, tmp_path):
-    here, there = pair(make_config, steps=30, own={"engines": 1, "retries": 0}, evaluation={"every": 0})
-    signal_when(there.output / "rollouts" / "step-000003.parquet", signal.SIGKILL, engine=0)
+def test_without_any_engine_left_the_run_saves_every_row_and_goes_on_elsewhere(make_config, monkeypatch):
+    here, there = pair(make_config, steps=8, own={"engines": 1, "retries": 0}, evaluation={"every": 0})
+    signal_in_step(monkeypatch, 4, signal.SIGKILL, engine=0)
     with pytest.raises(RunError, match=r"holds every unfinished row: go on with --resume"):
         start.train(there, show_progress=False)
     assert newest_usable(there.output).manifest.step >= 3
@@ -208,28 +208,25 @@ def test_without_any_engine_left_the_run_saves_every_row_and_goes_on_elsewhere(m
     assert_same_rows_and_losses(*trained(here), Run(there.output))
 
 
-def signal_when(path, number, engine=1):
-    """Signal the process of an engine as soon as `path` is there. Returns a list that will hold its id."""
-    pids = []
+def signal_in_step(monkeypatch, step, number, engine=1):
+    """Signal the process of an engine that has just been called to generate the step's rows. Returns a list that will
+    hold its id."""
+    submit, advance = EnginePool.submit, Member.advance
+    submitted, pids = [], []
 
-    def watch():
-        for _ in range(6000):
-            if path.exists():
-                pids.append(ray.get(WarmPlaces.busy[engine].about.remote()).pid)
-                os.kill(pids[0], number)
-                return
-            time.sleep(0.01)
+    def submitting(pool, requests, sampling):
+        submitted.append(len(submitted))  # 0 is the value model's
+        submit(pool, requests, sampling)
 
-    threading.Thread(target=watch, daemon=True).start()
+    def calling(member, sampling):
+        advance(member, sampling)
+        if submitted[-1] == step and member.engine == engine and not pids:
+            pids.append(member.about.pid)
+            os.kill(member.about.pid, number)
+
+    monkeypatch.setattr(EnginePool, "submit", submitting)
+    monkeypatch.setattr(Member, "advance", calling)
     return pids
-
-
-def wait_until_gone(pid):
-    for _ in range(100):
-        if not os.path.exists(f"/proc/{pid}"):
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"process {pid} is still there")
 
 
 @pytest.fixture
@@ -293,11 +290,12 @@ def test_a_broadcast_goes_to_those_that_live_and_later_to_the_new_one(pool):
     engines.update_weights(2)
     expected = sampled(alone(model, tokenizer), requests_of(tokenizer), greedy)
     assert sampled(engines, requests_of(tokenizer), greedy) == expected
-    for _ in range(300):
+
+    def both_have_them():
         engines.update_weights(3)
-        if len(engines._members) == 2:
-            break
-        time.sleep(0.1)
+        return len(engines._members) == 2
+
+    until(both_have_them, "no other engine has come")
     engines.submit(requests_of(tokenizer), greedy)
     done = []
     while ended := engines.run_until_a_row_ends():
@@ -334,18 +332,19 @@ def test_places_are_reserved_and_given_back(make_config):
     config = make_config("places", ray={"address": "auto", "engines": 2})
     with reserved_places(ray, config) as got:
         assert (got.engines, got.gpus_per_engine) == (2, 0)
-        assert ray.available_resources()["CPU"] == 2
-    for _ in range(50):
-        if ray.available_resources()["CPU"] == 4:
-            return
-        time.sleep(0.1)
-    raise AssertionError("the places are still taken")
+        until(lambda: free_cpus() == 2, "they are not taken")  # Ray tells of it a little later
+    until(lambda: free_cpus() == 4, "the places are still taken")
+
+
+def free_cpus():
+    return ray.available_resources().get("CPU", 0)
 
 
 def test_a_cluster_that_stays_busy_is_not_waited_for_long(make_config, monkeypatch):
     monkeypatch.setattr(places, "RESERVE_TIMEOUT_S", 0.5)
     other = ray.util.placement_group([{"CPU": 4}])
-    assert other.wait(20)
+    assert other.wait(100)
+    until(lambda: free_cpus() == 0, "the cluster is not busy")
     busy = r"1 CPUs and 0 GPUs in 1 places .* not to be had within 0.5 s; 0 CPUs and 0 GPUs are free"
     with pytest.raises(ConfigError, match=busy), reserved_places(ray, make_config("busy", ray={"address": "auto"})):
         pass

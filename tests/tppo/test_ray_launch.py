@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -12,6 +11,7 @@ from profiling.errors import ConfigError
 from profiling.reader import Run
 from profiling.settings import to_toml
 from tests.tppo.test_ranks import assert_equal_runs
+from tests.tppo.waiting import until
 from tppo import start
 from tppo.checkpoints.store import checkpoints_of
 from tppo.cli import main
@@ -51,7 +51,7 @@ def test_sigterm_is_passed_on_and_a_killed_rank_ends_the_run(make_config):
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as launcher:
         await_checkpoint(config, 1)
         launcher.send_signal(signal.SIGTERM)
-        error = launcher.communicate(timeout=120)[1]
+        error = launcher.communicate(timeout=500)[1]
     assert launcher.returncode == 128 + signal.SIGTERM
     assert error.count("SIGTERM: saving after the step under way") == 1
     last = checkpoints_of(config.output)[-1]
@@ -61,17 +61,14 @@ def test_sigterm_is_passed_on_and_a_killed_rank_ends_the_run(make_config):
     with subprocess.Popen(resume, stderr=subprocess.PIPE, text=True) as launcher:
         await_checkpoint(config, int(last.name[5:]) + 1)
         rank_of("1", config).kill()
-        error = launcher.communicate(timeout=120)[1]
+        error = launcher.communicate(timeout=500)[1]
     assert launcher.returncode == 1
     assert "rank 0 of 2 lost another" in error
     assert not [own for own in psutil.process_iter(["cmdline"]) if str(config.output) in (own.info["cmdline"] or [])]
 
 
 def await_checkpoint(config, step):
-    deadline = time.monotonic() + 180
-    while not (config.output / "checkpoints" / f"step-{step:06d}").exists():
-        assert time.monotonic() < deadline, "no checkpoint"
-        time.sleep(0.1)
+    until((config.output / "checkpoints" / f"step-{step:06d}").exists, "no checkpoint")
 
 
 def rank_of(number, config):

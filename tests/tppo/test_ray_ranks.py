@@ -21,6 +21,7 @@ from profiling.reader import Run
 from profiling.settings import to_toml
 from tests.tppo.ranks import on_ranks, when
 from tests.tppo.test_ranks import assert_equal_runs
+from tests.tppo.waiting import until_gone
 from tppo import start
 from tppo.cluster import places, sync
 from tppo.cluster.hosts import Home, hosts_of
@@ -39,7 +40,7 @@ class LastingPlaces(Places):
     def actor(self, cls, bundle, **options):
         made = ray.remote(num_cpus=0, concurrency_groups={"control": 1})(cls)
         own = {"name": f"engine-{bundle}", "lifetime": "detached", "get_if_exists": True}
-        for _ in range(50):
+        for _ in range(1000):
             actor = made.options(**own).remote()
             try:
                 ray.get(actor.now.remote())
@@ -116,8 +117,25 @@ def test_ranks_with_a_clusters_engines_give_the_rows_and_losses_of_one_process(m
     assert many.summary["gpu_seconds"] == pytest.approx((engines + trainers) * many.summary["wall_seconds"])
 
 
-def kill_engine(number):
-    os.kill(ray.get(ray.get_actor(f"engine-{number}").about.remote()).pid, signal.SIGKILL)
+def kill_engine(pool, number):
+    """At once: what it has been given it does not even begin. Ray's own way may be slower than the engine."""
+    (pid,) = (member.about.pid for member in pool._members if member.engine == number)
+    os.kill(pid, signal.SIGKILL)
+    until_gone(pid)
+
+
+def dies_in_submission(engine, number):
+    """In a rank: the engine dies when rows are submitted for the n-th time."""
+    submit = EnginePool.submit
+    calls = []
+
+    def deadly(pool, requests, sampling):
+        submit(pool, requests, sampling)
+        calls.append(0)
+        if len(calls) == number:
+            kill_engine(pool, engine)
+
+    EnginePool.submit = deadly
 
 
 @pytest.mark.parametrize("engines", [1, 2])
@@ -126,19 +144,7 @@ def test_an_engine_that_dies_with_rows_changes_nothing(make_config, cluster, eng
     here, there = pair(make_config, steps=4, evaluation={"every": 0}, ray={"engines": engines})
     start.train(here, show_progress=False)
 
-    def before(rank):
-        submit = EnginePool.submit
-        calls = []
-
-        def deadly(engines, requests, sampling):
-            submit(engines, requests, sampling)
-            calls.append(0)
-            if len(calls) == 3:  # the value model's, steps 1 and 2
-                ray.kill(ray.get_actor("engine-0"))
-
-        EnginePool.submit = deadly
-
-    many = train_on_ranks(cluster, there, before=before)
+    many = train_on_ranks(cluster, there, before=lambda rank: dies_in_submission(0, 3))  # value model, steps 1 and 2
     assert_equal_runs(Run(here.output), many)
     (note,) = (record for record in many.trace if "engine 0 failed" in record.get("text", ""))
     assert note["rows"] == len(many.rollouts.query("step == 2")) / engines
@@ -153,7 +159,14 @@ def test_an_engine_that_dies_between_two_chunks_of_weights_leaves_no_rank_waitin
     def before(rank):
         gathered = sync.gathered_chunks
         sync.layouts_of = lambda model, dtype: layouts_of(model, dtype, chunk_bytes=4000)
-        calls = []
+        calls, pools = [], []
+        update_weights = EnginePool.update_weights
+
+        def remembered(pool, version):
+            pools[:] = [pool]
+            update_weights(pool, version)
+
+        EnginePool.update_weights = remembered
 
         @contextmanager
         def deadly(*arguments):
@@ -162,7 +175,7 @@ def test_an_engine_that_dies_between_two_chunks_of_weights_leaves_no_rank_waitin
             def some_die(chunks):
                 for number, chunk in enumerate(chunks):
                     if len(calls) == 3 and number == 1:
-                        ray.kill(ray.get_actor("engine-1"))
+                        kill_engine(pools[0], 1)
                         if path == "gloo":
                             raise RuntimeError("a broadcast that lost a member")
                     yield chunk
@@ -178,12 +191,12 @@ def test_an_engine_that_dies_between_two_chunks_of_weights_leaves_no_rank_waitin
 
 
 def test_without_an_engine_all_ranks_end_with_every_row_saved_and_a_resumed_run_equals(make_config, cluster):
-    here, there = pair(make_config, steps=12, evaluation={"every": 0}, ray={"engines": 1, "retries": 0})
+    here, there = pair(make_config, steps=6, evaluation={"every": 0}, ray={"engines": 1, "retries": 0})
     start.train(here, show_progress=False)
-    when(there.output / "rollouts" / "step-000003.parquet", lambda: kill_engine(0))
 
     def work(rank):
         with_lasting_engines(cluster)
+        dies_in_submission(0, 5)  # the value model's, steps 1 to 4
         with pytest.raises(RunError, match=r"no rollout engine on the cluster is left .* holds every unfinished row"):
             start.train(there, show_progress=False)
 

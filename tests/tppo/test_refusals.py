@@ -6,13 +6,13 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from profiling.errors import ConfigError, DataError, RunError
 from profiling.reader import Run
 from profiling.settings import to_toml
+from tests.tppo.waiting import until
 from tppo.checkpoints.manifest import MANIFEST, checksums, read_manifest, write_manifest
 from tppo.checkpoints.store import checkpoints_of
 from tppo.cli import main
@@ -179,15 +179,10 @@ def test_ranks_end_when_their_launcher_is_killed(make_config, tmp_path, withstoo
         [*command, "train", str(tmp_path / "c.toml")], stdout=-3, stderr=(tmp_path / "err").open("w")
     )
     metrics = config.output / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2, "no step")
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
-    while Run(config.output).trailer is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: Run(config.output).trailer is not None, "the run does not end")
     assert Run(config.output).trailer["status"] == "interrupted"
     assert list((config.output / "checkpoints").glob("step-*"))
     withstood("SIGKILL of the launcher of two ranks")

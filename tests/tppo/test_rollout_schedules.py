@@ -9,6 +9,7 @@ import torch
 import tppo.generation as generation
 from profiling.errors import ConfigError, RunError
 from profiling.reader import Run
+from tests.tppo.ahead import assert_rolled_out_ahead, training_waits_for_the_rollout_ahead
 from tppo.rollout.protocol import Completion
 from tppo.rollout.torch_engine import TorchEngine
 from tppo.schedule import from_description
@@ -84,7 +85,8 @@ def test_oversampling_by_nothing_is_synchronous(make_config):
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "vapo"])
-def test_one_step_off_trains_each_row_one_update_after_its_policy(make_config, algorithm):
+def test_one_step_off_trains_each_row_one_update_after_its_policy(make_config, algorithm, monkeypatch):
+    training_waits_for_the_rollout_ahead(monkeypatch, TorchEngine, steps=6)
     done = run(make_config("run", train={"steps": 6}, **settings("asynchronous", algorithm)))
     assert_conserved(done)
     rows = done.rollouts[done.rollouts.step >= 1]
@@ -94,9 +96,7 @@ def test_one_step_off_trains_each_row_one_update_after_its_policy(make_config, a
     assert done.summary["staleness_max"] == 1
     assert done.summary["generation_busy_seconds"] > 0
     assert 0 <= done.summary["engine_idle_fraction"] <= 1
-    spans = done.engine[done.engine.step >= 2]
-    train_of = {r["step"]: r["t_start"] for r in done.trace if r["type"] == "phase" and r["name"] == "logprob_forward"}
-    assert all(spans[spans.step == step].t_start.min() < train_of[step - 1] + 1 for step in range(2, 7))
+    assert_rolled_out_ahead(done, steps=6)
     metrics = done.metrics.query("step >= 1")
     assert metrics["rollout_corr/kl"].isna().tolist() == [False] + [True] * 5  # later rows are another policy's
     assert metrics["rollout_corr/is_mean"].notna().all()

@@ -12,6 +12,7 @@ from profiling.reader import Run
 from tests.tppo.killing import assert_same_run, train_seeded
 from tests.tppo.ranks import on_ranks, when
 from tests.tppo.test_ranks import assert_equal_runs, settings_of
+from tests.tppo.waiting import until
 from tppo.checkpoints.manifest import verified
 from tppo.checkpoints.store import checkpoints_of, newest_usable
 from tppo.collect import Collector
@@ -117,25 +118,33 @@ def test_a_signal_ends_the_command_with_its_code_and_a_later_one_at_once(
     tmp_path, tiny_model, signals, apart_s, code, withstood
 ):
     """Two that come together are one: a launcher passes on what its ranks have got themselves."""
-    output = tmp_path / "run"
+    output, grading = tmp_path / "run", tmp_path / "grading"
     command = [
         sys.executable, "-m", "tppo", "train", "--output", str(output), str(tmp_path / "run.toml"),
         "--train.steps", "100000", "--rollout.max_response_tokens", "24", "--data.max_steps", "6",
         "--profile.sampler", "false", "--evaluation.every", "0", "--value.pretrain_rows", "0",
     ]  # fmt: skip
-    if apart_s:  # a step so long that the second signal comes in it
-        command += ["--rollout.prompts_per_step", "4096", "--train.mini_batches", "64"]
+    if apart_s:  # a step that has not ended when the second signal comes
+        command += ["--reward.kind", "python", "--reward.function", "tests.tppo.graders:never",
+                    "--reward.timeout_s", "3600"]  # fmt: skip
     (tmp_path / "run.toml").write_text(f'[model]\npath = "{tiny_model}"\n')
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(output / "model.json" if apart_s else output / "rollouts" / "step-000001.parquet", process)
-    lines = []
-    for number in signals:
-        time.sleep(apart_s if lines else 0.5)
-        process.send_signal(number)
-        if not lines:
-            lines.append(process.stderr.readline())
-    assert process.wait(timeout=60) == code
-    assert "saving after the step under way; a second one stops at once" in lines[0]
+    environment = os.environ | {"GRADING_BEGAN": str(grading)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    wait_for(grading if apart_s else output / "rollouts" / "step-000001.parquet", process)
+    if apart_s:
+        process.send_signal(signals[0])
+        said = process.stderr.readline()
+        time.sleep(apart_s)
+        process.send_signal(signals[1])
+    else:  # it sees them at the same moment, however far apart we are able to send them
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        for number in signals:
+            process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
+        said = process.stderr.readline()
+    assert process.wait(timeout=300) == code
+    assert "saving after the step under way; a second one stops at once" in said
     assert bool(checkpoints_of(output)) == (code > 0)
     if code > 0:
         assert verified(newest_usable(output).path).step >= 1
@@ -146,9 +155,8 @@ def test_a_signal_ends_the_command_with_its_code_and_a_later_one_at_once(
 
 
 def wait_for(path, process):
-    for _ in range(600):
-        if path.exists():
-            return
+    def there():
         assert process.poll() is None, process.stderr.read()
-        time.sleep(0.1)
-    raise AssertionError(f"{path} never came")
+        return path.exists()
+
+    until(there, f"{path} never came")

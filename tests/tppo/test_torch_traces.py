@@ -9,7 +9,7 @@ from profiling.exports import TORCH_PIDS, chrome_trace
 from profiling.reader import Run
 from tppo.cli import main
 from tppo.start import train
-from tppo.torch_traces import ANCHOR_AGAIN_S, DeviceTimes, steps_of
+from tppo.torch_traces import ANCHOR, ANCHOR_AGAIN_S, DeviceTimes, steps_of
 
 
 def test_steps_are_written_as_a_range_or_one():
@@ -27,14 +27,21 @@ def test_torchs_profile_has_the_runs_clock_and_lies_in_its_phases(make_config):
     train(config, show_progress=False)
     run = Run(config.output)
     own = json.loads((run.path / "torch" / "steps-2-3.json").read_text())["traceEvents"]
+    (anchor,) = (event for event in own if event.get("name") == ANCHOR and event.get("ph") == "X")
+    exact_s = 0.001 + anchor["dur"] / 2e6  # the anchor was read somewhere in its event
+    before, after = [], []
     for name in ("rollout", "update_policy"):
         ours = run.phases[(run.phases.name == name) & run.phases.step.isin([2, 3])].sort_values("t_start")
         theirs = sorted((e for e in own if e.get("name") == f"phase {name}"), key=lambda e: e["ts"])
         theirs = [e for e in theirs if e.get("cat") == "user_annotation"]
         assert len(theirs) == len(ours) == 2
         for phase, event in zip(ours.itertuples(), theirs, strict=True):
-            assert event["ts"] / 1e6 == pytest.approx(phase.t_start, abs=0.005)
-            assert (event["ts"] + event["dur"]) / 1e6 == pytest.approx(phase.t_end, abs=0.005)
+            before.append(event["ts"] / 1e6 - phase.t_start)
+            after.append(phase.t_end - (event["ts"] + event["dur"]) / 1e6)
+    # The phase is around the event; between their boundaries this process may have to wait for a core now and then.
+    assert min(*before, *after) > -exact_s
+    assert min(before) < 0.004 + exact_s
+    assert min(after) < 0.004 + exact_s
     notes = [record["text"] for record in run.trace if record["type"] == "note"]
     assert any("torch.profiler ran in steps 2 to 3" in text for text in notes)
     joined = chrome_trace(run, 2, 3)["traceEvents"]

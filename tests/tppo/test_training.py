@@ -1,7 +1,6 @@
 import json
 import os
 import signal
-import threading
 from dataclasses import replace
 
 import pandas as pd
@@ -10,6 +9,7 @@ import torch
 
 from profiling.errors import ConfigError, DataError, RunError
 from profiling.reader import Run
+from tests.tppo.ranks import when
 from tppo.algorithms.recipes import RECIPES
 from tppo.rollout.drive import plan_step
 from tppo.schedule import Demand, from_description
@@ -247,7 +247,7 @@ def test_the_value_model_has_a_schedule_of_its_own(make_config):
 
 def test_ctrl_c_ends_the_step_and_saves(make_config):
     config = make_config("run", train={"steps": 10_000})
-    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    when(config.output / "rollouts" / "step-000001.parquet", lambda: os.kill(os.getpid(), signal.SIGINT))
     outcome = train(config, show_progress=False)
     assert outcome.status == "interrupted"
     done = Run(config.output)

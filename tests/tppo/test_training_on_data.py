@@ -38,7 +38,7 @@ def data_config(make_config, tmp_path, monkeypatch):
     def make(name="run", **sections):
         base = {
             "data": {"task": "dataset", "path": str(path), "seed": 5},
-            "reward": {"workers": 1},
+            "reward": {"workers": 1, "timeout_s": 60},
             "evaluation": {"every": 2, "problems": 4},
             "train": {"steps": 3},
             "value": {"pretrain_rows": 4},
@@ -68,7 +68,7 @@ def run(config, **options):
 def test_a_data_set_trains_and_a_resumed_run_has_the_same_rows(data_config, capsys):
     before = children()
     whole = run(data_config("whole", train={"steps": 4}))
-    assert children() == before
+    assert children() <= before
     assert "of 30 rows 4 are held out; these do not train" in capsys.readouterr().err
     metrics = whole.metrics.query("step >= 1")
     assert metrics["reward/timeouts"].tolist() == [0, 0, 0, 0]
@@ -131,7 +131,7 @@ def test_a_reward_that_fails_leaves_a_checkpoint_from_which_the_run_goes_on_as_i
 
         monkeypatch.setattr(trainer, "train_step", train_step)
         trainer.run(False)
-    assert children() == before
+    assert children() <= before
     (tmp_path / "fail").unlink()
     assert json.loads((config.output / "trace.jsonl").read_text().splitlines()[-1])["status"] == "failed"
     assert sorted(p.name for p in (config.output / "checkpoints").iterdir()) == ["step-000001"]
@@ -177,7 +177,7 @@ def test_a_reward_that_fails_in_an_evaluation_saves_its_step_and_ends_its_proces
 
         monkeypatch.setattr(trainer, "evaluate", broken)
         trainer.run(False)
-    assert children() == before
+    assert children() <= before
     assert sorted(p.name for p in (config.output / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
     assert run(config, resume=True).summary["steps"] == 3
 
@@ -191,7 +191,7 @@ def test_a_prompt_template_of_several_lines_survives_the_run_directory(data_conf
 def test_the_arithmetic_task_has_no_reward_metrics_and_starts_no_process(make_config):
     before = children()
     with trainer_for(make_config("run", train={"steps": 1})) as trainer:
-        assert children() == before
+        assert children() <= before
         trainer.run(False)
     row = Run(trainer.writer.path).metrics.query("step == 1").iloc[0]
     assert row[["reward/timeouts", "reward/unparsed", "reward/format_share"]].isna().all()

@@ -62,7 +62,7 @@ def test_a_rank_and_an_engine_on_each_of_two_hosts_train_as_one_process(address,
     here = make_config("here", rollout={"draws": "row"}, train={"steps": 3})
     start.train(here, show_progress=False)
     there = run_of(make_config, "there", train={"steps": 3}, ray={"address": address})
-    done = on_host(next(iter(HOSTS)), *command_of(there), timeout=300)
+    done = on_host(next(iter(HOSTS)), *command_of(there), timeout=1000)
     assert done.returncode == 0, done.stderr
     assert_equal_runs(Run(here.output), Run(there.output))
     assert set(Run(there.output).engine.engine) == {0, 1}
@@ -72,7 +72,7 @@ def test_a_host_that_has_engines_alone_is_sampled_too(address, make_config):
     """One process trains, on the first host; each host has the CPU of one engine."""
     config = run_of(make_config, "run", train={"steps": 2}, profile={"sampler": True, "interval_s": 0.2},
                     ray={"address": address, "ranks": 1, "engines": 2, "layout": "separate"})  # fmt: skip
-    done = on_host(next(iter(HOSTS)), *command_of(config), timeout=300)
+    done = on_host(next(iter(HOSTS)), *command_of(config), timeout=1000)
     assert done.returncode == 0, done.stderr
     run = Run(config.output)
     (note,) = [record for record in run.trace if record["type"] == "note" and "host" in record]
