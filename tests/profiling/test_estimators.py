@@ -19,7 +19,7 @@ from profiling.reader import Run
 from profiling.sampler_process import SamplerProcess
 from profiling.windows import Pieces, Windows, windows_of_polls
 from tests.profiling.test_nvml_source import environment, library  # noqa: F401  (a fixture)
-from tests.profiling.waiting import wait_until
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 
@@ -244,14 +244,14 @@ def test_a_sampler_that_is_killed_is_replaced_and_nothing_is_lost(tmp_path, with
         tmp_path, interval_s=0.05, zero_s=time.perf_counter(), note=notes.append, back_off_s=(0.1,)
     )
     sampler.start()
-    wait_until(lambda: sampler._report()["start_cpu_seconds"] > 0)  # it reports every five seconds
+    until(lambda: sampler._report()["start_cpu_seconds"] > 0)  # it reports every five seconds
     first, first_start_s = sampler._process.pid, sampler._report()["start_cpu_seconds"]
     os.kill(first, signal.SIGKILL)
-    wait_until(lambda: sampler._process.pid != first and sampler._report() is not None)
-    wait_until(lambda: sampler._report()["start_cpu_seconds"] > 0)
+    until(lambda: sampler._process.pid != first and sampler._report() is not None)
+    until(lambda: sampler._report()["start_cpu_seconds"] > 0)
     second_start_s = sampler._report()["start_cpu_seconds"]
     os.kill(sampler._process.pid, signal.SIGKILL)
-    wait_until(lambda: len(notes) >= 2 and "no more device samples" in notes[-1])
+    until(lambda: len(notes) >= 2 and "no more device samples" in notes[-1])
     report = sampler.stop()
     assert report["restarts"] == 1
     assert report["ticks"] >= 2
@@ -269,7 +269,7 @@ def test_faults_far_apart_do_not_add_up(tmp_path):
     for _ in range(3):
         before = sampler._process.pid
         os.kill(before, signal.SIGKILL)
-        wait_until(lambda before=before: sampler._process.pid != before and sampler._report() is not None)
+        until(lambda before=before: sampler._process.pid != before and sampler._report() is not None)
     assert sampler.stop()["restarts"] == 3
 
 
@@ -284,7 +284,7 @@ def test_a_driver_call_that_never_returns_is_noticed(library, tmp_path, monkeypa
     sampler = SamplerProcess(tmp_path, interval_s=0.1, zero_s=time.perf_counter(), note=notes.append,
                              hangs_after_s=6.0, back_off_s=())  # fmt: skip
     sampler.start()
-    wait_until(lambda: notes)
+    until(lambda: notes)
     assert "the sampler hung for" in notes[0]
     sampler.stop()
     withstood("driver call that never returns", lost="device samples from then on; the run goes on")
@@ -320,7 +320,7 @@ def test_a_sampler_that_hangs_before_its_first_sample_is_noticed(library, tmp_pa
     sampler = SamplerProcess(tmp_path, interval_s=0.1, zero_s=time.perf_counter(), note=notes.append,
                              hangs_after_s=2.0, back_off_s=())  # fmt: skip
     assert sampler.start() == "no device samples after 1 s"
-    wait_until(lambda: notes)
+    until(lambda: notes)
     assert "the sampler hung for" in notes[0]
     assert sampler.stop() is None
 
@@ -335,9 +335,9 @@ def test_a_full_disk_stops_the_sampler_and_space_lets_it_go_on(tmp_path, withsto
         sampler.start()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    wait_until(lambda: notes)
+    until(lambda: notes)
     assert "ended with exit code 1; it is started again in 0.1 s" in notes[0]
-    wait_until(lambda: list((tmp_path / "devices").glob("part-*.parquet")))
+    until(lambda: list((tmp_path / "devices").glob("part-*.parquet")))
     report = sampler.stop()
     assert report["restarts"] == 1
     withstood("full disk under the sampler", lost="device samples while it is full")
@@ -348,7 +348,7 @@ def test_what_a_restarted_sampler_saw_last_is_written(tmp_path):
     sampler.start()
     first = sampler._process.pid
     os.kill(first, signal.SIGKILL)
-    wait_until(lambda: sampler._process.pid != first and sampler._report() is not None)
+    until(lambda: sampler._process.pid != first and sampler._report() is not None)
     time.sleep(0.5)
     sampler.stop()
     assert sampler._process.returncode == 0
@@ -361,7 +361,7 @@ def test_a_sampler_with_far_ticks_does_not_look_dead(tmp_path):
     notes, reported = [], set()
     sampler = SamplerProcess(tmp_path, interval_s=300.0, zero_s=time.perf_counter(), note=notes.append)
     sampler.start()
-    wait_until(lambda: reported.add((tmp_path / "sampler.json").stat().st_mtime_ns) or len(reported) == 3)
+    until(lambda: reported.add((tmp_path / "sampler.json").stat().st_mtime_ns) or len(reported) == 3)
     assert sampler._fault() is None
     report = sampler.stop()
     assert notes == []

@@ -15,7 +15,7 @@ from profiling.command import passing_on_sigterm, profile_command
 from profiling.markers import VARIABLE, phase, read_markers
 from profiling.reader import Run
 from profiling.watch import snapshot
-from tests.profiling.waiting import wait_until
+from tests.waiting import until
 from tppo.cli import main
 
 
@@ -81,7 +81,7 @@ def test_a_profiled_command_is_watched_while_it_runs(tmp_path):
     command = [sys.executable, "-m", "tppo", "profile", "--output", str(tmp_path / "run"), "--"]
     process = subprocess.Popen([*command, sys.executable, "program.py"], cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
-        wait_until((tmp_path / "took").exists)
+        until((tmp_path / "took").exists)
         now = snapshot(tmp_path / "run")
     finally:
         process.terminate()
@@ -258,7 +258,7 @@ def test_a_sigterm_before_the_command_has_started_is_passed_on_to_it():
 def test_sigterm_reaches_the_command_and_the_trace_is_whole(tmp_path):
     command = [sys.executable, "-m", "tppo", "profile", "--output", str(tmp_path / "run"), "--", "sleep", "600"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        wait_until(lambda: passes_on_sigterm(process.pid))
+        until(lambda: passes_on_sigterm(process.pid))
         process.terminate()
         assert process.wait(60) == 143
     assert Run(tmp_path / "run").trailer["status"] == "failed"

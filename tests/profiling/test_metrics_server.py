@@ -7,7 +7,7 @@ import time
 import pytest
 
 from profiling.metrics_server import MOST_CONNECTIONS, MetricsServer
-from tests.profiling.waiting import wait_until
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_a_client_that_does_not_listen_is_cut_off(make_server):
     with connect(server) as deaf:
         deaf.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert asked.wait(60)
-        wait_until(lambda: server._free._value == MOST_CONNECTIONS)  # nobody is answered any more
+        until(lambda: server._free._value == MOST_CONNECTIONS)  # nobody is answered any more
         assert len(everything(deaf)) < 64 * 2**20
 
 
@@ -164,7 +164,7 @@ def test_one_connection_too_many_is_told_so_and_others_come_again_when_one_ends(
         for connection in waiting:
             connection.close()
     request = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    wait_until(lambda: ask(server, request).startswith(b"HTTP/1.0 200"))  # a refusal may get lost on its way
+    until(lambda: ask(server, request).startswith(b"HTTP/1.0 200"))  # a refusal may get lost on its way
 
 
 def test_a_fault_of_ours_is_an_answer_and_no_traceback(make_server, capfd):

@@ -17,7 +17,7 @@ from profiling.reader import Run
 from profiling.sampler import Sampler
 from profiling.sources.host import HostSource
 from tests.profiling.test_nvml_source import environment, library  # noqa: F401  (a fixture)
-from tests.profiling.waiting import wait_until
+from tests.waiting import until, until_gone
 
 
 def test_phases_nest_and_are_written(tmp_path):
@@ -169,7 +169,7 @@ def test_without_a_gpu_the_run_says_that_it_has_host_samples_only(tmp_path):
 
 
 def killed_with_its_parent(tmp_path, wait, env=None):
-    """A sampler whose parent is killed after `wait()`; whether it has ended a minute later, and when that was."""
+    """A sampler whose parent is killed after `wait()`, and which ends; when that was."""
     code = (
         "import os, sys, time\nfrom profiling import Profiler\n"
         f"p = Profiler({str(tmp_path / 'run')!r}, sampler_interval_s=0.1)\np.__enter__()\n"
@@ -181,16 +181,13 @@ def killed_with_its_parent(tmp_path, wait, env=None):
     killed = time.perf_counter()
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and _alive(child):
-        time.sleep(0.05)
-    return not _alive(child), killed
+    until_gone(child)
+    return killed
 
 
 def test_the_sampler_ends_with_its_parent_and_writes_what_it_has(tmp_path, withstood):
     first_part = tmp_path / "run" / "devices" / "part-000000.parquet"
-    ended, killed = killed_with_its_parent(tmp_path, lambda: wait_until(first_part.exists))
-    assert ended
+    killed = killed_with_its_parent(tmp_path, lambda: until(first_part.exists))
     run = Run(tmp_path / "run")
     host = run.devices
     assert run.header["zero_s"] + host.t.max() > killed - 0.1
@@ -203,8 +200,7 @@ def test_a_sampler_whose_driver_never_returns_ends_with_its_parent(tmp_path, lib
     work = tmp_path / "work"
     work.write_text("0 0 1000 0.5 300\n")
     own = environment(library, "nvmlDeviceGetSamples=-1", FAKE_NVML_WORK=str(work))
-    ended, _ = killed_with_its_parent(tmp_path, lambda: time.sleep(0.5), own)
-    assert ended
+    killed_with_its_parent(tmp_path, lambda: time.sleep(0.5), own)
 
 
 def test_the_sampler_ends_by_itself_also_where_a_forked_child_keeps_its_pipe(tmp_path):
@@ -217,14 +213,6 @@ def test_the_sampler_ends_by_itself_also_where_a_forked_child_keeps_its_pipe(tmp
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert profiler._sampler._process.returncode == 0  # it was not killed
-
-
-def _alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_any_command_can_be_profiled_and_keeps_its_exit_code(tmp_path, capsys):

@@ -17,7 +17,7 @@ from profiling.markers import VARIABLE
 from profiling.overlaps import overlap_note
 from profiling.reader import Run
 from tests.profiling.test_nvml_source import environment, library  # noqa: F401  (a fixture)
-from tests.profiling.waiting import wait_until
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,7 +109,7 @@ def test_gpus_that_the_program_leaves_alone_are_named_where_it_uses_others(tmp_p
     for is_ours in (marked_for(tmp_path), of_tree(psutil.Process(mine))):
         report(tmp_path, MIG_a=[mine], GPU_b=[foreign, 2**22 + 1])
         with GpuUsers(tmp_path, is_ours) as users:
-            wait_until(lambda users=users: users._known.get(mine) and foreign in users._known)
+            until(lambda users=users: users._known.get(mine) and foreign in users._known)
         assert users.note().startswith("no process of the program was seen on GPU-b, GPU-c; energy")
         report(tmp_path, GPU_a=[mine], GPU_b=[mine], GPU_c=[mine, foreign])
         assert users.note() is None

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.tppo.waiting import alive
+from tests.waiting import alive, until, until_gone
 from tppo.data.problem import Problem
 from tppo.evaluation.statistics import majority_at_k
 from tppo.evaluation.votes import votes
@@ -226,14 +226,11 @@ def test_a_killed_trainer_leaves_no_worker(tmp_path, withstood):
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) == 3
     started = [cpu_s(pid) for pid in pids]
-    while all(cpu_s(pid) < before + 0.3 for pid, before in zip(pids, started, strict=True)):
-        time.sleep(0.05)
+    until(lambda: any(cpu_s(pid) >= before + 0.3 for pid, before in zip(pids, started, strict=True)))
     assert all(map(alive, pids))
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 200  # 5 s of CPU time, on a machine that may be busy
-    while any(map(alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(map(alive, pids))
+    for pid in pids:
+        until_gone(pid)  # after 5 s of CPU time
     withstood("SIGKILL of a trainer with reward processes", lost="nothing: no process stays")

@@ -10,7 +10,7 @@ import pytest
 
 from profiling.errors import ConfigError
 from profiling.reader import Run
-from tests.tppo.waiting import until
+from tests.waiting import until
 from tppo.checkpoints.store import checkpoints_of
 from tppo.cli import main
 from tppo.cluster.places import bundles_of, check_it_is_there

@@ -18,7 +18,7 @@ from profiling.reader import Run
 from simulator import load_experiment, simulate
 from simulator.calibrate import calibrate
 from tests.tppo.ahead import assert_rolled_out_ahead, training_waits_for_the_rollout_ahead
-from tests.tppo.waiting import until, until_gone
+from tests.waiting import until, until_gone
 from tppo import start
 from tppo.checkpoints.store import newest_usable
 from tppo.cluster import places

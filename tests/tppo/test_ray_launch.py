@@ -11,7 +11,7 @@ from profiling.errors import ConfigError
 from profiling.reader import Run
 from profiling.settings import to_toml
 from tests.tppo.test_ranks import assert_equal_runs
-from tests.tppo.waiting import until
+from tests.waiting import until
 from tppo import start
 from tppo.checkpoints.store import checkpoints_of
 from tppo.cli import main

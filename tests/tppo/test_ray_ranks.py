@@ -21,7 +21,7 @@ from profiling.reader import Run
 from profiling.settings import to_toml
 from tests.tppo.ranks import on_ranks, when
 from tests.tppo.test_ranks import assert_equal_runs
-from tests.tppo.waiting import until_gone
+from tests.waiting import until_gone
 from tppo import start
 from tppo.cluster import places, sync
 from tppo.cluster.hosts import Home, hosts_of

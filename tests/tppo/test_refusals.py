@@ -12,7 +12,7 @@ import pytest
 from profiling.errors import ConfigError, DataError, RunError
 from profiling.reader import Run
 from profiling.settings import to_toml
-from tests.tppo.waiting import until
+from tests.waiting import until
 from tppo.checkpoints.manifest import MANIFEST, checksums, read_manifest, write_manifest
 from tppo.checkpoints.store import checkpoints_of
 from tppo.cli import main

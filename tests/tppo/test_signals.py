@@ -12,7 +12,7 @@ from profiling.reader import Run
 from tests.tppo.killing import assert_same_run, train_seeded
 from tests.tppo.ranks import on_ranks, when
 from tests.tppo.test_ranks import assert_equal_runs, settings_of
-from tests.tppo.waiting import until
+from tests.waiting import until
 from tppo.checkpoints.manifest import verified
 from tppo.checkpoints.store import checkpoints_of, newest_usable
 from tppo.collect import Collector

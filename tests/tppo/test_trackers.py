@@ -13,6 +13,7 @@ import torch
 from profiling.errors import ConfigError
 from profiling.reader import Run
 from tests.tppo import forked
+from tests.waiting import until
 from tppo.start import train
 from tppo.tracking import packages, to_wandb, tracker
 from tppo.tracking.scalars import scalars_of
@@ -169,20 +170,13 @@ class Listener:
         self.status = status
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 100
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert condition()
-
-
 def test_a_tracker_that_raises_is_switched_off_with_one_warning_and_the_others_go_on(capsys):
     broken, whole, notes = Listener(fails_at=2), Listener(), []
     workers = [Worker("wandb", lambda: broken), Worker("mlflow", lambda: whole)]
     tracking = Tracker(workers, notes.append)
     for step in (1, 2):
         tracking.metrics({"step": step, "x": 1.0})
-    wait_for(lambda: workers[0].fault)
+    until(lambda: workers[0].fault)
     for step in (3, 4):
         tracking.metrics({"step": step, "x": 1.0})
     tracking.finish("finished")

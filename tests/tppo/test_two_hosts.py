@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,9 @@ def test_a_host_that_has_engines_alone_is_sampled_too(address, make_config):
     """One process trains, on the first host; each host has the CPU of one engine."""
     config = run_of(make_config, "run", train={"steps": 2}, profile={"sampler": True, "interval_s": 0.2},
                     ray={"address": address, "ranks": 1, "engines": 2, "layout": "separate"})  # fmt: skip
+    began = time.perf_counter()
     done = on_host(next(iter(HOSTS)), *command_of(config), timeout=1000)
+    took_s = time.perf_counter() - began
     assert done.returncode == 0, done.stderr
     run = Run(config.output)
     (note,) = [record for record in run.trace if record["type"] == "note" and "host" in record]
@@ -80,4 +83,4 @@ def test_a_host_that_has_engines_alone_is_sampled_too(address, make_config):
     assert note["host"] == "tppo-host-2"
     assert set(run.devices.device) == {"host", "host tppo-host-2"}
     assert run.unsampled_hosts == []
-    assert run.devices.t.between(-0.1, run.summary["wall_seconds"] + 10.0).all()
+    assert run.devices.t.between(-0.1, took_s).all()  # on one clock; a busy machine ends samplers late

@@ -1,15 +1,16 @@
-"""Waits for what happens in other processes, for longer than a busy machine takes."""
+"""Waits for what happens in other processes or threads, for longer than a busy machine takes: how long it takes is not
+what these tests are about."""
 
 import time
 
 import psutil
 
 
-def until(condition, otherwise, seconds=500):
+def until(condition, otherwise="what is waited for never came", seconds=500):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, otherwise
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 def until_gone(pid):
