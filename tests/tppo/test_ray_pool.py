@@ -1,17 +1,20 @@
 """The pool against a Ray of our own: calls are run in this process, in random order, and workers die at random."""
 
 import random
+import socket
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from profiling.hosts import Host, HostNames
+from tests.tppo.ranks import meeting
 from tppo.cluster.packing import chunks_of, drop_weights, layouts_of, unpack
 from tppo.cluster.places import Places
 from tppo.cluster.pool import EnginePool
 from tppo.cluster.sync import ThroughTheObjectStore
-from tppo.cluster.worker import About, Advance, EngineSpec
+from tppo.cluster.worker import About, Advance, EngineSpec, EngineWorker
 from tppo.rollout.protocol import Completion, EngineError, Request, Sampling
 
 
@@ -208,6 +211,18 @@ def test_what_failed_is_said_in_one_line(make_config, capsys):
     assert said.startswith("tppo: engine ")
     assert "failed: Died: the actor died; another one starts in its place (1 of 1); its " in said
     assert said.count("\n") == 0
+
+
+def test_an_engine_makes_process_groups_of_its_own_whatever_torchrun_told_who_started_it(monkeypatch):
+    with meeting(2) as (first, _):
+        for name, value in first.items():
+            monkeypatch.setenv(name, value)
+        EngineWorker()
+        with socket.socket() as listening:  # nobody answers there: a client of torchrun's store would wait
+            listening.bind(("127.0.0.1", 0))
+            port = listening.getsockname()[1]
+        (store, rank, world) = next(iter(dist.rendezvous(f"tcp://127.0.0.1:{port}?rank=0&world_size=1")))
+    assert (store.port, rank, world) == (port, 0, 1)
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 100, 10_000_000])

@@ -92,16 +92,19 @@ class RankProcess:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
+        self._store: Any = None
         self._lines: deque[tuple[int, str]] = deque()
         self._readers: list[threading.Thread] = []
 
     def meeting_place(self) -> tuple[str, int]:
-        """An address and a port of this host that are free now."""
+        """Where the ranks meet: a store of this actor's, as of torchrun's agent. A port that was only looked for here
+        could be another process's before the first rank has it."""
         import ray
+        from torch.distributed import TCPStore
 
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return ray.util.get_node_ip_address(), free.getsockname()[1]
+        host = ray.util.get_node_ip_address()
+        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        return host, self._store.port
 
     def start(self, words: Sequence[str], environment: dict[str, str], directory: str) -> str | None:
         """None, or why it cannot be started."""
@@ -165,7 +168,7 @@ def _started(ray: Any, nodes: list[str], words: Sequence[str]) -> list[Any]:
         environment = {
             "RANK": number, "WORLD_SIZE": len(ranks), "LOCAL_RANK": nodes[:number].count(node),
             "LOCAL_WORLD_SIZE": nodes.count(node), "MASTER_ADDR": host, "MASTER_PORT": port,
-            LAUNCHED_ON: ray.get_runtime_context().gcs_address,
+            "TORCHELASTIC_USE_AGENT_STORE": True, LAUNCHED_ON: ray.get_runtime_context().gcs_address,
         }  # fmt: skip
         own = {name: str(value) for name, value in environment.items()}
         starting.append(rank.start.remote(list(words), own, str(Path.cwd())))
