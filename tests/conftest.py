@@ -46,6 +46,12 @@ def answering_model(tmp_path_factory):
 
 
 @pytest.fixture
+def one_process(monkeypatch):
+    """`tppo plan` simulates small questions in this process: those that it would start take longer than they save."""
+    monkeypatch.setattr("simulator.processes.os.cpu_count", lambda: 1)
+
+
+@pytest.fixture
 def make_config(tiny_model, tmp_path):
     """A run of a few seconds; keyword arguments replace whole sections' fields: rollout={"window": 3}."""
 

@@ -13,6 +13,7 @@ from simulator.models.shape import CONFIGS
 from tests.browser.conftest import WAIT_MS, watch
 from tppo.cli import main
 
+pytestmark = pytest.mark.usefixtures("one_process")
 SMALL = (
     "?model=Qwen2.5-0.5B&gpu=H100-SXM&gpus=8&steps=5000&windows=1000&prompts_per_step=32&samples_per_prompt=4"
     "&max_response_tokens=3000&mean_tokens=900&draws=300"

@@ -173,6 +173,7 @@ def test_a_header_of_the_wrong_form_is_refused(run, capsys, values):
     assert f"header.{next(iter(values))}" in one_line(capsys, ["compare", run, run])
 
 
+@pytest.mark.slow
 def test_versions_may_be_null(run, tmp_path):
     change_header(run, versions=None)
     assert main(["report", str(run), "--output", str(tmp_path / "r.html")]) == 0
@@ -209,7 +210,7 @@ def test_a_sampler_that_missed_less_than_nothing_is_refused():
     [
         ("x = [1979-05-27]\n", ["compare", "RUN", "OTHER"]),
         ("rollout = 1\n", ["plot", "RUN", "--figure", "length_distribution"]),
-        ("workload = 1\ncluster = 2\ncost = 3\nray = 4\n", ["report", "RUN"]),
+        pytest.param("workload = 1\ncluster = 2\ncost = 3\nray = 4\n", ["report", "RUN"], marks=pytest.mark.slow),
     ],
 )
 def test_settings_of_any_form_are_shown(run, tmp_path, text, words, monkeypatch):
@@ -220,6 +221,7 @@ def test_settings_of_any_form_are_shown(run, tmp_path, text, words, monkeypatch)
     assert main([known.get(word, word) for word in words]) == 0
 
 
+@pytest.mark.slow
 def test_a_dollar_in_a_name_begins_no_formula(tmp_path):
     run = make_run(tmp_path / "$x^{$-s0", accuracies=RISING[:3])
     for name in ("idle_ledger", "accuracy_time"):
@@ -227,6 +229,7 @@ def test_a_dollar_in_a_name_begins_no_formula(tmp_path):
     assert main(["report", str(run.path), "--output", str(tmp_path / "r.html")]) == 0
 
 
+@pytest.mark.slow
 def test_a_name_that_is_no_text_is_written_as_bytes(tmp_path, capsys):
     run = make_run(tmp_path / os.fsdecode(b"\xff-s0"), accuracies=RISING[:3])
     assert main(["report", str(run.path), "--output", str(tmp_path / "r.html")]) == 0
@@ -261,7 +264,7 @@ def test_cells_of_a_sweep_that_are_not_ours_are_simulated_again(tmp_path):
         'response_tokens = { kind = "fixed", value = 12 }\n[schedule]\nkind = "synchronous"\n'
         '[cluster]\ntrainer = "none"\n[cost]\ndecode_base_s = 0.01\n'
     )
-    words = ["sweep", str(experiment), "--vary", "cluster.engines=1,2", "--output", str(tmp_path / "s")]
+    words = ["sweep", str(experiment), "--vary", "cluster.engines=1,2", "--jobs", "1", "--output", str(tmp_path / "s")]
     assert main(words) == 0
     expected = pd.read_parquet(tmp_path / "s" / "sweep.parquet")
     first, second = sorted((tmp_path / "s" / "cells").iterdir())

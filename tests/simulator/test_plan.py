@@ -17,6 +17,7 @@ from simulator.plan.options import fewest_gpus_of_an_engine, options_of, share_o
 from tppo.cli import main
 from tppo.commands.plan import print_answer
 
+pytestmark = pytest.mark.usefixtures("one_process")
 SMALL = {
     "model": "Qwen2.5-0.5B", "gpu": "H100-SXM", "gpus": (8, 16), "steps": 100, "prompts_per_step": 32,
     "samples_per_prompt": 4, "max_response_tokens": 3000, "mean_tokens": 900.0, "draws": 500,
@@ -134,6 +135,7 @@ def test_rows_in_flight_train_as_many_tokens_as_finish():
 
 @pytest.fixture(scope="module")
 def found():
+    """By as many processes as there are cores: made before `one_process` is."""
     every = ("synchronous", "truncated", "oversample", "asynchronous", "in_flight")
     question = Question(**SMALL | {"schedules": every, "windows": (700, 1500), "steps_ratio": (1.0, 1.2)})
     return answer(question)

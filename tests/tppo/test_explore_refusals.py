@@ -202,8 +202,15 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
     assert 'uvicorn is not installed; pip install "tppo[explore]"' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("started", [signal.SIG_DFL, signal.SIG_IGN], ids=["in front", "in the background"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code", "started"),
+    [
+        pytest.param(signal.SIGINT, 130, signal.SIG_DFL, id="Ctrl-C", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, signal.SIG_IGN, id="Ctrl-C in the background"),
+        pytest.param(signal.SIGTERM, 143, signal.SIG_DFL, id="SIGTERM"),
+        pytest.param(signal.SIGTERM, 143, signal.SIG_IGN, id="SIGTERM in the background", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_the_server_and_removes_what_is_temporary(tmp_path, number, code, started):
     """A shell without job control starts what is in the background with SIGINT ignored."""
     environment = os.environ | {"TMPDIR": str(tmp_path)}
