@@ -222,7 +222,8 @@ int nvmlDeviceGetPowerUsage(device *d, unsigned *mw) {
     FAULT(d);
     if (d->index >= 100) return 3;
     *mw = 250500;
-    if (count_of_segments) *mw = (unsigned)(1e3 * sim_integral(d->index, 1, now() - 0.1, now()) / 0.1);
+    double t = now(), over = t < 0.1 ? t : 0.1; /* there is nothing before time 0, which is not idle either */
+    if (count_of_segments && over > 0) *mw = (unsigned)(1e3 * sim_integral(d->index, 1, t - over, t) / over);
     return 0;
 }
 
