@@ -20,7 +20,7 @@ PRELOADED = [
 def start(work, environment=None, crash_file=None):
     """`work()` in a process of its own, which is returned; its exit status is 0, or 1 where `work` raises.
 
-    crash_file (Path): where the stacks of a process go that crashes.
+    crash_file (Path): where the stacks of a process go that crashes; else they are in its standard error.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -36,6 +36,7 @@ def _run(code, environment, crash_file):
     os.environ |= environment
     quieten_libraries()
     if crash_file is None:
+        faulthandler.enable()
         cloudpickle.loads(code)()
         return
     with crash_file.open("w") as file:

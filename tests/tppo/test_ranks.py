@@ -19,7 +19,7 @@ from profiling.errors import ConfigError, RunError
 from profiling.hosts import Host, HostNames
 from profiling.reader import Run
 from profiling.settings import to_toml
-from tests.tppo.ranks import on_ranks, when
+from tests.tppo.ranks import RankCrashed, on_ranks, when
 from tests.tppo.test_value_source import save_reward_model
 from tppo.checkpoints.weights import read_weights
 from tppo.models import value_source
@@ -262,6 +262,14 @@ def test_an_engine_that_fails_on_one_rank_ends_all_with_a_checkpoint_of_every_ro
     on_ranks(2, work)
     on_ranks(2, lambda rank: train(config, resume=True, show_progress=False))
     assert_equal_runs(Run(whole.output), Run(config.output))
+
+
+def test_a_crash_is_told_from_a_failure():
+    with pytest.raises(RankCrashed, match=r"\[0, -11\]"):
+        on_ranks(2, lambda rank: os.kill(os.getpid(), signal.SIGSEGV) if rank else None)
+    with pytest.raises(AssertionError) as failed:
+        on_ranks(2, lambda rank: 1 / rank)
+    assert failed.type is AssertionError
 
 
 def test_a_rank_that_is_killed_takes_the_others_with_it_and_the_last_checkpoint_is_whole(
