@@ -15,8 +15,8 @@ CRASHES = (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)
 
 class RankCrashed(AssertionError):
     """A rank was ended by the machine, which no Python code asks for. Tests begin anew once where that happens
-    (conftest.py): torch 2.13's own threads for gloo do crash, about once in some thousand ranks, where they allocate
-    memory; a crash of ours would come again."""
+    (conftest.py): a thread of torch 2.13's own for gloo has crashed where it allocates memory, once in some thousand
+    ranks; what comes every time fails all the same."""
 
 
 @contextmanager
