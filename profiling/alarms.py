@@ -86,8 +86,7 @@ def _device_alarms(devices: pd.DataFrame) -> list[str]:
 def _sampler_alarms(run: Run) -> list[str]:
     found = []
     if run.trailer is not None:
-        unsampled = run.unsampled_hosts
-        if unsampled:
+        if unsampled := run.unsampled_hosts:
             found.append(f"no samples of {', '.join(unsampled)}")
         if uncounted := run.uncounted_hosts:
             found.append(f"no energy counter on {', '.join(uncounted)}: joules of the run are null")

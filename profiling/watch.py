@@ -33,9 +33,9 @@ REFRESH_S = 2.0
 REST = 10.0
 """Between two looks, in times of what a look takes: that of a long run takes seconds."""
 RECENT_S = 5.0
+"""Of samples, of which a device's bar shows the mean."""
 LONG_AGO_S = 120.0
 """Two of the longest times between a sampler's writings."""
-"""Of samples, of which a device's bar shows the mean."""
 LARGEST_CAUSES = 8
 PREFIX = "tppo"
 

@@ -15,8 +15,8 @@ CRASHES = (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)
 
 class RankCrashed(AssertionError):
     """A rank was ended by the machine, which no Python code asks for. Tests begin anew once where that happens
-    (conftest.py): a thread of torch 2.13's own for gloo has crashed where it allocates memory, once in some thousand
-    ranks; what comes every time fails all the same."""
+    (conftest.py): a thread of torch 2.13's own for gloo has crashed once where it allocates memory; what comes every
+    time fails all the same."""
 
 
 @contextmanager

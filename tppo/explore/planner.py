@@ -112,7 +112,7 @@ class _Kept:
         self._known: OrderedDict[str, work.Known] = OrderedDict()
 
     def __contains__(self, option: Option) -> bool:
-        """Nothing is asked about it; so with one that cannot be run."""
+        """It takes no job: it is remembered, or it cannot be run."""
         return option.experiment is None or _key(option) in self._known
 
     async def of(self, option: Option) -> work.Known:

@@ -174,13 +174,19 @@ def _add_answers(app: FastAPI, uploads: Uploads) -> None:
         found, whole = await _unless_given_up(request, app.state.planner.first(question))
         return _json({"whole": whole, "answer": found}, uploads)
 
-    @app.get("/api/pictures")
-    @app.get("/api/first/pictures")
-    async def pictures(request: Request) -> Response:
+    async def drawn(request: Request, *, first: bool) -> Response:
         question, others = asked(request)
-        shown, first = places(others, "shown"), request.url.path.startswith("/api/first/")
+        shown = places(others, "shown")
         found = await _unless_given_up(request, app.state.planner.pictures(question, shown, first=first))
         return _json(found, uploads)
+
+    @app.get("/api/pictures")
+    async def pictures(request: Request) -> Response:
+        return await drawn(request, first=False)
+
+    @app.get("/api/first/pictures")
+    async def first_pictures(request: Request) -> Response:
+        return await drawn(request, first=True)
 
     @app.get("/api/experiment")
     async def experiment(request: Request) -> Response:
