@@ -41,7 +41,7 @@ def test_gpu_seconds_and_joules_are_of_the_same_gpus(library, tmp_path):  # noqa
     summary = run.summary
     assert summary["gpu_seconds"] == 2 * summary["wall_seconds"]
     assert run.ledger.groupby("gpu").seconds.sum().to_list() == pytest.approx([summary["wall_seconds"]] * 2)
-    assert summary["energy_joules"] == pytest.approx(600 * summary["wall_seconds"], rel=0.1)
+    assert summary["energy_joules"] == pytest.approx(600 * summary["wall_seconds"], rel=0.2)
 
 
 def test_a_gpu_is_as_busy_as_its_drivers_windows_say(library, tmp_path):  # noqa: F811

@@ -13,6 +13,8 @@ from tppo import start
 
 WATTS = (300, 200)
 """Of the GPU that each rank sees."""
+ENERGY_WITHIN = 0.2
+"""Enough to tell which GPUs were counted. Counters tick every 0.1 s: a run of 2 s may be a tick too short or long."""
 
 
 def rank_of(config, library, work, names, rank):  # noqa: F811
@@ -35,7 +37,7 @@ def test_one_rank_of_each_host_samples_it_and_joules_are_of_all(make_config, tmp
     assert run.unsampled_hosts == []
     wall_s = run.summary["wall_seconds"]
     assert run.devices.t.between(-0.1, wall_s + 10.0).all()
-    assert run.summary["energy_joules"] == pytest.approx(sum(WATTS[: len(gpus)]) * wall_s, rel=0.05)
+    assert run.summary["energy_joules"] == pytest.approx(sum(WATTS[: len(gpus)]) * wall_s, rel=ENERGY_WITHIN)
     notes = [record for record in run.trace if record["type"] == "note" and "host" in record]
     assert [(note["rank"], note["host"]) for note in notes] == ([(1, "far")] if far else [])
 
