@@ -52,7 +52,7 @@ def test_a_gpu_is_as_busy_as_its_drivers_windows_say(library, tmp_path):  # noqa
     own = run.windows[(run.windows.device == "GPU-0000-0") & (run.windows.metric == "utilisation")]
     busy = np.average(own.value, weights=own.t_end - own.t_begin)
     assert len(own) >= 20
-    assert busy == pytest.approx(0.5, abs=3 / len(own))  # six windows a second: half a second too many, or too few
+    assert busy == pytest.approx(0.5, abs=4 / len(own))  # of six a second: half a second too many or too few, and one
     samples = (run.devices.device == "GPU-0000-0").sum()
     assert f"GPU-0000-0 (simulated sensor) {samples} {busy:.0%} " in shown
 
