@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,17 +223,26 @@ def test_a_tracker_that_cannot_open_does_not_stop_a_run(make_config, monkeypatch
 
 
 def test_threads_of_trackers_draw_from_no_global_random_state(tmp_path):
-    """In a process of its own: threads that other tests left behind may draw."""
+    """In a process of its own: threads that other tests left behind may draw. MLflow draws for an id that would begin
+    with zeros, which is made so here, and all of them before they try again."""
     (tmp_path / "run").mkdir()
 
     def work():
+        import mlflow.utils.name_utils
+        import mlflow.utils.rest_utils
+        import urllib3.util.retry
+        import wandb.sdk.lib.retry
+
         from tppo.tracking.protocol import About
 
+        mlflow.utils.name_utils.uuid = SimpleNamespace(uuid4=lambda: SimpleNamespace(int=10**40 + 7))
         settings = LoggingConfig(wandb=True, mlflow=True, tensorboard=True)
         state = random.getstate()
         tracking = Tracker.of(About(tmp_path / "run", settings, {"a": 1}), note=print)
         tracking.metrics({"step": 1, "x": 1.0})
         tracking.finish("finished")
+        for module in (mlflow.utils.rest_utils, urllib3.util.retry, wandb.sdk.lib.retry):
+            assert 0 <= module.random.random() < 1
         assert random.getstate() == state
 
     child = forked.start(work)

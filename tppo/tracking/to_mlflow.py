@@ -7,6 +7,7 @@ from typing import Any
 
 from profiling.settings import flattened
 from tppo.tracking.identity import remember, remembered
+from tppo.tracking.packages import keep_random_state
 from tppo.tracking.protocol import About
 
 EXPERIMENT = "tppo"
@@ -21,6 +22,10 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 """Set where the user has not; read by MLflow when it is used."""
+DRAWS = (
+    "mlflow.utils.name_utils", "mlflow.utils.request_utils", "mlflow.utils.rest_utils", "urllib3.util.retry",
+)  # fmt: skip
+"""Modules that draw random numbers: a tenth of all ids of experiments, and pauses."""
 
 
 class MlflowSink:
@@ -29,6 +34,7 @@ class MlflowSink:
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
+        keep_random_state(*DRAWS)
         self._client = MlflowClient(tracking_uri=about.settings.mlflow_uri or str(about.path / "mlflow"))
         known = remembered(about.path, "mlflow")
         if known is not None:

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from profiling.errors import ConfigError
 from tppo.tracking.identity import new_id, remember, remembered
+from tppo.tracking.packages import keep_random_state
 from tppo.tracking.protocol import About
 
 INIT_S = 20.0
@@ -49,6 +50,7 @@ def begin_wandb(
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when the package is imported
     import wandb
 
+    keep_random_state("wandb.sdk.lib.retry", "urllib3.util.retry")  # they draw pauses
     quiet = wandb.Settings(
         init_timeout=INIT_S,
         silent=True, console="off", disable_git=True, x_disable_stats=True, finish_timeout=FINISH_S,
