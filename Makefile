@@ -29,8 +29,10 @@ test-slow: $(VENV)/.installed
 	$(BIN)/pytest -m slow --numprocesses 2 --dist loadfile
 
 # Kills training runs at random moments and at every file operation of a save, and compares them with undisturbed runs.
+# Then property tests with examples that they have not seen: in `make test` they are the same every time.
 soak: $(VENV)/.installed
 	$(BIN)/pytest -m soak
+	$(BIN)/pytest --hypothesis-profile=default $$(grep -rl "^@given" tests)
 
 # Every test that provokes a fault, those of `make soak` included; writes docs/reliability.md when all pass.
 reliability: $(VENV)/.installed
