@@ -37,5 +37,5 @@ def table_console() -> Console:
 def plain_table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="left" if column in NAMES else "right")
+        table.add_column(column, justify="left" if column in NAMES else "right", overflow="fold")
     return table

@@ -7,6 +7,7 @@ import signal
 import pandas as pd
 import pytest
 
+from profiling.console import PlainConsole, table_console
 from profiling.errors import ConfigError
 from profiling.reader import Run
 from tests.tppo.ranks import when
@@ -64,6 +65,16 @@ def test_the_whole_loop_trains_predicts_and_reports(tiny_regime, tmp_path, capsy
     demo.run_demo(tmp_path / "demo", regime="short", seeds=range(2))  # the second time trains nothing
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "Predicted against measured" in capsys.readouterr().out
+
+
+def test_numbers_of_a_table_are_not_cut_off_in_a_narrow_window_and_a_file_has_it_wide(capsys):
+    frame = pd.DataFrame({f"forecast error {place}": [0.1234567] for place in range(9)})
+    demo.print_frame(PlainConsole(width=80), "narrow", frame)
+    narrow = capsys.readouterr().out
+    assert "…" not in narrow
+    assert narrow.count("+12.3") == 9
+    demo.print_frame(table_console(), "wide", frame)
+    assert capsys.readouterr().out.count("+12.3%") == 9
 
 
 def test_the_task_has_verifiable_answers_and_a_long_tail():

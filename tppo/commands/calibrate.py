@@ -94,7 +94,7 @@ def print_fits(target: Path, paths: Sequence[Path], calibration: Calibration) ->
     table = Table(title=f"{target}: fitted to {', '.join(path.name for path in paths)}", title_justify="left")
     for name, justify in (("cost", "left"), ("coefficient", "left"), ("value", "right"), ("95 % interval", "right"),
                           ("R²", "right"), ("rows", "right")):  # fmt: skip
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for cost, fit in calibration.as_dict()["fits"].items():
         if fit is None:
             table.add_row(cost, "not in these runs", "", "", "", "")

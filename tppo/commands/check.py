@@ -247,7 +247,7 @@ def prompt_tokens_of(config: RunConfig) -> int:
 def table_of(parts: list[Part], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("", "modules", "tppo plan", "difference", "in"):
-        table.add_column(name, justify="left" if name in ("", "in") else "right")
+        table.add_column(name, justify="left" if name in ("", "in") else "right", overflow="fold")
     for part in parts:
         said = "-" if part.plan is None else f"{part.plan / GB:.2f}"
         difference = f"{part.built / part.plan - 1:+.2%}" if part.plan else "-"

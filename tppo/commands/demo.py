@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from analysis.report import write_report
 from analysis.tables import comparison_tables, score_table, speed_table
-from profiling.console import PlainConsole
+from profiling.console import PlainConsole, table_console
 from profiling.errors import ConfigError, DataError
 from profiling.reader import Run
 from profiling.settings import parse_toml, to_toml, with_overrides
@@ -35,7 +35,7 @@ def run_demo(output: Path, *, regime: str, seeds: Sequence[int], arms: Sequence[
     Returns the runs, arm by arm. Everything it wrote, report.html first, lies under `output`. Raises ConfigError.
     """
     quieten_libraries()
-    console = PlainConsole()
+    console = table_console()
     settings = load_regime(regime)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,8 @@ def predict_each_from_the_other(runs: dict[str, list[Run]], output: Path, target
 def print_frame(console: Console, title: str, frame: pd.DataFrame) -> None:
     table = Table(title=title, title_justify="left")
     for column in frame.columns:
-        table.add_column(str(column), justify="right" if pd.api.types.is_numeric_dtype(frame[column]) else "left")
+        justify: JustifyMethod = "right" if pd.api.types.is_numeric_dtype(frame[column]) else "left"
+        table.add_column(str(column), justify=justify, overflow="fold")  # a number that is cut off says another one
     for row in frame.itertuples(index=False):
         cells = zip(frame.columns, row, strict=True)
         table.add_row(

@@ -212,7 +212,7 @@ def metrics_table(result: Mapping[str, Any]) -> Table:
         title_justify="left",
     )
     for column in ("metric", "value", "95 % interval"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
+        table.add_column(column, justify="left" if column == "metric" else "right", overflow="fold")
     for name, estimate in result["metrics"].items():
         if estimate is None:
             table.add_row(name, "no answers to count", "")
@@ -230,7 +230,7 @@ def metrics_table(result: Mapping[str, Any]) -> Table:
 def problems_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="problems, hardest first", title_justify="left")
     for column in ("problem", "prompt", "answer", "correct", "most frequent", "tokens", "cut"):
-        table.add_column(column, justify="left" if column == "prompt" else "right")
+        table.add_column(column, justify="left" if column == "prompt" else "right", overflow="fold")
     for row in rows:
         prompt = " ".join(row["prompt"].split())
         shown = prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[:SHOWN_CHARACTERS]}…"

@@ -48,7 +48,7 @@ def run_sweep(
         shown = Table(title=f"{source.name} (simulated)", title_justify="left")
         names = [*varied, *(name for name in SHOWN if name in table), "status"]
         for name in names:
-            shown.add_column(name, justify="right")
+            shown.add_column(name, justify="right", overflow="fold")
         for row in table[names].itertuples(index=False):
             shown.add_row(*map(_shown, row))
         table_console().print(shown)
