@@ -1,6 +1,6 @@
 """Where tables go, and how they look."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -34,8 +34,9 @@ def table_console() -> Console:
     return console if console.is_terminal else PlainConsole(width=WIDTH)
 
 
-def plain_table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str, left: Collection[str] = NAMES) -> Table:
+    """left: columns of text. In a narrow window cells are folded: a number that is cut off says another one."""
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="left" if column in NAMES else "right", overflow="fold")
+        table.add_column(column, justify="left" if column in left else "right", overflow="fold")
     return table

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-
-from profiling.console import PlainConsole, table_console
+from profiling.console import PlainConsole, plain_table, table_console
 from profiling.errors import ConfigError
 from profiling.reader import Run
 from profiling.settings import to_toml
@@ -91,10 +89,9 @@ def write_transfer(run: Run, calibration: Calibration, target: Target) -> None:
 
 
 def print_fits(target: Path, paths: Sequence[Path], calibration: Calibration) -> None:
-    table = Table(title=f"{target}: fitted to {', '.join(path.name for path in paths)}", title_justify="left")
-    for name, justify in (("cost", "left"), ("coefficient", "left"), ("value", "right"), ("95 % interval", "right"),
-                          ("R²", "right"), ("rows", "right")):  # fmt: skip
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    title = f"{target}: fitted to {', '.join(path.name for path in paths)}"
+    columns = ("cost", "coefficient", "value", "95 % interval", "R²", "rows")
+    table = plain_table(title, *columns, left=columns[:2])
     for cost, fit in calibration.as_dict()["fits"].items():
         if fit is None:
             table.add_row(cost, "not in these runs", "", "", "", "")

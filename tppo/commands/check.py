@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from profiling.console import table_console
+from profiling.console import plain_table, table_console
 from profiling.errors import ConfigError
 from profiling.files import read_json_table
 from profiling.model_memory import (
@@ -245,9 +245,7 @@ def prompt_tokens_of(config: RunConfig) -> int:
 
 
 def table_of(parts: list[Part], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in ("", "modules", "tppo plan", "difference", "in"):
-        table.add_column(name, justify="left" if name in ("", "in") else "right", overflow="fold")
+    table = plain_table(title, "", "modules", "tppo plan", "difference", "in", left=("", "in"))
     for part in parts:
         said = "-" if part.plan is None else f"{part.plan / GB:.2f}"
         difference = f"{part.built / part.plan - 1:+.2%}" if part.plan else "-"

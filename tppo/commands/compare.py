@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from analysis.compare import compare
-from profiling.console import table_console
+from profiling.console import plain_table, table_console
 from profiling.errors import ConfigError
 from profiling.reader import Run
 
@@ -62,15 +62,8 @@ def show(found: dict[str, Any]) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _table(title: str, *columns: str, text: int = 1) -> Table:
-    table = Table(title=title, title_justify="left")
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < text else "right", overflow="fold")
-    return table
-
-
 def _changed(rows: Sequence[dict[str, Any]]) -> Table:
-    table = _table("What changed", "field", "A", "B", text=3)
+    table = plain_table("What changed", "field", "A", "B", left=("field", "A", "B"))
     for row in rows:
         table.add_row(row["field"], _value(row["a"]), _value(row["b"]))
     return table
@@ -83,9 +76,8 @@ def _value(value: Any) -> str:
 
 def _quantities(found: dict[str, Any]) -> Table:
     units = "a moving-block bootstrap over steps" if found["units"] == "steps" else "the seeds, which are the units"
-    table = _table(
-        f"What it did: intervals (95 %) from {units}", "", "A", "B", "B / A", "95 % interval", "block, steps"
-    )
+    title = f"What it did: intervals (95 %) from {units}"
+    table = plain_table(title, "", "A", "B", "B / A", "95 % interval", "block, steps", left=("",))
     for row in found["quantities"]:
         interval = "not known" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
         blocks = "–" if row["blocks"] is None else f"{row['blocks'][0]}, {row['blocks'][1]}"
@@ -94,7 +86,7 @@ def _quantities(found: dict[str, Any]) -> Table:
 
 
 def _ledger(rows: Sequence[dict[str, Any]]) -> Table:
-    table = _table("Ledger: GPU-seconds per step", "cause", "A", "share", "B", "share", "B - A")
+    table = plain_table("Ledger: GPU-seconds per step", "cause", "A", "share", "B", "share", "B - A")
     for row in rows:
         a, b = row["a_seconds_per_step"], row["b_seconds_per_step"]
         difference = "–" if a is None or b is None else f"{round(b - a, 9):+.4g}"

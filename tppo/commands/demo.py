@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Console, JustifyMethod
-from rich.table import Table
+from rich.console import Console
 
 from analysis.report import write_report
 from analysis.tables import comparison_tables, score_table, speed_table
-from profiling.console import PlainConsole, table_console
+from profiling.console import PlainConsole, plain_table, table_console
 from profiling.errors import ConfigError, DataError
 from profiling.reader import Run
 from profiling.settings import parse_toml, to_toml, with_overrides
@@ -128,10 +127,8 @@ def predict_each_from_the_other(runs: dict[str, list[Run]], output: Path, target
 
 
 def print_frame(console: Console, title: str, frame: pd.DataFrame) -> None:
-    table = Table(title=title, title_justify="left")
-    for column in frame.columns:
-        justify: JustifyMethod = "right" if pd.api.types.is_numeric_dtype(frame[column]) else "left"
-        table.add_column(str(column), justify=justify, overflow="fold")  # a number that is cut off says another one
+    text = [str(column) for column in frame if not pd.api.types.is_numeric_dtype(frame[column])]
+    table = plain_table(title, *map(str, frame.columns), left=text)
     for row in frame.itertuples(index=False):
         cells = zip(frame.columns, row, strict=True)
         table.add_row(

@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from profiling.console import PlainConsole, table_console
+from profiling.console import PlainConsole, plain_table, table_console
 from profiling.errors import ConfigError, InputError
 from profiling.schema import EVALUATIONS
 from profiling.settings import Settings, check_settings, parse_overrides, with_overrides
@@ -206,13 +206,11 @@ def as_json(result: Mapping[str, Any]) -> str:
 
 def metrics_table(result: Mapping[str, Any]) -> Table:
     step = "" if result["step"] is None else f", step {result['step']}"
-    table = Table(
-        title=f"{result['evaluated']}{step}: {result['problems']} problems x {result['samples']} samples, temperature "
-        f"{result['temperature']:g}, top-p {result['top_p']:g}, at most {result['max_response_tokens']} tokens",
-        title_justify="left",
+    title = (
+        f"{result['evaluated']}{step}: {result['problems']} problems x {result['samples']} samples, temperature "
+        f"{result['temperature']:g}, top-p {result['top_p']:g}, at most {result['max_response_tokens']} tokens"
     )
-    for column in ("metric", "value", "95 % interval"):
-        table.add_column(column, justify="left" if column == "metric" else "right", overflow="fold")
+    table = plain_table(title, "metric", "value", "95 % interval", left=("metric",))
     for name, estimate in result["metrics"].items():
         if estimate is None:
             table.add_row(name, "no answers to count", "")
@@ -228,9 +226,8 @@ def metrics_table(result: Mapping[str, Any]) -> Table:
 
 
 def problems_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title="problems, hardest first", title_justify="left")
-    for column in ("problem", "prompt", "answer", "correct", "most frequent", "tokens", "cut"):
-        table.add_column(column, justify="left" if column == "prompt" else "right", overflow="fold")
+    columns = ("problem", "prompt", "answer", "correct", "most frequent", "tokens", "cut")
+    table = plain_table("problems, hardest first", *columns, left=("prompt",))
     for row in rows:
         prompt = " ".join(row["prompt"].split())
         shown = prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[:SHOWN_CHARACTERS]}…"

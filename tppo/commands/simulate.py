@@ -4,9 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.table import Table
-
-from profiling.console import table_console
+from profiling.console import plain_table, table_console
 from profiling.settings import parse_overrides
 from profiling.writer import refuse_a_run
 from simulator import load_experiment, simulate
@@ -25,9 +23,7 @@ def run_simulation(path: Path, words: Sequence[str], *, output: Path | None, as_
         return
     only = result.run.schedule.simulated_only
     kind = "simulated only: the trainer does not run this schedule" if only else "simulated"
-    table = Table(title=f"{path.name} ({kind})", title_justify="left")
-    table.add_column("")
-    table.add_column("value", justify="right")
+    table = plain_table(f"{path.name} ({kind})", "", "value", left=("",))
     for key, value in summary.items():
         if not isinstance(value, dict):
             table.add_row(key, "not known" if value is None else f"{value:,.6g}")

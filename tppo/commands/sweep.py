@@ -5,9 +5,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from profiling.console import PlainConsole, table_console
+from profiling.console import PlainConsole, plain_table, table_console
 from profiling.errors import ConfigError
 from profiling.settings import parse_overrides
 from simulator.sweep import cells_of, parse_vary, run_cells
@@ -45,10 +44,8 @@ def run_sweep(
     if as_json:
         print(table.to_json(orient="records", indent=1))
     else:
-        shown = Table(title=f"{source.name} (simulated)", title_justify="left")
         names = [*varied, *(name for name in SHOWN if name in table), "status"]
-        for name in names:
-            shown.add_column(name, justify="right", overflow="fold")
+        shown = plain_table(f"{source.name} (simulated)", *names, left=())
         for row in table[names].itertuples(index=False):
             shown.add_row(*map(_shown, row))
         table_console().print(shown)

@@ -25,7 +25,7 @@ ENVIRONMENT = {
 DRAWS = (
     "mlflow.utils.name_utils", "mlflow.utils.request_utils", "mlflow.utils.rest_utils", "urllib3.util.retry",
 )  # fmt: skip
-"""Modules that draw random numbers: a tenth of all ids of experiments, and pauses."""
+"""Modules that draw random numbers: for one id of an experiment in ten, and pauses before another attempt."""
 
 
 class MlflowSink:

@@ -16,6 +16,8 @@ INIT_S = 20.0
 """How long a server may take to answer at the start. wandb's own 90 s would also hold the end of a short run."""
 FINISH_S = 10.0
 """How long the end of a run waits for what is not sent yet; its files stay, and `wandb sync` sends them."""
+DRAWS = ("wandb.sdk.lib.retry", "urllib3.util.retry")
+"""Modules that draw random numbers: pauses before another attempt."""
 
 
 class WandbSink:
@@ -50,7 +52,7 @@ def begin_wandb(
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when the package is imported
     import wandb
 
-    keep_random_state("wandb.sdk.lib.retry", "urllib3.util.retry")  # they draw pauses
+    keep_random_state(*DRAWS)
     quiet = wandb.Settings(
         init_timeout=INIT_S,
         silent=True, console="off", disable_git=True, x_disable_stats=True, finish_timeout=FINISH_S,
